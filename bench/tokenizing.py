@@ -1,0 +1,47 @@
+"""How fast text becomes tokens: MB of UTF-8 text per second, the median of three runs, as train/data.py does it.
+
+    python bench/tokenizing.py --tokenizer DIR --data PATH
+
+Each run loads the tokenizer anew (cold word cache), reads, tokenises and writes; the cache goes to a temporary folder.
+(Not called tokenize.py: a script's folder comes first on sys.path, and that would hide the standard module.)
+CPU seconds beside wall seconds show whether the cores were free: with n idle cores the ratio is near n.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from trilobit.train.data import prepare
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--data", default="stdlib")
+    parser.add_argument("--text-field", default="text")
+    arguments = parser.parse_args()
+    speeds, cores = [], []
+    for _ in range(3):
+        tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
+        with tempfile.TemporaryDirectory() as folder:
+            wall, cpu = time.perf_counter(), time.process_time()
+            tokens = prepare(
+                arguments.data, tokenizer, vocab_size=len(tokenizer), text_field=arguments.text_field,
+                cache_dir=Path(folder),
+            )  # fmt: skip
+            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        size, count = tokens.train_bytes + tokens.heldout_bytes, len(tokens.train) + len(tokens.heldout)
+        speeds.append(size / wall / 1e6)
+        cores.append(cpu / wall)
+    print(
+        f"{arguments.tokenizer}: {statistics.median(speeds):.2f} MB/s with {statistics.median(cores):.2f} cores busy "
+        f"({size / 1e6:.1f} MB, {count:,} tokens, {size / count:.2f} bytes each)"
+    )
+
+
+if __name__ == "__main__":
+    main()

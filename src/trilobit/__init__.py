@@ -1,0 +1,37 @@
+"""Turn full-precision language models into ternary ones. Importing this loads no torch: names resolve on first use."""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "TuneConfig": "trilobit.config.tune",
+    "EvalConfig": "trilobit.config.eval",
+    "GenerateConfig": "trilobit.config.generate",
+    "TernarySpec": "trilobit.surgery.ternary",
+    "TernaryLinear": "trilobit.nn.ternary",
+    "PackedLinear": "trilobit.nn.packed",
+    "TrilobitError": "trilobit.errors",
+    "ternarize": "trilobit.surgery.ternary",
+    "load": "trilobit.infer.load",
+}
+_COMMANDS = {
+    "tune": "trilobit.train.tune",
+    "evaluate": "trilobit.measure.perplexity",
+    "generate": "trilobit.infer.generate",
+}
+
+__all__ = [*_PUBLIC, *_COMMANDS]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(import_module(_PUBLIC[name]), name)
+    if name in _COMMANDS:
+        return import_module(_COMMANDS[name]).run
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

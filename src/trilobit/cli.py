@@ -1,0 +1,251 @@
+"""The command line: a table of commands, each one lazily imported module with run(config) → Result.
+
+Only this file prints. The result goes to stdout, as text or (`--json`) as one JSON object; everything else to stderr.
+Exit codes: 0 done, 2 the user's to mend (one line, no traceback), 128 + n stopped by signal n after saving.
+"""
+
+import argparse
+import difflib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from trilobit import __version__
+from trilobit.errors import ConfigError, TrilobitError
+from trilobit.listener import Listener
+
+
+class Command(NamedTuple):
+    """Where a command's configuration, its run(config, listener) and the text of its result come from."""
+
+    config: str
+    module: str
+    summary: str
+
+
+COMMANDS = {
+    "tune": Command("trilobit.config.tune:TuneConfig", "trilobit.train.tune", "make a checkpoint ternary"),
+    "eval": Command("trilobit.config.eval:EvalConfig", "trilobit.measure.perplexity", "perplexity, bits per byte"),
+    "generate": Command("trilobit.config.generate:GenerateConfig", "trilobit.infer.generate", "continue a prompt"),
+    "demo": Command("trilobit.config.demo:DemoConfig", "trilobit.demo", "tune the embedded model in minutes"),
+}
+USAGE_ERROR = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the `trilobit` command. Returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    if arguments[0] == "--version":
+        print(f"trilobit {__version__}")
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        return _fail(f"there is no command {name!r}{_nearest(name, COMMANDS)}. `trilobit --help` lists them.")
+    try:
+        return _run(name, rest)
+    except TrilobitError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _run(name: str, rest: list[str]) -> int:
+    command = COMMANDS[name]
+    config, as_json = _parse(name, _attribute(command.config), rest)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    module = import_module(command.module)
+    listener = Console(sys.stderr if as_json else sys.stdout)
+    try:
+        result = module.run(config, listener)
+    except Exception as error:
+        if (code := getattr(error, "exit_code", None)) is None:
+            raise
+        listener.note(f"stopped by {error}; continue with the same command and --resume")
+        return code
+    listener.finish()
+    if as_json:
+        print(json.dumps(asdict(result), ensure_ascii=False))
+    else:
+        print(_text(result))
+    return 0
+
+
+def _parse(name: str, config_type: Any, arguments: list[str]) -> tuple[Any, bool]:
+    """Configuration from recipe < run.json < flags."""
+    import tyro
+
+    general = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    general.add_argument("--json", action="store_true")
+    general.add_argument("--recipe")
+    general.add_argument("--from", dest="source")
+    try:
+        chosen, rest = general.parse_known_args(arguments)
+    except SystemExit as stop:
+        raise ConfigError("--recipe and --from need a value.") from stop
+    defaults: dict[str, Any] = {}
+    if chosen.recipe is not None:
+        defaults |= _recipe(name, chosen.recipe)
+    if chosen.source is not None:
+        defaults |= _from_run(name, chosen.source, {f.name for f in fields(config_type)})
+    _refuse_unknown_flags(name, config_type, rest)
+    default = tyro.MISSING_NONPROP
+    if defaults:
+        required = {f.name: tyro.MISSING for f in fields(config_type) if f.name not in defaults and _required(f)}
+        default = object.__new__(config_type)  # checked by __post_init__ once tyro has put the flags in
+        for field in fields(config_type):
+            value = (defaults | required).get(field.name, field.default)
+            object.__setattr__(default, field.name, value)
+    epilog = "Every command also takes --json (the result as one JSON object) and --from RUN/run.json (repeat a run)."
+    if name == "tune":
+        from trilobit.recipes import RECIPES
+
+        epilog += f" --recipe is one of: {', '.join(RECIPES)}."
+    config = tyro.cli(
+        config_type, args=rest, default=default, prog=f"trilobit {name}", description=f"{config_type.__doc__}\n\n{epilog}"
+    )
+    return config, chosen.json
+
+
+def _required(field: Any) -> bool:
+    from dataclasses import MISSING
+
+    return field.default is MISSING and field.default_factory is MISSING
+
+
+def _recipe(command: str, name: str) -> dict[str, Any]:
+    from trilobit.recipes import RECIPES
+
+    if command != "tune":
+        raise ConfigError(f"--recipe is for `trilobit tune`, not for `trilobit {command}`.")
+    if name not in RECIPES:
+        raise ConfigError(f"there is no recipe {name!r}{_nearest(name, RECIPES)}. There are: {', '.join(RECIPES)}.")
+    return RECIPES[name]()
+
+
+def _from_run(command: str, source: str, known: set[str]) -> dict[str, Any]:
+    path = Path(source)
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        config, made_by = dict(record["config"]), record["command"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"--from {source} is not the run.json of a run: {error}") from error
+    if made_by != command:
+        raise ConfigError(f"--from {source} was made by `trilobit {made_by}`, not by `trilobit {command}`.")
+    if unknown := sorted(set(config) - known):
+        raise ConfigError(f"--from {source} has settings this version does not know: {', '.join(unknown)}.")
+    return config | {"resume": False}
+
+
+def _refuse_unknown_flags(command: str, config_type: Any, arguments: list[str]) -> None:
+    names = [f.name.replace("_", "-") for f in fields(config_type)]
+    known = {"--help", *(f"--{n}" for n in names), *(f"--no-{n}" for n in names), "--json", "--recipe", "--from"}
+    for argument in arguments:
+        flag = argument.split("=")[0].replace("_", "-")
+        if flag == "--":
+            return
+        if flag.startswith("--") and flag not in known:
+            raise ConfigError(
+                f"`trilobit {command}` has no flag {flag}{_nearest(flag, known)}. See `trilobit {command} --help`."
+            )
+
+
+def _nearest(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _attribute(path: str) -> Any:
+    module, name = path.split(":")
+    return getattr(import_module(module), name)
+
+
+def _fail(message: str) -> int:
+    print(f"trilobit: {message}", file=sys.stderr)
+    return USAGE_ERROR
+
+
+def _help() -> str:
+    lines = [f"  trilobit {name:<10} {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        ["Turn full-precision language models into ternary ones.", "", *lines, "", "`trilobit COMMAND --help` has the rest."]
+    )
+
+
+class Console(Listener):
+    """Notes as lines; rows as one live line on a terminal, or a line every few seconds elsewhere. All on stderr."""
+
+    EVERY_SECONDS = 10.0
+
+    def __init__(self, text_to: Any):
+        self.live = sys.stderr.isatty()
+        self.text_to = text_to
+        self.shown = 0.0
+        self.open_line = False
+
+    def note(self, text: str) -> None:
+        self.finish()
+        print(text, file=sys.stderr, flush=True)
+
+    def stream(self, text: str) -> None:
+        print(text, end="", file=self.text_to, flush=True)
+
+    def row(self, row: dict[str, Any], max_tokens: int) -> None:
+        now = time.monotonic()
+        important = "heldout_nats" in row
+        if not important and now - self.shown < (0.1 if self.live else self.EVERY_SECONDS):
+            return
+        self.shown = now
+        parts = [f"{row['tokens']:>12,} / {max_tokens:,} tokens", f"loss {row['loss']:.3f}"]
+        if "lambda" in row:
+            parts.append(f"λ {row['lambda']:.2f}")
+        speed = row["tokens_per_second"]
+        parts += [f"{speed:,.0f} tokens/s", f"{_duration((max_tokens - row['tokens']) / max(speed, 1e-9))} left"]
+        if important:
+            parts.append(f"held out {row['heldout_nats']:.4f}")
+        line = "  ".join(parts)
+        if self.live:
+            print(f"\r\x1b[2K{line}", end="\n" if important else "", file=sys.stderr, flush=True)
+            self.open_line = not important
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def finish(self) -> None:
+        if self.open_line:
+            print(file=sys.stderr)
+            self.open_line = False
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _text(result: Any) -> str:
+    """A result for people: one line a field, except where the result knows better."""
+    render: Callable[[], str] | None = getattr(result, "text", None) if callable(getattr(result, "text", None)) else None
+    if render is not None:
+        return render()
+    width = max(len(f.name) for f in fields(result))
+    lines = []
+    for field in fields(result):
+        value = getattr(result, field.name)
+        shown = f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" if type(value) is int else value
+        lines.append(f"{field.name.replace('_', ' '):<{width}}  {shown}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""Types shared by configurations, and how a command line spells them."""
+
+import re
+from typing import Annotated
+
+import tyro
+from tyro.constructors import PrimitiveConstructorSpec
+
+UNITS = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
+
+
+def parse_count(text: str) -> int:
+    """`12k`, `3M`, `1B`, `1.5M`, `4096` → a whole number ≥ 1. Raises ValueError otherwise."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmb]?)", text.strip().replace("_", "").replace(",", ""), re.IGNORECASE)
+    if match is None:
+        raise ValueError(f"{text!r} is not a count: write 4096, 12k, 3M or 1B")
+    value = float(match[1]) * UNITS[match[2].lower()]
+    if value < 1 or value != int(value):
+        raise ValueError(f"{text!r} is not a whole number ≥ 1")
+    return int(value)
+
+
+def format_count(value: int) -> str:
+    """The shortest spelling that parse_count reads back: 12_000 → `12k`."""
+    for unit in ("b", "m", "k"):
+        if value >= UNITS[unit] and value % UNITS[unit] == 0:
+            return f"{value // UNITS[unit]}{unit.upper() if unit != 'k' else unit}"
+    return str(value)
+
+
+Count = Annotated[
+    int,
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="COUNT",
+        instance_from_str=lambda words: parse_count(words[0]),
+        is_instance=lambda value: isinstance(value, int),
+        str_from_instance=lambda value: [format_count(value)],
+    ),
+]
+"""A number of tokens on the command line: `4096`, `12k`, `3M`, `1B`."""
+
+ModelPath = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+"""A hub id, a checkpoint directory, or a run directory."""

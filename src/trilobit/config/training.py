@@ -1,0 +1,100 @@
+"""What every training command shares: data, budget, optimizer, precision, logging. One loop reads all of it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from trilobit.config.fields import Count
+from trilobit.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Settings of the training loop."""
+
+    data: str
+    """Hub id (`owner/name:config`, streamed), local .txt/.jsonl/.jsonl.gz/.parquet files or globs (comma-separated),
+    `stdlib` (the running Python's standard library), or `self` (text sampled from the model itself)."""
+    text_field: str = "text"
+    """Field that holds the text in .jsonl, .parquet and hub data."""
+    out: str | None = None
+    """Run directory. Default: out/ and the model's name."""
+    resume: bool = False
+    """Continue the run in --out, bit-exactly, from its newest checkpoint."""
+
+    max_tokens: Count = 10_000_000
+    """Tokens to train on."""
+    batch_tokens: Count = 16_384
+    """Tokens per optimizer step, rounded to whole micro-batches."""
+    sequence_length: int = 512
+    """Tokens per sequence."""
+    sequences: int = 8
+    """Sequences per micro-batch: what is in memory at once. Less needs less memory and changes no result but rounding."""
+
+    lr: float | None = None
+    """Peak learning rate. Default: 0.4 / hidden size (7e-4 at width 576, 1e-4 at 4096)."""
+    warmup_fraction: float = 0.02
+    """Fraction of the tokens in which the learning rate rises."""
+    decay: Literal["cosine", "wsd"] = "cosine"
+    """After warm-up: a cosine to zero, or warmup-stable-decay (linear to zero over the last --decay-fraction)."""
+    decay_fraction: float = 0.2
+    """Fraction of the tokens in which `wsd` decays."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay on matrices."""
+    clip: float = 1.0
+    """Largest gradient norm."""
+
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Compute precision. Latent weights and optimizer state are fp32 always."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, `cuda:1`, …"""
+    compile: bool = False
+    """torch.compile each decoder layer (needs a C++ compiler on CPU)."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward: less memory, about a third more time."""
+    seed: int = 0
+    """Seed of data order and sampling. Equal seeds give equal runs."""
+
+    eval_every: Count | None = None
+    """Tokens between evaluations. Default: a tenth of --max-tokens."""
+    eval_tokens: Count = 65_536
+    """Held-out tokens per evaluation."""
+    checkpoint_every: Count | None = None
+    """Tokens between checkpoints. Default: a quarter of --max-tokens."""
+    keep_checkpoints: int = 1
+    """Newest checkpoints that are kept."""
+    track: Literal["tensorboard", "wandb", "trackio"] | None = None
+    """Also log there (log.jsonl is always written)."""
+    cache_dir: str | None = None
+    """Where tokenised data is kept. Default: ~/.cache/trilobit/tokens."""
+
+    def __post_init__(self) -> None:
+        positive = ("sequence_length", "sequences", "keep_checkpoints", "clip")
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be above 0.")
+        if self.lr is not None and not 0 < self.lr < float("inf"):
+            raise ConfigError(f"--lr is {self.lr}; it must be a number above 0.")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise ConfigError(f"--weight-decay is {self.weight_decay}; it must be 0 or above.")
+        for name in ("warmup_fraction", "decay_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be from 0 to 1.")
+        if self.max_tokens < self.tokens_per_step:
+            raise ConfigError(
+                f"--max-tokens {self.max_tokens} is less than one step of {self.tokens_per_step} tokens "
+                f"({self.sequences} sequences of {self.sequence_length}); lower --batch-tokens, --sequences or "
+                "--sequence-length."
+            )
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches per optimizer step."""
+        return max(1, round(self.batch_tokens / (self.sequences * self.sequence_length)))
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.accumulation * self.sequences * self.sequence_length
+
+    @property
+    def steps(self) -> int:
+        return self.max_tokens // self.tokens_per_step

@@ -1,0 +1,71 @@
+"""Settings of `trilobit tune`."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from trilobit.config.fields import ModelPath
+from trilobit.config.training import TrainingConfig
+from trilobit.errors import ConfigError
+
+ScheduleKind = Literal["layerwise", "layerwise-reverse", "global", "immediate", "never"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig(TrainingConfig):
+    """Turn a full-precision checkpoint into a ternary one (arXiv 2505.08823)."""
+
+    model: ModelPath
+    """Hub id or directory of a full-precision decoder-only checkpoint."""
+
+    placement: Literal["every", "output", "none"] = "every"
+    """Extra RMSNorm before every projection · before attention output and MLP output only · nowhere."""
+    gain: Literal["vector", "scalar"] = "vector"
+    """One gain per channel of an inserted norm, or a single one."""
+    gain_init: Literal["ones", "calibrated"] = "calibrated"
+    """Gains start at one, or at the measured RMS of their input (which keeps the function)."""
+    activations: Literal["int8", "none"] = "int8"
+    """Inputs of ternary linears: int8 per token, or full precision (weights-only)."""
+    scale: Literal["tensor", "row", "group-64", "group-128", "group-256"] = "tensor"
+    """What one weight scale covers."""
+    cover: Literal["projections", "+lm_head", "+embeddings"] = "projections"
+    """What becomes ternary besides the decoder's projections. A tied head implies both."""
+
+    schedule: ScheduleKind = "layerwise"
+    """How λ goes from 0 to 1: layer after layer (first to last, or reverse), all layers at once, from the first step, or
+    never (full-precision control)."""
+    ramp_fraction: float = 0.25
+    """Fraction of the tokens by which λ is 1 everywhere."""
+    overlap: float = 0.5
+    """Of neighbouring layers' ramps in a layerwise schedule: 0 strictly in turn, 1 all together."""
+    activation_schedule: ScheduleKind | None = None
+    """λ of activations, where it differs from that of weights."""
+    activation_ramp_fraction: float | None = None
+    """Ramp of activations, where it differs from that of weights."""
+
+    distill: Literal["none", "logits"] = "none"
+    """Also learn from the original model's logits: KL(original ‖ student) · T²."""
+    distill_weight: float = 1.0
+    """Share w of the distillation loss: (1 − w) · cross-entropy + w · KL."""
+    temperature: float = 1.0
+    """T of the distillation loss."""
+
+    model_format: Literal["auto", "autobitlinear", "bitlinear", "dense", "packed"] = "auto"
+    """How model/ is stored. auto: what stock transformers loads where it can say it, else trilobit's packed form."""
+    store: Literal["bf16", "fp32"] = "bf16"
+    """Precision of embeddings and head in model/ (and of dense weights)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("overlap", "distill_weight"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be from 0 to 1.")
+        for name in ("ramp_fraction", "activation_ramp_fraction"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be above 0 and at most 1.")
+        if not 0 < self.temperature < float("inf"):
+            raise ConfigError(f"--temperature is {self.temperature}; it must be above 0.")
+        if self.activation_schedule == "never" and self.schedule != "never":
+            raise ConfigError("--activation-schedule never: for full-precision activations say --activations none.")
+        if self.distill == "none" and (self.distill_weight != 1.0 or self.temperature != 1.0):
+            raise ConfigError("--distill-weight and --temperature need --distill logits.")

@@ -1,0 +1,29 @@
+"""What can go wrong on the user's side. The command line prints these without a traceback and exits 2."""
+
+
+class TrilobitError(Exception):
+    """Base of every error that is the user's to mend. The message says what is wrong, where, and what to do next."""
+
+
+class ConfigError(TrilobitError):
+    """A setting, or a combination of settings, that cannot work. Names the flag."""
+
+
+class ModelError(TrilobitError):
+    """A model that is missing, damaged, or of a kind that is refused. Names the module or the file."""
+
+
+class DataError(TrilobitError):
+    """Text that is missing, unreadable, or too short."""
+
+
+class OutputError(TrilobitError):
+    """A place that cannot be written, or that would be overwritten."""
+
+
+class NonFiniteError(TrilobitError):
+    """Training stopped before an update because the loss or a gradient was not finite."""
+
+
+class VerificationError(TrilobitError):
+    """A written artefact, read back by its real consumer, does not agree with the model it was made from."""

@@ -1,0 +1,250 @@
+"""model/: the trained model as a directory that stock transformers loads, wherever its formats have words for it.
+
+    placement      scale       activations  cover         form
+    every          tensor      int8         projections   autobitlinear (or bitlinear), use_rms_norm
+    none           tensor      int8         projections   autobitlinear (or bitlinear)
+    output         tensor      int8         projections   the same, where every other linear reads a block norm directly:
+                                                          block gain := 1, and the linear's own rms_norm := the block gain
+    none           any         none         any           dense: code · s as ordinary weights
+    everything else                                       packed: trilobit's own, refused by stock software
+
+`autobitlinear` multiplies by weight_scale (s), and its bias with it (so bias/s is stored); `bitlinear` divides by it (1/s).
+Whatever form is chosen, the directory is read back by its real consumer before it is given its name, and compared with
+the model in memory; one that differs is not left behind (transformers loads some wrong files with only a report).
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from trilobit import __version__, quant
+from trilobit.errors import ConfigError, VerificationError
+from trilobit.export.verify import Agreement, compare, load_stock
+from trilobit.formats import Bitnet
+from trilobit.infer.load import CARD, PACKED_FILE, read_ours, ternary_tensors
+from trilobit.nn.packed import PackedEmbedding, PackedLinear
+from trilobit.nn.ternary import TernaryEmbedding, TernaryLinear
+from trilobit.storage import atomic_directory, save_tensors, write_json
+from trilobit.surgery.ternary import Plan
+
+Form = Literal["autobitlinear", "bitlinear", "dense", "packed"]
+Store = Literal["bf16", "fp32"]
+DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written: its form, why that form, its size, and how its consumer agrees with the model in memory."""
+
+    path: str
+    form: str
+    reason: str
+    bytes: int
+    agreement: Agreement
+
+
+def choose_form(plan: Plan, model: nn.Module) -> tuple[Form, str]:
+    """The form that says most to stock software, and why."""
+    obstacle = bitnet_obstacle(plan, model)
+    if obstacle is None:
+        return "autobitlinear", "stock transformers holds it exactly"
+    if plan.spec.activations == "none" and not any(linear.normed for linear in plan.linears.values()):
+        return "dense", "weights only and no inserted norms: stock transformers runs it as an ordinary model"
+    return "packed", f"stock transformers has no words for it: {obstacle}"
+
+
+def bitnet_obstacle(plan: Plan, model: nn.Module) -> str | None:
+    """Why transformers' bitnet classes cannot hold this model; None if they can."""
+    spec = plan.spec
+    if spec.scale != "tensor":
+        return f"one scale per matrix only, this model has one per {spec.scale}"
+    if spec.activations != "int8":
+        return "activations are int8 always, this model's are not quantised"
+    if plan.head is not None or plan.embedding is not None:
+        return "embeddings and lm_head cannot be ternary"
+    for path in plan.linears:
+        outputs = model.get_submodule(path).out_features
+        if not Bitnet.fits(outputs):  # pyright: ignore[reportArgumentType]
+            return f"outputs must be a multiple of 4, {path} has {outputs}"
+    normed = [linear.normed for linear in plan.linears.values()]
+    if any(normed) and not all(normed):
+        for path, linear in plan.linears.items():
+            if not linear.normed and linear.fed_by is None:
+                return f"norms everywhere or nowhere, and {path} does not read a block norm whose gain could move into it"
+    return None
+
+
+def write_model(
+    model: PreTrainedModel, plan: Plan, tokenizer: Any, target: Path, probe: Tensor, form: str = "auto", store: Store = "bf16"
+) -> Written:
+    """Write `model` (trained, λ = 1) to `target`, atomically, and check it on `probe` [N, W + 1] token windows.
+
+    Raises VerificationError, leaving nothing, if what the consumer reads differs (argmax on fewer than 98.5 % of the
+    positions, or perplexity by more than 0.1 %), and ConfigError if `form` cannot hold this model.
+    """
+    chosen, reason = choose_form(plan, model)
+    if form != "auto":
+        if form == "dense" and chosen != "dense":
+            raise ConfigError("--model-format dense holds weights-only models without inserted norms, and this is not one.")
+        if form.endswith("bitlinear") and (obstacle := bitnet_obstacle(plan, model)):
+            raise ConfigError(f"--model-format {form} cannot hold this model: {obstacle}.")
+        chosen, reason = form, "as asked"
+    was_training = model.training
+    model.eval()
+    try:
+        try:
+            agreement = _write(model, plan, tokenizer, target, probe, chosen, store)
+        except VerificationError:
+            if store == "fp32":
+                raise
+            reason += "; stored in fp32, because bf16 embeddings changed the model too much"
+            agreement = _write(model, plan, tokenizer, target, probe, chosen, "fp32")
+    finally:
+        model.train(was_training)
+    size = sum(file.stat().st_size for file in target.iterdir() if file.suffix == ".safetensors")
+    return Written(str(target), chosen, reason, size, agreement)
+
+
+def write_full_precision(model: PreTrainedModel, tokenizer: Any, target: Path, probe: Tensor) -> Written:
+    """Write a model without surgery as an ordinary fp32 checkpoint, read back by transformers and compared."""
+    with atomic_directory(target) as directory:
+        save_tensors({n: p.detach() for n, p in model.named_parameters()}, directory / "model.safetensors")
+        _write_companions(directory, model, None, tokenizer, "full precision", {})
+        agreement = compare(model.eval(), load_stock(directory), probe)
+        agreement.require("transformers' reading")
+    size = (target / "model.safetensors").stat().st_size
+    return Written(str(target), "full precision", "no surgery was made", size, agreement)
+
+
+def write_latent(model: PreTrainedModel, plan: Plan | None, tokenizer: Any, target: Path) -> None:
+    """Write the trainable fp32 latents: what `trilobit.load` gives back for more training."""
+    with atomic_directory(target) as directory:
+        save_tensors({n: p.detach() for n, p in model.named_parameters()}, directory / "model.safetensors")
+        _write_companions(directory, model, plan, tokenizer, "latent" if plan else "full precision", {})
+
+
+def _write(
+    model: PreTrainedModel, plan: Plan, tokenizer: Any, target: Path, probe: Tensor, form: str, store: Store
+) -> Agreement:
+    writers: dict[str, Callable[..., dict[str, Any]]] = {
+        "autobitlinear": _bitnet_tensors, "bitlinear": _bitnet_tensors, "dense": _dense_tensors, "packed": _packed_tensors,
+    }  # fmt: skip
+    with atomic_directory(target) as directory:
+        content = writers[form](model, plan, form, store)
+        save_tensors(content.pop("tensors"), directory / (PACKED_FILE if form == "packed" else "model.safetensors"))
+        _write_companions(directory, model, plan, tokenizer, form, content)
+        agreement = compare(model, read_ours(directory).model, probe)
+        agreement.require(f"trilobit's reading of the {form} form")
+        if form != "packed":
+            agreement = compare(model, load_stock(directory), probe)
+            agreement.require(f"transformers' reading of the {form} form")
+    return agreement
+
+
+def _bitnet_tensors(model: PreTrainedModel, plan: Plan, form: str, store: Store) -> dict[str, Any]:
+    """Tensors and quantization_config of transformers' `bitlinear` and `autobitlinear` (offline) classes."""
+    tensors = _kept_tensors(model, plan, store)
+    everywhere = any(linear.normed for linear in plan.linears.values())
+    for path, planned in plan.linears.items():
+        linear = model.get_submodule(path)
+        assert isinstance(linear, TernaryLinear), (path, type(linear))
+        packed = PackedLinear.from_ternary(linear)
+        scale = packed.scale.reshape(1)
+        tensors[f"{path}.weight"] = Bitnet.pack(packed.codes)
+        tensors[f"{path}.weight_scale"] = scale if form == "autobitlinear" else scale.reciprocal()
+        if linear.bias is not None:
+            tensors[f"{path}.bias"] = linear.bias.detach() / (scale if form == "autobitlinear" else 1.0)
+        if linear.rms_norm is not None:
+            tensors[f"{path}.rms_norm.weight"] = linear.rms_norm.weight.detach().expand(linear.in_features)
+        elif everywhere:
+            assert planned.fed_by is not None, path
+            gain, neutral = _movable_gain(model.get_submodule(planned.fed_by), linear.in_features)
+            tensors[f"{path}.rms_norm.weight"] = gain
+            tensors[f"{planned.fed_by}.weight"] = neutral
+    quantization = {
+        "quant_method": "bitnet",
+        "linear_class": form,
+        "quantization_mode": "offline",
+        "use_rms_norm": everywhere,
+        "rms_norm_eps": plan.spec.eps,
+        "modules_to_not_convert": ["lm_head"],
+    }
+    return {
+        "tensors": tensors,
+        "quantization_config": quantization,
+        "norms": "everywhere" if everywhere else "nowhere",
+        "dtype": "float32",
+    }
+
+
+def _movable_gain(norm: nn.Module, width: int) -> tuple[Tensor, Tensor]:
+    """The gain a block norm applies, measured on a constant input, and the stored weight that makes it one."""
+    weight = norm.weight
+    assert isinstance(weight, Tensor)
+    with torch.no_grad():
+        applied = norm(torch.full((1, width), 1e4, device=weight.device, dtype=torch.float32)).reshape(-1)
+        for stored, neutral in ((weight, torch.ones_like(weight)), (weight + 1, torch.zeros_like(weight))):
+            if torch.allclose(applied, stored, rtol=1e-5, atol=1e-7):
+                return stored.detach().clone(), neutral
+    raise VerificationError(f"{type(norm).__name__} applies its gain in a way that is not known; nothing was written.")
+
+
+def _dense_tensors(model: PreTrainedModel, plan: Plan, form: str, store: Store) -> dict[str, Any]:
+    tensors = _kept_tensors(model, plan, store)
+    for name, module in model.named_modules():
+        if isinstance(module, TernaryLinear | TernaryEmbedding) and not (name == plan.head and plan.tied):
+            granularity = module.rule.granularity if isinstance(module, TernaryLinear) else module.granularity
+            tensors[f"{name}.weight"] = quant.ternary_quantize(module.weight, granularity).to(DTYPES[store])
+            if isinstance(module, TernaryLinear) and module.bias is not None:
+                tensors[f"{name}.bias"] = module.bias.detach()
+    return {"tensors": tensors, "dtype": "bfloat16" if store == "bf16" else "float32"}
+
+
+def _packed_tensors(model: PreTrainedModel, plan: Plan, form: str, store: Store) -> dict[str, Any]:
+    tensors = _kept_tensors(model, plan, store)
+    for name, module in model.named_modules():
+        if isinstance(module, TernaryLinear):
+            if not (name == plan.head and plan.tied):
+                packed = ternary_tensors(PackedLinear.from_ternary(module))
+                tensors |= {f"{name}.{key}": value for key, value in packed.items()}
+            if module.bias is not None:
+                tensors[f"{name}.bias"] = module.bias.detach()
+            if module.rms_norm is not None:
+                tensors[f"{name}.rms_norm.weight"] = module.rms_norm.weight.detach()
+        elif isinstance(module, TernaryEmbedding):
+            packed = ternary_tensors(PackedEmbedding.from_ternary(module))
+            tensors |= {f"{name}.{key}": value for key, value in packed.items()}
+    return {"tensors": tensors, "dtype": "float32"}
+
+
+def _kept_tensors(model: PreTrainedModel, plan: Plan, store: Store) -> dict[str, Tensor]:
+    """Parameters outside the ternary modules: matrices (embedding, head) in `store`, the rest in fp32."""
+    ternary = [n for n, m in model.named_modules() if isinstance(m, TernaryLinear | TernaryEmbedding)]
+    return {
+        name: parameter.detach().to(DTYPES[store] if parameter.ndim >= 2 else torch.float32)
+        for name, parameter in model.named_parameters()
+        if not any(name.startswith(f"{path}.") for path in ternary)
+    }
+
+
+def _write_companions(
+    directory: Path, model: PreTrainedModel, plan: Plan | None, tokenizer: Any, form: str, content: dict[str, Any]
+) -> None:
+    """config.json, generation_config.json, tokenizer, and trilobit.json."""
+    config = model.config.to_dict()
+    config["architectures"] = [type(model).__name__]
+    config["dtype"] = content.get("dtype", "float32")
+    if "quantization_config" in content:
+        config["quantization_config"] = content["quantization_config"]
+    (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    card = {"form": form, "plan": plan.to_json() if plan else None, "trilobit": __version__}
+    write_json(directory / CARD, card | ({"norms": content["norms"]} if "norms" in content else {}))

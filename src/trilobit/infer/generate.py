@@ -1,0 +1,97 @@
+"""Continue a prompt through transformers, streaming; and sample text from a model to tune it on."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+from transformers.generation.streamers import TextStreamer
+
+from trilobit.config.generate import GenerateConfig
+from trilobit.errors import ConfigError
+from trilobit.infer.load import load, pick_device
+from trilobit.listener import SILENT, Listener
+
+
+@dataclass(frozen=True)
+class GenerateResult:
+    """The prompt's continuation."""
+
+    text: str
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    model: str
+
+
+class _Stream(TextStreamer):
+    def __init__(self, tokenizer: Any, listener: Listener):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.listener = listener
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.listener.stream(text + ("\n" if stream_end else ""))
+
+
+def run(config: GenerateConfig, listener: Listener = SILENT) -> GenerateResult:
+    """`trilobit generate`."""
+    device = pick_device(config.device)
+    loaded = load(config.model, device=device)
+    inputs = loaded.tokenizer(config.prompt, return_tensors="pt")["input_ids"]
+    if inputs.numel() == 0:
+        if loaded.tokenizer.bos_token_id is None:
+            raise ConfigError("the prompt is empty, and this tokenizer has no beginning-of-text token to start from.")
+        inputs = torch.tensor([[loaded.tokenizer.bos_token_id]])
+    started = time.perf_counter()
+    stream = _Stream(loaded.tokenizer, listener)
+    output = continue_tokens(
+        loaded.model, inputs.to(device), config.max_tokens, config.temperature, config.top_p, config.seed, stream
+    )
+    seconds = time.perf_counter() - started
+    new = output[0, inputs.shape[1] :]
+    text = loaded.tokenizer.decode(new, skip_special_tokens=True)
+    return GenerateResult(text, len(new), seconds, len(new) / seconds, str(config.model))
+
+
+@torch.no_grad()
+def continue_tokens(
+    model: PreTrainedModel, inputs: torch.Tensor, max_tokens: int, temperature: float = 0.0, top_p: float = 1.0,
+    seed: int = 0, streamer: TextStreamer | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """[B, T] token ids → [B, T + up to max_tokens]. Temperature 0 takes the likeliest token; rows end with end-of-text."""
+    options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if temperature > 0:
+        options = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    eos = model.generation_config.eos_token_id if model.generation_config else None
+    pad = eos[0] if isinstance(eos, list) else eos
+    with torch.random.fork_rng(devices=[inputs.device] if inputs.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        output = model.generate(  # pyright: ignore[reportCallIssue]
+            inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=max_tokens, pad_token_id=pad,
+            streamer=streamer, **options,
+        )  # fmt: skip
+    assert isinstance(output, torch.Tensor)
+    return output
+
+
+def sample_documents(
+    model: PreTrainedModel, start_token: int, end_token: int | None, tokens: int, length: int, seed: int, rows: int = 32
+) -> Iterator[np.ndarray]:
+    """Yield documents sampled from the model itself at temperature 1, until they hold `tokens` tokens.
+
+    Each starts from `start_token` (not yielded), is at most `length` tokens long, and ends with `end_token` if it has one.
+    Tuning on them needs no data, and the loss gap is then a KL divergence to the original.
+    """
+    model.eval()
+    done = 0
+    while done < tokens:
+        prompt = torch.full((rows, 1), start_token, device=next(model.parameters()).device)
+        for row in continue_tokens(model, prompt, length, temperature=1.0, seed=seed)[:, 1:].cpu().numpy():
+            ends = np.flatnonzero(row == end_token) if end_token is not None else []
+            document = row[: ends[0] + 1] if len(ends) else row
+            done += len(document)
+            yield document
+        seed += 1

@@ -1,0 +1,246 @@
+"""Models in: from a hub id, a checkpoint directory, or anything trilobit wrote.
+
+A directory written by trilobit holds trilobit.json beside the weights: the form they are stored in and the surgery's plan.
+Everything else goes through `AutoModelForCausalLM.from_pretrained`, and what that would only warn about (weights that are
+missing, a quantised checkpoint, a tokenizer that does not match) is an error here.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.initialization import no_init_weights
+
+from trilobit.errors import ModelError
+from trilobit.formats import Bitnet, TwoBit
+from trilobit.nn.packed import PackedEmbedding, PackedLinear
+from trilobit.nn.ternary import TernaryEmbedding, TernaryLinear, TernaryModule
+from trilobit.storage import read_json, verify_manifest
+from trilobit.surgery.ternary import Plan, apply_plan
+
+CARD = "trilobit.json"
+PACKED_FILE = "packed.safetensors"  # not model.safetensors: stock software must refuse it, not half-read it
+
+
+@dataclass
+class Loaded:
+    """A model, its tokenizer, and the plan of its surgery (None: an ordinary model)."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    plan: Plan | None
+    form: str
+
+
+def load(source: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Loaded:
+    """Load whatever `source` names: a run directory, its model/ or latent/, a checkpoint directory, or a hub id.
+
+    latent/ gives trainable ternary modules; every other trilobit form gives frozen ones. Raises ModelError with what to
+    do when the source is missing, gated, damaged, or is no language model.
+    """
+    path = Path(source)
+    if (path / "run.json").exists():
+        if not (path / "model" / CARD).exists():
+            raise ModelError(f"{path} is a run that has not finished: continue it with --resume.")
+        path = path / "model"
+    if (path / CARD).exists():
+        verify_manifest(path)
+        loaded = read_ours(path)
+    else:
+        loaded = load_pretrained(str(source), dtype)
+    loaded.model.to(device).eval()
+    return loaded
+
+
+def load_pretrained(source: str, dtype: torch.dtype = torch.float32) -> Loaded:
+    """An ordinary checkpoint through transformers. Raises ModelError instead of guessing."""
+    path = Path(source)
+    local = path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1
+    if local:
+        _require_checkpoint_directory(path)
+    with _clear_errors(source):
+        config = AutoConfig.from_pretrained(source)
+        if getattr(config, "quantization_config", None) is not None:
+            raise ModelError(f"{source} is a quantised checkpoint. Start from the full-precision one.")
+        with quiet_transformers():
+            model, report = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ModelError(f"{source} lacks {len(missing)} of the model's weights ({missing[0]}, …): it is incomplete.")
+    check_tokenizer(source, model, tokenizer)
+    return Loaded(model, tokenizer, None, "full precision")
+
+
+def check_tokenizer(source: str | Path, model: PreTrainedModel, tokenizer: Any) -> None:
+    """Raise ModelError if the tokenizer can produce ids that the embedding does not have, or is not a fast one."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelError(f"{source} has no fast tokenizer (tokenizer.json).")
+    vocabulary = model.get_input_embeddings().num_embeddings  # pyright: ignore[reportAttributeAccessIssue]
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= vocabulary:
+        raise ModelError(
+            f"the tokenizer of {source} does not match the model's vocabulary: it has an id {largest}, "
+            f"but the embedding has {vocabulary} rows."
+        )
+
+
+def ternary_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """`codes` and `scale` of a packed module, ready to store: codes in the TwoBit layout."""
+    assert isinstance(module, PackedLinear | PackedEmbedding), type(module)
+    return {"codes": TwoBit.pack(module.codes), "scale": module.scale}
+
+
+def freeze(model: PreTrainedModel) -> PreTrainedModel:
+    """Replace, in place, each trained ternary module by its frozen form."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, TernaryLinear):
+            model.set_submodule(name, PackedLinear.from_ternary(module))
+        elif isinstance(module, TernaryEmbedding):
+            model.set_submodule(name, PackedEmbedding.from_ternary(module))
+    return model
+
+
+def read_ours(path: Path) -> Loaded:
+    """Load a directory that holds trilobit.json, whether or not it has its manifest yet (`load` insists on it)."""
+    card = read_json(path / CARD)
+    form = card["form"]
+    plan = Plan.from_json(card["plan"]) if card["plan"] else None
+    with _clear_errors(str(path)):
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        if plan is None or form == "dense":
+            with quiet_transformers():
+                model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+            return Loaded(model, tokenizer, plan, form)
+        config = AutoConfig.from_pretrained(path)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with no_init_weights(), quiet_transformers():
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model.tie_weights()
+    if form != "latent" and card.get("norms") == "everywhere":
+        plan = _with_every_norm(plan)
+    apply_plan(model, plan)
+    tensors = _read_tensors(path / (PACKED_FILE if form == "packed" else "model.safetensors"))
+    if form == "latent":
+        _assign(model, tensors, path)
+        return Loaded(model, tokenizer, plan, form)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, TernaryModule):
+            if name == plan.head and plan.tied and plan.embedding is not None:
+                shared = model.get_submodule(plan.embedding)
+                tensors |= {f"{name}.{key}": value for key, value in ternary_tensors(shared).items()}
+            model.set_submodule(name, _packed(module, name, tensors, form))
+    _assign(model, tensors, path)
+    model.requires_grad_(False)
+    return Loaded(model, tokenizer, plan, form)
+
+
+def _with_every_norm(plan: Plan) -> Plan:
+    """The plan of a model whose block gains were moved into norms of its own (export/hf.py): every linear has one."""
+    linears = {path: type(linear)(True, linear.role, linear.fed_by) for path, linear in plan.linears.items()}
+    return Plan(plan.spec, linears, plan.embedding, plan.head, plan.tied)
+
+
+def _packed(module: TernaryModule, name: str, tensors: dict[str, Tensor], form: str) -> nn.Module:
+    """The frozen form of `module` from the stored tensors, which are taken out of `tensors`."""
+    if form == "packed":
+        width = module.embedding_dim if isinstance(module, TernaryEmbedding) else module.in_features  # pyright: ignore
+        codes, scale = TwoBit.unpack(tensors.pop(f"{name}.codes"), width), tensors.pop(f"{name}.scale")
+        if isinstance(module, TernaryEmbedding):
+            return PackedEmbedding(codes, scale, module.granularity)
+        bias = tensors.pop(f"{name}.bias", None)
+    else:
+        codes = Bitnet.unpack(tensors.pop(f"{name}.weight"))
+        stored = tensors.pop(f"{name}.weight_scale").float().reshape(1, 1)
+        scale = stored.reciprocal() if form == "bitlinear" else stored  # the two classes mean opposite things by it
+        bias = tensors.pop(f"{name}.bias", None)
+        bias = bias * stored.item() if bias is not None and form == "autobitlinear" else bias
+    assert isinstance(module, TernaryLinear), type(module)
+    norm = module.rms_norm
+    if norm is not None:
+        gain = tensors.pop(f"{name}.rms_norm.weight").float()
+        norm.weight = nn.Parameter(gain)
+    return PackedLinear(codes, scale, bias, norm, module.rule.granularity, module.rule.int8_activations)
+
+
+def _assign(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Copy what is left of `tensors` into the model's parameters; each tied parameter once; nothing may be left over."""
+    packed = {f"{n}.{k}" for n, m in model.named_modules() if isinstance(m, PackedLinear) for k, _ in m.named_parameters()}
+    wanted = {name: p for name, p in model.named_parameters() if name not in packed}
+    if wanted.keys() != tensors.keys():
+        odd = sorted(wanted.keys() ^ tensors.keys())
+        raise ModelError(f"{path} does not hold the tensors its {CARD} promises: {odd[0]}, … ({len(odd)} differ).")
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            parameter.copy_(tensors[name])
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} cannot be read: {error}") from error
+
+
+def _require_checkpoint_directory(path: Path) -> None:
+    if not path.exists():
+        raise ModelError(f"there is no {path}.")
+    if not path.is_dir() or not (path / "config.json").exists():
+        raise ModelError(f"{path} is not a checkpoint directory: it has no config.json.")
+
+
+@contextmanager
+def _clear_errors(source: str) -> Iterator[None]:
+    """Turn what transformers and the hub raise into a ModelError that says what to do."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except GatedRepoError as error:
+        raise ModelError(f"{source} is gated: accept its licence on its page, then `hf auth login`.") from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(f"{source} is neither a directory here nor a model on the hub.") from error
+    except SafetensorError as error:
+        raise ModelError(f"the weights of {source} are damaged or truncated: {error}") from error
+    except (OSError, ValueError, KeyError, RuntimeError, HfHubHTTPError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{source} could not be loaded: {first}") from error
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """transformers prints load reports and progress bars that our own checks make redundant."""
+    from transformers.utils import logging as transformers_logging
+
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` → cuda where there is one, else cpu. Raises ModelError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise ModelError(f"--device {name} cannot be used here: {first}") from error
+    return device

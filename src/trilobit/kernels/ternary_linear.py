@@ -1,0 +1,171 @@
+"""The ternary linear as one autograd function: norm, both quantisers, product, and the straight-through backward.
+
+The same numbers as composing quant.py step by step (the oracle in tests/), for about the time and memory of the plain
+linear it replaces. What pays for the quantisers:
+
+  · at λ = 1 the forward product is int8 × ternary, exact, on int8 instructions (about twice the bf16 rate);
+  · the backward keeps int8 codes (one byte) where a plain linear keeps its bf16 or fp32 input and weight;
+  · norm and blends are recomputed from the saved input rather than kept.
+
+With x̂ = x · r, r = 1/rms(x), n = x̂ · g, and the straight-through estimator (identity through both roundings):
+
+    ∂W = ∂yᵀ · Q(n)       ∂n = ∂y · Q(W)       ∂g = Σ_t ∂n · x̂       ∂x = r · (∂n·g − x̂ · mean(∂n·g·x̂))
+
+Letters: T tokens, K inputs, O outputs.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trilobit import quant
+from trilobit.kernels.dispatch import int8_matmul
+from trilobit.quant import Granularity
+
+Strength = float | Tensor
+"""λ. A float is 0 or 1; a 0-dim tensor lies strictly between, so that changing it neither recompiles nor waits."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What is fixed about a ternary linear: the granule of its scale, whether its input becomes int8, its norm's eps."""
+
+    granularity: Granularity
+    int8_activations: bool
+    eps: float
+
+
+def ternary_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor | None, rule: Rule, weights: Strength, activations: Strength
+) -> Tensor:
+    """Q_λ(rms_norm(x) · gain) · Q_λ(W)ᵀ + b, straight-through.
+
+    x: [..., K]; weight: [O, K] latent; bias: [O] or None; gain: [K], [1] or None (no norm).
+    weights, activations: λ_w and λ_a. Returns [..., O] in the autocast dtype if autocast is on, else in x's dtype.
+    """
+    kind = x.device.type
+    compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    if not rule.int8_activations:
+        activations = 0.0
+    with torch.autocast(kind, enabled=False):
+        return _TernaryLinear.apply(x, weight, bias, gain, rule, weights, activations, compute)
+
+
+def _is(strength: Strength, value: float) -> bool:
+    return not isinstance(strength, Tensor) and strength == value
+
+
+class _TernaryLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor | None,
+        rule: Rule, weights: Strength, activations: Strength, compute: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        rows = x.reshape(-1, x.shape[-1])
+        inverse = None if gain is None else _inverse_rms(rows, rule.eps)
+        normed = _apply_norm(rows, inverse, gain)
+        codes = scale = weight_codes = weight_scale = None
+        if not _is(activations, 0):
+            codes, scale = quant.int8_codes(normed)
+        if not _is(weights, 0):
+            weight_scale = quant.absmean_scale(weight, rule.granularity)
+            weight_codes = quant.ternary_codes(weight, weight_scale, rule.granularity)
+        whole_rows = quant.group_size(rule.granularity) is None  # the scale factors out of the product
+        pure_weights = _is(weights, 1) and whole_rows
+
+        if pure_weights and _is(activations, 1):
+            assert codes is not None and weight_codes is not None and scale is not None and weight_scale is not None
+            y = int8_matmul(codes, weight_codes).to(scale.dtype) * (scale * weight_scale.T)
+            y = y if bias is None else y + bias
+        elif pure_weights:
+            assert weight_codes is not None and weight_scale is not None
+            inputs = _blend_activations(normed, codes, scale, activations, compute)
+            y = (inputs @ weight_codes.to(compute).T) * weight_scale.T
+            y = y if bias is None else y + bias
+        else:
+            inputs = _blend_activations(normed, codes, scale, activations, compute)
+            matrix = _blend_weights(weight, weight_codes, weight_scale, weights, rule, compute, pure_weights)
+            y = F.linear(inputs, matrix, None if bias is None else bias.to(compute))  # λ = 0: the plain linear's own bits
+        kept = None if gain is None and _is(activations, 1) else rows
+        ctx.save_for_backward(kept, weight, gain, inverse, codes, scale, weight_codes, weight_scale)
+        ctx.rule, ctx.strengths, ctx.pure_weights, ctx.compute = rule, (weights, activations), pure_weights, compute
+        ctx.shape, ctx.dtype, ctx.bias_dtype = x.shape, x.dtype, None if bias is None else bias.dtype
+        return y.to(compute).view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        rows, weight, gain, inverse, codes, scale, weight_codes, weight_scale = ctx.saved_tensors
+        rule, (weights, activations), compute = ctx.rule, ctx.strengths, ctx.compute
+        dy = gradients[0].reshape(-1, weight.shape[0]).to(compute)
+        dx = dweight = dbias = dgain = None
+
+        if ctx.needs_input_grad[1]:
+            if _is(activations, 1):
+                inputs = (codes * scale).to(compute)
+            else:
+                inputs = _blend_activations(_apply_norm(rows, inverse, gain), codes, scale, activations, compute)
+            dweight = (dy.T @ inputs).to(weight.dtype)
+        if ctx.needs_input_grad[2]:
+            dbias = dy.sum(dim=0, dtype=quant.working_dtype(dy)).to(ctx.bias_dtype)
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
+            matrix = _blend_weights(weight, weight_codes, weight_scale, weights, rule, compute, ctx.pure_weights)
+            per_tensor = ctx.pure_weights and weight_scale.numel() == 1
+            left = dy * weight_scale.T.to(compute) if ctx.pure_weights and not per_tensor else dy
+            dnormed = (left @ matrix).to(quant.working_dtype(dy))
+            if per_tensor:
+                dnormed *= weight_scale
+            if gain is None:
+                dx = dnormed
+            else:
+                dx, dgain = _norm_backward(rows, inverse, gain, dnormed)
+            dx = dx.to(ctx.dtype).view(ctx.shape)
+        return dx, dweight, dbias, dgain, None, None, None, None
+
+
+def _inverse_rms(rows: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean(x²) + eps): [T, K] → [T, 1]."""
+    values = rows.to(quant.working_dtype(rows))
+    return torch.rsqrt(values.pow(2).mean(dim=-1, keepdim=True) + eps)
+
+
+def _apply_norm(rows: Tensor, inverse: Tensor | None, gain: Tensor | None) -> Tensor:
+    """x̂ · g in the working dtype, [T, K]; without a norm the rows themselves."""
+    values = rows.to(quant.working_dtype(rows))
+    return values if inverse is None or gain is None else (values * inverse).mul_(gain)
+
+
+def _blend_activations(
+    normed: Tensor, codes: Tensor | None, scale: Tensor | None, strength: Strength, compute: torch.dtype
+) -> Tensor:
+    if codes is None or scale is None:
+        return normed.to(compute)
+    return quant.blend(normed, codes * scale, strength).to(compute)
+
+
+def _blend_weights(
+    weight: Tensor, codes: Tensor | None, scale: Tensor | None, strength: Strength, rule: Rule, compute: torch.dtype, pure: bool
+) -> Tensor:
+    """[O, K] in the compute dtype. `pure`: the codes alone (exact in any dtype), because their scale is applied outside."""
+    if codes is None or scale is None:
+        return weight.to(compute)
+    if pure:
+        return codes.to(compute)
+    return quant.blend(weight, quant.ternary_dequantize(codes, scale, rule.granularity), strength).to(compute)
+
+
+def _norm_backward(rows: Tensor, inverse: Tensor, gain: Tensor, dnormed: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x̂ · g with respect to x [T, K] and g. `dnormed` is overwritten."""
+    normalized = rows.to(dnormed.dtype) * inverse
+    product = dnormed * normalized
+    if gain.numel() == 1:
+        dgain = product.sum().reshape(gain.shape)
+        mean = product.mean(dim=-1, keepdim=True) * gain
+    else:
+        dgain = product.sum(dim=0)
+        mean = (product @ gain.to(product.dtype)).unsqueeze(1) / rows.shape[-1]
+    dx = dnormed.mul_(gain).sub_(normalized.mul_(mean)).mul_(inverse)
+    return dx, dgain.to(gain.dtype)

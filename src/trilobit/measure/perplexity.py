@@ -1,0 +1,134 @@
+"""Perplexity and bits per byte, with every knob stated: windows, beginning-of-text, what is counted.
+
+The text is tokenised whole and cut into windows of W tokens that do not overlap; each window predicts all of its tokens
+but the first. With a beginning-of-text token each window holds that and W − 1 tokens of text, all of them predicted.
+
+    perplexity = exp(nats / tokens)        bits per byte = nats / ln 2 / bytes of the predicted text
+
+Models differ in whether they need the token (Gemma without it: 74 instead of 27), so `auto` does what the model's own
+tokenizer does when it encodes a text.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trilobit.config.eval import EvalConfig
+from trilobit.corpus import documents
+from trilobit.errors import DataError, ModelError
+from trilobit.infer.load import load, pick_device
+from trilobit.listener import SILENT, Listener
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """What was measured, and how."""
+
+    perplexity: float
+    nats_per_token: float
+    bits_per_byte: float
+    tokens: int
+    windows: int
+    sequence_length: int
+    bos: bool
+    precision: str
+    model: str
+    data: str
+
+
+@torch.no_grad()
+def nats(model: torch.nn.Module, windows: Tensor, sequences: int, precision: str = "fp32") -> tuple[float, int]:
+    """Total nats and number of predicted tokens. windows: [N, W + 1] holds W inputs and, shifted, W targets each."""
+    device = next(iter(model.parameters()), windows).device
+    training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    for batch in windows.split(sequences):
+        batch = batch.to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            logits = model(input_ids=batch[:, :-1], use_cache=False).logits
+        total += F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
+        count += batch[:, 1:].numel()
+    model.train(training)
+    return total, count
+
+
+def text_windows(texts: Iterable[str], tokenizer: Any, length: int, bos: bool) -> tuple[Tensor, Tensor]:
+    """Windows [N, length] of the joined text and the bytes [N] of what each predicts.
+
+    Documents are separated by the end-of-text token when there are several. Raises DataError if the text is too short.
+    """
+    ids: list[int] = []
+    ends: list[int] = []  # bytes of text before the end of each token
+    done = 0
+    for text in texts:
+        if ids and tokenizer.eos_token_id is not None:
+            ids.append(tokenizer.eos_token_id)
+            ends.append(done)
+        encoding = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+        position = [0]
+        for character in text:
+            position.append(position[-1] + len(character.encode("utf-8", "surrogatepass")))
+        ids.extend(encoding.ids)
+        ends.extend(done + position[end] for _, end in encoding.offsets)
+        done += position[-1]
+    own = length - 1 if bos else length
+    count = len(ids) // own
+    if count == 0:
+        raise DataError(f"the text has {len(ids)} tokens, fewer than one window of {own}. Lower --sequence-length.")
+    windows = torch.tensor(ids[: count * own], dtype=torch.int64).view(count, own)
+    boundary = torch.tensor([0, *ends[: count * own]], dtype=torch.int64)
+    starts = torch.arange(count) * own
+    sizes = boundary[starts + own] - boundary[starts + (0 if bos else 1)]
+    if bos:
+        windows = torch.cat([torch.full((count, 1), tokenizer.bos_token_id), windows], dim=1)
+    return windows, sizes
+
+
+def uses_bos(tokenizer: Any, choice: str) -> bool:
+    """Whether windows begin with the beginning-of-text token. Raises ModelError for `yes` without such a token."""
+    if choice == "auto":
+        ids = tokenizer("a")["input_ids"]
+        return tokenizer.bos_token_id is not None and len(ids) > 0 and ids[0] == tokenizer.bos_token_id
+    if choice == "yes" and tokenizer.bos_token_id is None:
+        raise ModelError("--bos yes: this tokenizer has no beginning-of-text token.")
+    return choice == "yes"
+
+
+def require_positions(model: Any, length: int) -> None:
+    """Raise ModelError if the model has fewer positions than `length`."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise ModelError(f"--sequence-length {length} is longer than the model's {positions} positions.")
+
+
+def run(config: EvalConfig, listener: Listener = SILENT) -> EvalResult:
+    """`trilobit eval`."""
+    device = pick_device(config.device)
+    split = "heldout" if config.data == "stdlib" else None
+    texts = (document.text for document in documents(config.data, text_field=config.text_field, split=split))
+    loaded = load(config.model, device=device)
+    require_positions(loaded.model, config.sequence_length)
+    bos = uses_bos(loaded.tokenizer, config.bos)
+    windows, sizes = text_windows(texts, loaded.tokenizer, config.sequence_length, bos)
+    if config.max_tokens is not None:
+        keep = max(1, config.max_tokens // (config.sequence_length - 1))
+        windows, sizes = windows[:keep], sizes[:keep]
+    total, tokens = nats(loaded.model, windows, config.sequences, config.precision)
+    return EvalResult(
+        perplexity=math.exp(min(total / tokens, 700.0)),
+        nats_per_token=total / tokens,
+        bits_per_byte=total / math.log(2) / int(sizes.sum()),
+        tokens=tokens,
+        windows=len(windows),
+        sequence_length=config.sequence_length,
+        bos=bos,
+        precision=config.precision,
+        model=str(config.model),
+        data=config.data,
+    )

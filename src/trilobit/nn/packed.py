@@ -1,0 +1,80 @@
+"""Frozen ternary modules for inference: codes and scales instead of latent weights.
+
+Codes are kept as int8 so that the integer product can read them directly; on disk they take two bits (formats.py).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trilobit import quant
+from trilobit.kernels.dispatch import int8_matmul
+from trilobit.nn.ternary import InputRMSNorm, TernaryEmbedding, TernaryLinear
+from trilobit.quant import Granularity
+
+
+class PackedLinear(nn.Module):
+    """The function of a TernaryLinear at λ = 1. [..., K] → [..., O], computed in fp32, in the input's dtype.
+
+    codes: [O, K] int8; scale: as quant.absmean_scale; bias: [O] or None; rms_norm: the norm in front, or None.
+    """
+
+    def __init__(
+        self, codes: Tensor, scale: Tensor, bias: Tensor | None, rms_norm: InputRMSNorm | None,
+        granularity: Granularity, int8_activations: bool,
+    ):  # fmt: skip
+        super().__init__()
+        self.out_features, self.in_features = codes.shape
+        self.granularity: Granularity = granularity
+        self.int8_activations = int8_activations
+        self.rms_norm = rms_norm
+        self.codes = nn.Buffer(codes)
+        self.scale = nn.Buffer(scale)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    @classmethod
+    def from_ternary(cls, linear: TernaryLinear) -> "PackedLinear":
+        """Freeze a trained linear: quantise its latent weight once."""
+        rule = linear.rule
+        scale = quant.absmean_scale(linear.weight, rule.granularity)
+        codes = quant.ternary_codes(linear.weight, scale, rule.granularity)
+        bias = None if linear.bias is None else linear.bias.detach()
+        return cls(codes, scale, bias, linear.rms_norm, rule.granularity, rule.int8_activations)
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = input if self.rms_norm is None else quant.rms_norm(input.float(), self.rms_norm.weight, self.rms_norm.eps)
+        if not self.int8_activations:
+            weight = quant.ternary_dequantize(self.codes, self.scale, self.granularity)
+            return F.linear(x.float(), weight, self.bias).to(input.dtype)
+        codes, scale = quant.int8_codes(x)
+        if quant.group_size(self.granularity) is not None:
+            y = quant.integer_linear(codes, scale, self.codes, self.scale, self.bias, self.granularity)
+        else:
+            sums = int8_matmul(codes.flatten(0, -2), self.codes).view(*codes.shape[:-1], self.out_features)
+            y = sums * (scale * self.scale.T)
+            y = y if self.bias is None else y + self.bias
+        return y.to(input.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, scale per {self.granularity}"
+
+
+class PackedEmbedding(nn.Module):
+    """Rows of code · s. codes: [V, D] int8; scale as quant.absmean_scale. Returns fp32."""
+
+    def __init__(self, codes: Tensor, scale: Tensor, granularity: Granularity):
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = codes.shape
+        self.granularity: Granularity = granularity
+        self.codes = nn.Buffer(codes)
+        self.scale = nn.Buffer(scale)
+
+    @classmethod
+    def from_ternary(cls, embedding: TernaryEmbedding) -> "PackedEmbedding":
+        scale = quant.absmean_scale(embedding.weight, embedding.granularity)
+        return cls(quant.ternary_codes(embedding.weight, scale, embedding.granularity), scale, embedding.granularity)
+
+    def forward(self, input: Tensor) -> Tensor:
+        ids = input.flatten()
+        scale = self.scale if self.granularity == "tensor" else self.scale[ids]
+        return quant.ternary_dequantize(self.codes[ids], scale, self.granularity).view(*input.shape, -1)

@@ -1,0 +1,157 @@
+"""All quantisation arithmetic: the oracle that every kernel, layout and engine is tested against.
+
+    weights      s = mean|W| over a granule (the matrix, a row, or a group along the input)
+                 code = clip(round_half_even(W · 1/s), −1, 1)                      BitNet b1.58, arXiv 2402.17764, eq. 1–3
+    activations  s = absmax/127 per token, code = clip(round_half_even(x · (127 · 1/absmax)), −128, 127)
+    strength     λ = 0 is x itself, λ = 1 is Q(x) itself, between them x + λ·(Q(x) − x); the gradient passes straight through
+    product      y = (Σ code_x · code_w) · (s_x · s_w) + b, the sum exact, the rest in fp32
+
+Means are taken in float64 and rounded once, so that a scale does not depend on how a matrix is sharded; means and absmax
+are clamped at 1e-5. Group scales are rounded to fp16 in the forward, because the formats that hold groups store fp16.
+torch (hence transformers) computes 127 / absmax as 1/absmax, rounded, times 127: a kernel has to repeat both roundings.
+A float64 input is computed in float64 throughout (for parity tests); everything else in float32.
+
+Letters: O outputs, K inputs, G groups of a row, T tokens.
+"""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Granularity = Literal["tensor", "row", "group-64", "group-128", "group-256"]
+
+FLOOR = 1e-5
+INT8_MAX = 127
+EXACT_IN_FP32 = 2**24 // INT8_MAX  # widest K whose ternary × int8 sums fp32 holds exactly
+
+
+def group_size(granularity: Granularity) -> int | None:
+    """Inputs per group, or None for `tensor` and `row`."""
+    return int(granularity.removeprefix("group-")) if granularity.startswith("group-") else None
+
+
+def absmean_scale(weight: Tensor, granularity: Granularity = "tensor") -> Tensor:
+    """Scale of each granule of a logical matrix.
+
+    weight: [O, K]. Returns [1, 1], [O, 1] or [O, G] with G = ceil(K / group), fp32 (float64 for a float64 weight).
+    A short last group is a granule like any other. NaN and infinity propagate into the scale.
+    """
+    dtype = working_dtype(weight)
+    group = group_size(granularity)
+    magnitude = weight.detach().abs()
+    if granularity == "tensor":
+        mean = magnitude.mean(dtype=torch.float64).reshape(1, 1)
+    elif group is None:
+        mean = magnitude.mean(dim=1, keepdim=True, dtype=torch.float64)
+    else:
+        whole = weight.shape[1] // group * group
+        parts = [magnitude[:, :whole].unflatten(1, (-1, group)).mean(dim=2, dtype=torch.float64)] if whole else []
+        if whole < weight.shape[1]:
+            parts.append(magnitude[:, whole:].mean(dim=1, keepdim=True, dtype=torch.float64))
+        mean = torch.cat(parts, dim=1)
+    scale = mean.to(dtype).clamp(min=FLOOR)
+    return scale if group is None else scale.to(torch.float16).to(dtype)
+
+
+def spread_scale(scale: Tensor, inputs: int, granularity: Granularity) -> Tensor:
+    """Repeat group scales along the input: [O, G] → [O, K]. Tensor and row scales already broadcast and come back as is."""
+    group = group_size(granularity)
+    return scale if group is None else scale.repeat_interleave(group, dim=1)[:, :inputs]
+
+
+def ternary_codes(weight: Tensor, scale: Tensor, granularity: Granularity = "tensor") -> Tensor:
+    """Codes −1, 0, 1 of `weight` [O, K] as int8 [O, K], given `scale` from absmean_scale."""
+    reciprocal = spread_scale(scale.reciprocal(), weight.shape[1], granularity)
+    return (weight.detach() * reciprocal).round_().clamp_(-1, 1).to(torch.int8)
+
+
+def ternary_dequantize(codes: Tensor, scale: Tensor, granularity: Granularity = "tensor") -> Tensor:
+    """code · s, [O, K] in the dtype of `scale`."""
+    return codes.to(scale.dtype) * spread_scale(scale, codes.shape[1], granularity)
+
+
+def ternary_quantize(weight: Tensor, granularity: Granularity = "tensor") -> Tensor:
+    """Q(W): the nearest ternary matrix under the absmean rule, [O, K] in the dtype of absmean_scale."""
+    scale = absmean_scale(weight, granularity)
+    return ternary_dequantize(ternary_codes(weight, scale, granularity), scale, granularity)
+
+
+def int8_codes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes of `x` [..., K] as int8 [..., K] and the scale of each token [..., 1] (fp32, or float64 for float64)."""
+    values = x.detach().to(working_dtype(x))
+    absmax = values.abs().amax(dim=-1, keepdim=True).clamp(min=FLOOR)
+    codes = (values * (INT8_MAX / absmax)).round_().clamp_(-INT8_MAX - 1, INT8_MAX).to(torch.int8)
+    return codes, absmax / INT8_MAX
+
+
+def int8_quantize(x: Tensor) -> Tensor:
+    """Q(x): the nearest int8 token under the absmax rule, same shape, fp32 (or float64 for float64)."""
+    codes, scale = int8_codes(x)
+    return codes.to(scale.dtype) * scale
+
+
+def integer_linear(
+    codes: Tensor, scale: Tensor, weight_codes: Tensor, weight_scale: Tensor, bias: Tensor | None, granularity: Granularity
+) -> Tensor:
+    """y = (Σ code_x · code_w) · (s_x · s_w) + b. The definition of the linear at λ = 1.
+
+    codes [..., K] int8, scale [..., 1]; weight_codes [O, K] int8, weight_scale from absmean_scale; bias [O] or None.
+    Returns [..., O] in the dtype of `scale`. With groups, each group's exact sum is scaled before the groups are added.
+    """
+    dtype = scale.dtype
+    exact = dtype if codes.shape[-1] <= EXACT_IN_FP32 else torch.float64
+    group = group_size(granularity)
+    if group is None:
+        sums = (codes.to(exact) @ weight_codes.to(exact).T).to(dtype)
+        y = sums * (scale * weight_scale.T)
+    else:
+        y = torch.zeros(*codes.shape[:-1], weight_codes.shape[0], dtype=dtype, device=codes.device)
+        for index in range(weight_scale.shape[1]):
+            part = slice(index * group, (index + 1) * group)
+            sums = (codes[..., part].to(exact) @ weight_codes[:, part].to(exact).T).to(dtype)
+            y += sums * weight_scale[:, index]
+        y *= scale
+    return y if bias is None else y + bias.to(dtype)
+
+
+def fade(x: Tensor, quantized: Tensor, strength: float | Tensor) -> Tensor:
+    """x at λ = 0, Q(x) at λ = 1, x + λ·(Q(x) − x) between them; the gradient goes to x unchanged.
+
+    A tensor strength is taken to lie strictly between 0 and 1 (branching on it would wait for the device).
+    """
+    return _StraightThrough.apply(x, quantized, strength)
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, quantized: Tensor, strength: float | Tensor) -> Tensor:
+        return blend(x, quantized, strength)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0], None, None
+
+
+def blend(x: Tensor, quantized: Tensor, strength: float | Tensor) -> Tensor:
+    """The forward of `fade`, without its gradient."""
+    if isinstance(strength, float | int):
+        if strength == 0:
+            return x.view_as(x)
+        if strength == 1:
+            return quantized.to(x.dtype, copy=quantized.dtype == x.dtype)
+    return (x + strength * (quantized - x)).to(x.dtype)
+
+
+def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x²) + eps) · gain over the last dimension, computed in fp32 (float64 for float64), in x's dtype.
+
+    gain: [K] (vector) or [1] (scalar). Zhang & Sennrich 2019, arXiv 1910.07467, eq. 4.
+    """
+    values = x.to(working_dtype(x))
+    normed = values * torch.rsqrt(values.pow(2).mean(dim=-1, keepdim=True) + eps)
+    return (normed * gain).to(x.dtype)
+
+
+def working_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

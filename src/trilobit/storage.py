@@ -1,0 +1,160 @@
+"""Directories that are either whole or absent.
+
+Whatever trilobit leaves on disk is written into a temporary directory beside its target, flushed, listed in a manifest
+with the sha256 of every file, and renamed into place; a reader that finds no valid manifest finds nothing. A process
+that is killed at any instant leaves the previous state. Only safetensors and JSON are written: no pickle in any form.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trilobit.errors import ModelError, OutputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MANIFEST = "manifest.json"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON through a temporary file, so that a reader never sees half of it."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    text = json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n"
+    try:
+        partial.write_text(text, encoding="utf-8")
+        _fsync(partial)
+        os.replace(partial, path)
+    except OSError as error:
+        remove_directory(partial)
+        raise OutputError(f"cannot write {path}: {error.strerror or error}. Nothing was left behind.") from error
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} is not readable JSON: {error}") from error
+
+
+@contextmanager
+def atomic_directory(target: Path) -> Iterator[Path]:
+    """Give a temporary directory that becomes `target`, with a manifest, when the block ends without an exception.
+
+    An existing `target` is replaced only at that moment. Raises OutputError when the disk refuses.
+    """
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove_directory(partial)
+        partial.mkdir()
+        yield partial
+        _seal(partial)
+        replaced = None
+        if target.exists():
+            replaced = target.with_name(f".{target.name}.replaced-{os.getpid()}")
+            os.replace(target, replaced)
+        try:
+            os.replace(partial, target)
+        except OSError:
+            if replaced is not None:
+                os.replace(replaced, target)
+            raise
+        _fsync(target.parent)
+        if replaced is not None:
+            remove_directory(replaced)
+    except OSError as error:
+        raise OutputError(f"cannot write {target}: {error.strerror or error}. Nothing was left behind.") from error
+    finally:
+        remove_directory(partial)
+
+
+def is_whole(directory: Path) -> bool:
+    """True when the manifest is there and every file it lists has the listed size."""
+    try:
+        files = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["files"]
+        return all((directory / name).stat().st_size == entry["bytes"] for name, entry in files.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def verify_manifest(directory: Path) -> None:
+    """Raise ModelError naming the first file whose size or sha256 differs from the manifest, or a missing manifest."""
+    path = directory / MANIFEST
+    if not path.exists():
+        raise ModelError(f"{directory} has no {MANIFEST}: it was not completely written.")
+    try:
+        files = [(name, entry["bytes"], entry["sha256"]) for name, entry in read_json(path)["files"].items()]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path} is damaged: it does not list files with their bytes and sha256.") from error
+    for name, size, digest in files:
+        file = directory / name
+        if not file.is_file() or file.stat().st_size != size or _sha256(file) != digest:
+            raise ModelError(f"{file} is missing or damaged: it does not match {path}.")
+
+
+def require_new_directory(path: Path, hint: str) -> None:
+    """Raise OutputError if `path` exists, or if the nearest existing folder above it cannot be written."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise OutputError(f"{path} exists already. {hint}")
+    above = path
+    while not above.exists():
+        above = above.parent
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise OutputError(f"cannot write {path}: {above} is not a writable folder.")
+
+
+def require_free_space(path: Path, needed: int, purpose: str) -> None:
+    """Raise OutputError if the disk that will hold `path` has fewer than `needed` bytes free."""
+    above = path
+    while not above.exists():
+        above = above.parent
+    free = shutil.disk_usage(above).free
+    if free < needed:
+        raise OutputError(f"{purpose} needs {needed / 1e9:.2f} GB under {path}, but {free / 1e9:.2f} GB are free.")
+
+
+def save_tensors(tensors: "dict[str, Tensor]", path: Path) -> None:
+    """Write a safetensors file. Raises OutputError where the disk refuses."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, path, {"format": "pt"})
+    except SafetensorError as error:
+        raise OutputError(f"cannot write {path.name}: {error}. Nothing was left behind.") from error
+
+
+def _seal(directory: Path) -> None:
+    files = {}
+    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
+        _fsync(path)
+        files[path.relative_to(directory).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    write_json(directory / MANIFEST, {"files": files})
+    _fsync(directory)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_directory(path: Path) -> None:
+    """Delete a directory or file if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    elif path.exists():
+        path.unlink()

@@ -1,0 +1,368 @@
+"""Tokens on disk, and windows of them in an order that depends on (seed, step) alone.
+
+A corpus is tokenised once and kept as one flat array, `tokens.bin` (little-endian uint16, or uint32 where the
+vocabulary needs it), the training part first and the held-out part after it. The directory's name is a hash of what it
+was made from: the text, the tokenizer's whole definition, the options. Nothing is ever out of date, only unused.
+
+Long documents are cut before tokenising where that provably changes nothing, because the tokenizer works on documents
+in parallel and a 1 GB file is one document: see `_cuts_are_safe`.
+
+Sample i of training is window P_e(i mod n) of n, where e = i div n is the epoch and P_e a permutation computed, not
+stored: a Feistel network on the smallest 2^(2h) >= n, walked along its cycle until it lands below n (Black & Rogaway,
+"Ciphers with arbitrary finite domains", 2002). Any sample is found in O(1), so resuming needs no state, and the order
+does not know how many ranks or micro-batches share the work.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from trilobit.errors import DataError, ModelError, OutputError
+from trilobit.storage import atomic_directory, is_whole, read_json, write_json
+from trilobit import corpus
+
+RULE = 1  # raised whenever the same text and tokenizer would give other tokens or another held-out part
+BATCH_CHARACTERS = 1 << 21
+CUT_CHARACTERS = 1 << 14
+FEISTEL_ROUNDS = 8
+
+Progress = Callable[[int, int], None]  # (bytes of text, tokens) done so far
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Training and held-out tokens, memory-mapped, and the UTF-8 bytes of the text behind each (for bits per byte).
+
+    description: one line for the user. key: the hash that names the cached directory.
+    """
+
+    train: np.ndarray
+    heldout: np.ndarray
+    train_bytes: int
+    heldout_bytes: int
+    description: str
+    key: str
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """A directory with tokens.bin and meta.json, whole or absent."""
+
+    directory: Path
+
+    def write(self, pieces: Iterable[tuple[bool, np.ndarray, int]], vocab_size: int, heldout_tokens: int) -> None:
+        """Write (held out?, tokens, bytes of text) pieces. A held-out piece beyond `heldout_tokens` is left out."""
+        dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+        counts = {"documents": 0, "left_out": 0, "train_tokens": 0, "train_bytes": 0, "heldout_bytes": 0, "largest": -1}
+        heldout, held = [], 0
+        with atomic_directory(self.directory) as partial:
+            with (partial / "tokens.bin").open("wb") as file:
+                for held_out, ids, size in pieces:
+                    counts["documents"] += 1
+                    if held_out and held >= heldout_tokens:
+                        counts["left_out"] += 1
+                        continue
+                    if len(ids):
+                        assert ids.min() >= 0, f"a token id is {ids.min()}"
+                        counts["largest"] = max(counts["largest"], int(ids.max()))
+                        _require_vocabulary(counts["largest"], vocab_size)
+                    if held_out:
+                        heldout.append(ids.astype(dtype))
+                        held += len(ids)
+                    else:
+                        file.write(ids.astype(dtype).tobytes())
+                        counts["train_tokens"] += len(ids)
+                    counts["heldout_bytes" if held_out else "train_bytes"] += size
+                for ids in heldout:
+                    file.write(ids.tobytes())
+            if counts["train_tokens"] + held == 0:
+                raise DataError("there are no tokens: the text is empty.")
+            write_json(partial / "meta.json", {"rule": RULE, "dtype": dtype.str, "heldout_tokens": held, **counts})
+
+    def read(self) -> tuple[np.ndarray, dict[str, Any]]:
+        """The tokens, training part first, as a read-only memory map; and meta.json."""
+        meta = read_json(self.directory / "meta.json")
+        return np.memmap(self.directory / "tokens.bin", dtype=np.dtype(meta["dtype"]), mode="r"), meta
+
+
+def prepare(
+    data: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    vocab_size: int,
+    text_field: str = "text",
+    max_tokens: int | None = None,
+    heldout_tokens: int = 262_144,
+    sequence_length: int = 512,
+    cache_dir: Path | None = None,
+    progress: Progress | None = None,
+) -> Tokens:
+    """Tokenise `data` (see corpus.py), or find it tokenised already, under `cache_dir` (~/.cache/trilobit/tokens).
+
+    Every document ends in the end-of-text token (the tokenizer's eos, else its bos); no other special token is added.
+    A dataset on the hub is read until `max_tokens` training tokens; files and stdlib are read whole. Documents are held
+    out by content until there are `heldout_tokens`; further ones are left out, never trained on. Where that gives less
+    than one window of `sequence_length`, or less text to train on than held out, the last 2 % of all tokens are held
+    out instead (one window at least, `heldout_tokens` at most).
+
+    Raises DataError for text that is missing, damaged or too short, ModelError if a token is not below `vocab_size`.
+    """
+    stream = corpus.is_stream(data)
+    if stream and max_tokens is None:
+        raise DataError(f"--data {data} is read from the hub and may not end: say how much with --max-tokens.")
+    backend = _backend(tokenizer)
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
+    if end is None:
+        raise DataError("the tokenizer has neither an eos nor a bos token to put between documents; set eos_token.")
+    limit = max_tokens if stream else None
+    options = [RULE, corpus.fingerprint(data), text_field, limit, heldout_tokens, end]
+    key = _key("corpus", options, backend)
+
+    def pieces() -> Iterator[tuple[bool, np.ndarray, int]]:
+        texts = train = total = 0
+        for document, ids in _tokenised(corpus.documents(data, text_field=text_field), backend, int(end)):
+            yield document.held_out, ids, document.bytes
+            texts, total = texts + document.bytes, total + len(ids)
+            train += 0 if document.held_out else len(ids)
+            if progress is not None:
+                progress(texts, total)
+            if limit is not None and train >= limit:
+                return
+
+    return _cached(key, pieces, backend, vocab_size, heldout_tokens, sequence_length, cache_dir)
+
+
+def from_tokens(
+    name_key: str,
+    make: Callable[[], Iterable[np.ndarray]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    vocab_size: int,
+    heldout_tokens: int = 262_144,
+    sequence_length: int = 512,
+    cache_dir: Path | None = None,
+) -> Tokens:
+    """Cache the arrays of token ids that `make` yields, as they are, under `name_key` and the tokenizer.
+
+    `name_key` must name everything that decides the tokens; `make` is called only if nothing is cached under it. The
+    last 2 % are held out, as in `prepare`. Bytes are those of the decoded text without special tokens.
+    """
+    backend = _backend(tokenizer)
+
+    def pieces() -> Iterator[tuple[bool, np.ndarray, int]]:
+        for array in make():
+            ids = np.asarray(array).reshape(-1)
+            yield False, ids, _decoded_bytes(backend, ids)
+
+    key = _key("tokens", [RULE, name_key], backend)
+    return _cached(key, pieces, backend, vocab_size, heldout_tokens, sequence_length, cache_dir)
+
+
+class Windows:
+    """Non-overlapping windows of `tokens`, shuffled anew in every epoch.
+
+    Window k is tokens[k·length : k·length + length + 1]: inputs are w[:-1], targets w[1:], and each token but the first
+    is a target once. The last, incomplete window is never seen.
+    """
+
+    def __init__(self, tokens: np.ndarray, length: int, seed: int) -> None:
+        self.count = _window_count(tokens, length)
+        self.length, self._tokens, self._seed = length, tokens, seed
+
+    def batch(self, index: int, size: int) -> Tensor:
+        """Samples index·size … index·size + size − 1: int64 [size, length + 1]."""
+        return self.samples(index * size, size)
+
+    def samples(self, start: int, number: int) -> Tensor:
+        """Samples start … start + number − 1, counted from the beginning of training: int64 [number, length + 1]."""
+        return _take(self._tokens, self.order(start, number), self.length)
+
+    def order(self, start: int, number: int) -> np.ndarray:
+        """Which window each of these samples is: int64 [number], each in [0, count)."""
+        sample = np.arange(start, start + number, dtype=np.uint64)
+        epoch, x = np.divmod(sample, np.uint64(self.count))
+        half = np.uint64(max(1, ((self.count - 1).bit_length() + 1) // 2))
+        epoch_key = _mix(epoch + _mix(np.array([self._seed % 2**64], dtype=np.uint64)))
+        keys = [_mix(epoch_key + np.uint64(r)) for r in range(FEISTEL_ROUNDS)]
+        x = _feistel(x, keys, half)
+        while (outside := x >= self.count).any():
+            x[outside] = _feistel(x[outside], [key[outside] for key in keys], half)
+        return x.astype(np.int64)
+
+
+def evaluation_windows(tokens: np.ndarray, length: int, limit_tokens: int) -> Tensor:
+    """At most `limit_tokens` targets (one window at least) in windows spread evenly: int64 [N, length + 1]."""
+    count = _window_count(tokens, length)
+    number = min(count, max(1, limit_tokens // length))
+    return _take(tokens, np.arange(number, dtype=np.int64) * count // number, length)
+
+
+def _window_count(tokens: np.ndarray, length: int) -> int:
+    if len(tokens) < length + 1:
+        raise DataError(
+            f"there are {len(tokens):,} tokens, but one window of --sequence-length {length} needs {length + 1:,}: "
+            "give more text or a shorter --sequence-length."
+        )
+    return (len(tokens) - 1) // length
+
+
+def _take(tokens: np.ndarray, windows: np.ndarray, length: int) -> Tensor:
+    return torch.from_numpy(tokens[windows[:, None] * length + np.arange(length + 1)].astype(np.int64))
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64, a bijection of uint64."""
+    x = x + np.uint64(0x9E37_79B9_7F4A_7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58_476D_1CE4_E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D0_49BB_1331_11EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _feistel(x: np.ndarray, keys: list[np.ndarray], half: np.uint64) -> np.ndarray:
+    """A permutation of [0, 2^(2·half)): (L, R) → (R, L ⊕ F(R, key)) per key. A permutation whatever F is."""
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    left, right = x >> half, x & mask
+    for key in keys:
+        left, right = right, left ^ (_mix(right ^ key) & mask)
+    return (left << half) | right
+
+
+def _cached(
+    key: str,
+    pieces: Callable[[], Iterable[tuple[bool, np.ndarray, int]]],
+    backend: Tokenizer,
+    vocab_size: int,
+    heldout_tokens: int,
+    sequence_length: int,
+    cache_dir: Path | None,
+) -> Tokens:
+    file = TokenFile((cache_dir or Path.home() / ".cache" / "trilobit" / "tokens") / key[:32])
+    reused = is_whole(file.directory)
+    if not reused:
+        try:
+            file.write(pieces(), vocab_size, heldout_tokens)
+        except OutputError:
+            if not is_whole(file.directory):  # else another process wrote the same at the same time
+                raise
+    tokens, meta = file.read()
+    _require_vocabulary(meta["largest"], vocab_size)
+    window, held, total_bytes = sequence_length + 1, meta["heldout_tokens"], meta["train_bytes"] + meta["heldout_bytes"]
+    heldout_bytes, how = meta["heldout_bytes"], "held out by document"
+    if held < window or len(tokens) - held < max(window, held):
+        if len(tokens) < 2 * window:
+            raise DataError(
+                f"there are {len(tokens):,} tokens, but training and held-out text need a window of "
+                f"{window:,} each: give more text or a shorter --sequence-length."
+            )
+        held = max(window, min(heldout_tokens, int(len(tokens) * corpus.HELD_OUT_FRACTION)))
+        heldout_bytes = min(total_bytes, _decoded_bytes(backend, tokens[-held:]))
+        how = "held out at the end"
+    train = len(tokens) - held
+    description = (
+        f"{meta['documents'] - meta['left_out']:,} documents, {train:,} training tokens, {held:,} {how}, "
+        f"{total_bytes / len(tokens):.2f} bytes each, {'reused from' if reused else 'kept in'} {file.directory}"
+    )
+    return Tokens(tokens[:train], tokens[train:], total_bytes - heldout_bytes, heldout_bytes, description, key)
+
+
+def _key(kind: str, options: list[Any], backend: Tokenizer) -> str:
+    return hashlib.sha256(json.dumps([kind, *options, backend.to_str()]).encode()).hexdigest()
+
+
+def _require_vocabulary(largest: int, vocab_size: int) -> None:
+    if largest >= vocab_size:
+        raise ModelError(
+            f"the tokenizer does not match the model's vocabulary: it gives token {largest}, but the model has "
+            f"{vocab_size:,} entries. Use the tokenizer that belongs to the model."
+        )
+
+
+def _backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """A copy of the Rust tokenizer, without truncation and padding."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer):
+        raise ModelError(f"{type(tokenizer).__name__} is not a fast tokenizer: the folder needs a tokenizer.json.")
+    backend = Tokenizer.from_str(backend.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _decoded_bytes(backend: Tokenizer, ids: np.ndarray) -> int:
+    """Bytes of the text of `ids`, up to a character at either end."""
+    return len(backend.decode(ids.tolist(), skip_special_tokens=True).encode())
+
+
+def _cuts_are_safe(backend: Tokenizer) -> bool:
+    """True if cutting a text between a letter and the blank after it is sure to leave its tokens as they were.
+
+    It is for GPT-2's pre-tokenizer (ByteLevel, also after Digits), with no or NFC normalisation. Its pattern,
+    's|'t|…| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+, has no branch with a blank after anything else,
+    so in the whole text a match ends at the cut too; it never looks back, so what follows matches alike; and only a run
+    of blanks looks ahead, at the one character after it, which lies before the cut. BPE works inside matches. Left to
+    exclude are added tokens that reach across: those with blanks inside, or that swallow the blanks after them.
+    """
+    spec = json.loads(backend.to_str())
+    steps = spec["pre_tokenizer"] or {}
+    steps = steps.get("pretokenizers", [steps])
+    return (
+        bool(steps)
+        and steps[-1].get("type") == "ByteLevel"
+        and steps[-1]["use_regex"]
+        and not steps[-1]["add_prefix_space"]
+        and all(step["type"] == "Digits" for step in steps[:-1])
+        and (spec["normalizer"] or {"type": "NFC"})["type"] == "NFC"
+        and spec["model"]["type"] == "BPE"
+        and not any(token["rstrip"] or re.search(r"\s", token["content"]) for token in spec["added_tokens"])
+    )
+
+
+def _cut(text: str) -> list[str]:
+    parts, start = [], 0
+    blank = re.compile(r"[A-Za-z](?=[ \n])")
+    while len(text) - start > CUT_CHARACTERS and (found := blank.search(text, start + CUT_CHARACTERS)):
+        parts.append(text[start : found.end()])
+        start = found.end()
+    return [*parts, text[start:]]
+
+
+def _batches(
+    documents: Iterable[corpus.Document], cut: Callable[[str], list[str]]
+) -> Iterator[list[tuple[str, corpus.Document | None]]]:
+    """Texts to encode together, each with the document that ends with it, or None if the document goes on."""
+    batch: list[tuple[str, corpus.Document | None]] = []
+    characters = 0
+    for document in documents:
+        *firsts, last = cut(document.text)
+        for text, ends in [*((first, None) for first in firsts), (last, document)]:
+            batch.append((text, ends))
+            characters += len(text)
+            if characters >= BATCH_CHARACTERS:
+                yield batch
+                batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _tokenised(
+    documents: Iterable[corpus.Document], backend: Tokenizer, end: int
+) -> Iterator[tuple[corpus.Document, np.ndarray]]:
+    """Each document and its tokens as uint32, `end` last. Holds one batch of encodings at a time."""
+    parts: list[np.ndarray] = []
+    for batch in _batches(documents, _cut if _cuts_are_safe(backend) else lambda text: [text]):
+        encodings = backend.encode_batch_fast([text for text, _ in batch], add_special_tokens=False)
+        for encoding, (_, document) in zip(encodings, batch, strict=True):
+            parts.append(np.array(encoding.ids, dtype=np.uint32))
+            if document is not None:
+                yield document, np.concatenate([*parts, np.array([end], dtype=np.uint32)])
+                parts = []

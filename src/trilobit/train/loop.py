@@ -1,0 +1,230 @@
+"""The training loop: one for `tune`, one for `pretrain`, on one machine in plain PyTorch.
+
+A step is: λ and learning rate from the tokens seen → micro-batches forward and backward → clip → refuse what is not
+finite → update → log. Latents and optimizer state are fp32 always (in bf16 latents most updates round to zero); compute
+is bf16 under autocast, or fp32. Nothing in a step waits for the device except logging: a non-finite loss or gradient is
+noticed on the device, which from then on skips every update, and is reported at the next log line.
+"""
+
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from trilobit.config.training import TrainingConfig
+from trilobit.errors import NonFiniteError
+from trilobit.train.checkpoint import Progress, list_checkpoints, load_checkpoint, save_checkpoint
+from trilobit.train.data import Windows
+from trilobit.train.distill import Losses
+from trilobit.train.schedule import learning_rate
+
+BETAS = (0.9, 0.95)
+LOG_SECONDS = 0.5  # on an accelerator, at most this often does a step wait for its numbers
+
+
+class Interrupted(Exception):
+    """SIGTERM or SIGINT arrived; the run was saved at a step boundary."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.exit_code = 128 + number
+
+
+@dataclass
+class Signals:
+    """Remembers the first SIGTERM or SIGINT, so that long work can stop at a boundary of its own choosing."""
+
+    number: int | None = None
+
+    def raise_if_set(self) -> None:
+        if self.number is not None:
+            raise Interrupted(self.number)
+
+    @contextmanager
+    def watch(self) -> Iterator["Signals"]:
+        def remember(number: int, frame: FrameType | None) -> None:
+            if self.number is not None:  # a second one means it
+                raise KeyboardInterrupt
+            self.number = number
+
+        try:
+            before = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
+        except ValueError:  # not in the main thread: signals stay with whoever owns it
+            before = {}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class Objective(Protocol):
+    """Losses of a micro-batch of token windows [B, T + 1], under the precision the loop has set."""
+
+    def __call__(self, windows: Tensor) -> Losses: ...
+
+
+@dataclass
+class Hooks:
+    """What a command adds to the loop. All are optional."""
+
+    before_step: Callable[[int], dict[str, float]] = lambda tokens: {}
+    """Given the tokens seen, sets what depends on them; what it returns is logged."""
+    evaluate: Callable[[], dict[str, float]] | None = None
+    log: list[Callable[[dict[str, Any]], None]] = field(default_factory=list)
+
+
+def fit(
+    model: nn.Module, windows: Windows, objective: Objective, config: TrainingConfig, peak_lr: float, run: Path,
+    device: torch.device, signals: Signals, hooks: Hooks,
+) -> Progress:  # fmt: skip
+    """Train `model` in place for config.steps steps, continuing from the newest checkpoint of `run` if there is one.
+
+    Raises NonFiniteError before the update that a non-finite loss or gradient would have spoilt, and Interrupted after
+    saving when a signal arrived. Appends one row a step to log.jsonl (accelerators: one each half second).
+    """
+    optimizer = make_optimizer(model, peak_lr, config)
+    progress = Progress(0, 0, 0.0)
+    saved = list_checkpoints(run)
+    if saved:
+        progress = load_checkpoint(saved[-1], model, optimizer)
+    log_path = run / "log.jsonl"
+    _forget_rows_after(log_path, progress.step)
+
+    guard = _Guard(device)
+    eval_every = config.eval_every or max(config.max_tokens // 10, 1)
+    checkpoint_every = config.checkpoint_every or max(config.max_tokens // 4, 1)
+    samples_per_step = config.accumulation * config.sequences
+    started = time.perf_counter() - progress.seconds
+    timed_tokens, timed_at = progress.tokens, time.perf_counter()
+    model.train()
+    with log_path.open("a", encoding="utf-8") as log:
+        while progress.step < config.steps:
+            values = hooks.before_step(progress.tokens)
+            lr = learning_rate(config, peak_lr, progress.tokens)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            first = progress.step * samples_per_step
+            losses = _accumulate(objective, windows, first, config, device)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            guard.admit(losses["loss"], norm, progress.step, optimizer)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            before, progress.step = progress.tokens, progress.step + 1
+            progress.tokens = progress.step * config.tokens_per_step
+            last = progress.step == config.steps
+
+            now = time.perf_counter()
+            if device.type == "cpu" or last or now - timed_at > LOG_SECONDS or signals.number is not None:
+                guard.check(windows, config, values, lr)
+                now = time.perf_counter()
+                row = {"step": progress.step, "tokens": progress.tokens, **{k: v.item() for k, v in losses.items()}}
+                row |= {"lr": lr, **values, "gradient_norm": norm.item()}
+                row["tokens_per_second"] = round((progress.tokens - timed_tokens) / (now - timed_at), 1)
+                timed_tokens, timed_at = progress.tokens, now
+                if last or progress.tokens // eval_every > before // eval_every:
+                    row |= hooks.evaluate() if hooks.evaluate else {}
+                    timed_at = time.perf_counter()
+                row["seconds"] = round(time.perf_counter() - started, 3)
+                log.write(json.dumps(row) + "\n")
+                log.flush()
+                for listen in hooks.log:
+                    listen(row)
+            due = progress.tokens // checkpoint_every > before // checkpoint_every
+            if last or due or signals.number is not None:
+                progress.seconds = time.perf_counter() - started
+                save_checkpoint(run, model, optimizer, progress, config.keep_checkpoints)
+                timed_at = time.perf_counter()
+                if not last:
+                    signals.raise_if_set()
+    progress.seconds = time.perf_counter() - started
+    return progress
+
+
+def make_optimizer(model: nn.Module, lr: float, config: TrainingConfig) -> torch.optim.Optimizer:
+    """Fused AdamW over every parameter once; weight decay on matrices only."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    assert all(p.dtype == torch.float32 for p in parameters), "latent weights are fp32, always"
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    assert sum(len(group["params"]) for group in groups) == len(parameters)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=BETAS, fused=True)
+
+
+def autocast(config_precision: str, device: torch.device) -> torch.autocast:
+    """bf16 autocast where the precision asks for it. (On CPU fp16 is slower by two orders of magnitude: never used.)"""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config_precision == "bf16")
+
+
+def _accumulate(
+    objective: Objective, windows: Windows, first: int, config: TrainingConfig, device: torch.device
+) -> dict[str, Tensor]:
+    """Forward and backward over one step's micro-batches; gradients are left in place. Returns mean losses, on device."""
+    totals: dict[str, Tensor] = {}
+    for micro in range(config.accumulation):
+        batch = windows.samples(first + micro * config.sequences, config.sequences)
+        with autocast(config.precision, device):
+            losses = objective(batch.to(device, non_blocking=True))
+        (losses.total / config.accumulation).backward()
+        parts = {"loss": losses.total.detach(), "cross_entropy": losses.cross_entropy, "divergence": losses.divergence}
+        for name, value in parts.items():
+            if value is not None:
+                share = value / config.accumulation
+                totals[name] = totals[name] + share if name in totals else share
+    return totals
+
+
+class _Guard:
+    """Remembers, on the device, the first step whose loss or gradient was not finite, and holds back updates from it on."""
+
+    def __init__(self, device: torch.device):
+        self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
+        self.loss = torch.zeros((), device=device)
+        self.norm = torch.zeros((), device=device)
+
+    def admit(self, loss: Tensor, norm: Tensor, step: int, optimizer: torch.optim.Optimizer) -> None:
+        bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
+        new = bad & (self.bad_step < 0)
+        self.bad_step = torch.where(new, step, self.bad_step)
+        self.loss, self.norm = torch.where(new, loss, self.loss), torch.where(new, norm, self.norm)
+        # The fused optimizers skip their update on the device where found_inf is one (as they do for a GradScaler).
+        optimizer.grad_scale = None  # pyright: ignore[reportAttributeAccessIssue]
+        optimizer.found_inf = (self.bad_step >= 0).float()  # pyright: ignore[reportAttributeAccessIssue]
+
+    def check(self, windows: Windows, config: TrainingConfig, values: dict[str, float], lr: float) -> None:
+        step = int(self.bad_step)
+        if step < 0:
+            return
+        what = "loss" if not math.isfinite(self.loss.item()) else "gradient"
+        first = step * config.accumulation * config.sequences
+        state = ", ".join(f"{name} {value:.4g}" for name, value in {"lr": lr, **values}.items())
+        raise NonFiniteError(
+            f"step {step + 1}: the {what} is not finite (loss {self.loss.item()}, gradient norm {self.norm.item()}; {state}). "
+            f"Its batch is samples {first} to {first + config.accumulation * config.sequences - 1} of the seed-"
+            f"{config.seed} order ({windows.count} windows). The weights were not updated. Try a lower --lr."
+        )
+
+
+def _forget_rows_after(path: Path, step: int) -> None:
+    """Drop the log rows of steps that will be run again, and a last line that was cut off."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):
+            break
+    path.write_text("".join(kept), encoding="utf-8")

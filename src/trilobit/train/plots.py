@@ -1,0 +1,73 @@
+"""Pictures of a run, from its log alone: loss against tokens, and each layer's λ against tokens."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from trilobit.train.schedule import StrengthSchedule
+
+INK, MUTED, ACCENT, SECOND = "#1a1a1a", "#a0a0a0", "#c4472b", "#2b6cb0"
+
+
+def read_log(run: Path) -> list[dict[str, Any]]:
+    """Rows of log.jsonl, in order."""
+    lines = (run / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def plot_loss(run: Path, base_nats: float) -> Path:
+    """loss.png: training loss (thin), held-out loss (dots), and the original model's held-out loss (dashed)."""
+    rows = read_log(run)
+    figure, axes = _figure("nats per token")
+    training = [(row["tokens"], row["cross_entropy"]) for row in rows]
+    held = [(row["tokens"], row["heldout_nats"]) for row in rows if "heldout_nats" in row]
+    axes.plot(*zip(*training, strict=True), color=MUTED, linewidth=0.8, label="training")
+    if held:
+        axes.plot(*zip(*held, strict=True), color=ACCENT, marker="o", markersize=4, linewidth=1.6, label="held out")
+    axes.axhline(base_nats, color=SECOND, linestyle="--", linewidth=1.2, label="original model, held out")
+    shown = [value for _, value in [*training[len(training) // 20 :], *held]]  # the first steps would flatten the rest
+    low, high = min([*shown, base_nats]), max([*shown, base_nats])
+    axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    axes.legend(frameon=False)
+    return _save(figure, run / "loss.png")
+
+
+def plot_strengths(run: Path, schedule: StrengthSchedule, max_tokens: int) -> Path:
+    """lambda.png: λ of every layer's weights over the run, first layer light, last layer dark."""
+    figure, axes = _figure("λ of weights")
+    layers = len(schedule.starts)
+    points = sorted({0.0, float(max_tokens), *schedule.starts, *(schedule.ends or ())})
+    points = [point for point in points if point <= max_tokens]
+    values = [schedule.at(point) for point in points]
+    for layer in range(layers):
+        light = 1 - layer / max(layers - 1, 1)
+        axes.plot(points, [v[layer] for v in values], color=(0.77, 0.28 + 0.5 * light, 0.17 + 0.55 * light), linewidth=1.4)
+    axes.set_ylim(-0.03, 1.03)
+    axes.set_title(f"{layers} layers, first (light) to last (dark)", fontsize=9, color=INK, loc="left")
+    return _save(figure, run / "lambda.png")
+
+
+def _figure(label: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_xlabel("tokens")
+    axes.set_ylabel(label)
+    axes.xaxis.set_major_formatter(lambda value, _: _count(value))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    return figure, axes
+
+
+def _count(value: float) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= size:
+            return f"{value / size:g}{unit}"
+    return f"{value:g}"
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    figure.savefig(path, dpi=150)
+    return path

@@ -1,0 +1,306 @@
+"""`trilobit tune`: an ordinary checkpoint in, a ternary one out, and everything about how it came to be beside it.
+
+    out/run.json         configuration, versions, seed, the schedule by value, what became what, results
+    out/log.jsonl        one row a step
+    out/checkpoints/     step-N: what --resume continues from, bit for bit
+    out/latent/          trainable fp32 latents
+    out/model/           the ternary model, read back and compared before it got its name (export/hf.py)
+    out/loss.png, out/lambda.png
+"""
+
+import copy
+import hashlib
+import math
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from trilobit import __version__
+from trilobit.config.tune import TuneConfig
+from trilobit.errors import ConfigError, OutputError
+from trilobit.export.hf import write_full_precision, write_latent, write_model
+from trilobit.infer.generate import sample_documents
+from trilobit.infer.load import Loaded, load_pretrained, pick_device
+from trilobit.listener import SILENT, Listener
+from trilobit.measure.perplexity import nats, require_positions, uses_bos
+from trilobit.storage import read_json, require_new_directory, write_json
+from trilobit.surgery.roles import find_roles
+from trilobit.surgery.ternary import Plan, TernarySpec, apply_plan, make_plan, measure_rms, set_gains, set_strengths
+from trilobit.train.data import Tokens, Windows, evaluation_windows, from_tokens, prepare
+from trilobit.train.distill import Losses, mixed_loss
+from trilobit.train.loop import Hooks, Signals, autocast, fit
+from trilobit.train.plots import plot_loss, plot_strengths
+from trilobit.train.schedule import StrengthSchedule, strength_schedule
+from trilobit.train.track import tracker
+
+LR_TIMES_WIDTH = 0.4
+CALIBRATION_WINDOWS = 8
+FREE_TO_CHANGE = frozenset({"resume", "track", "keep_checkpoints", "checkpoint_every", "out", "cache_dir"})
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """What a run gave. Nats are per token on the held-out windows; `base_` is the original model on the same windows."""
+
+    out: str
+    model: str
+    form: str
+    reason: str
+    steps: int
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    base_nats_per_token: float
+    nats_per_token: float
+    base_perplexity: float
+    perplexity: float
+    heldout_tokens: int
+    parameters: int
+    ternary_parameters: int
+    base_bytes: int
+    model_bytes: int
+    agreement: dict[str, float]
+
+
+def run(config: TuneConfig, listener: Listener = SILENT) -> TuneResult:
+    """Tune `config.model` as configured. Raises a TrilobitError that says what to do, and leaves nothing half-written."""
+    with Signals().watch() as signals:
+        return _run(config, listener, signals)
+
+
+def _run(config: TuneConfig, listener: Listener, signals: Signals) -> TuneResult:
+    device = pick_device(config.device)
+    out = Path(config.out or f"out/{Path(config.model).name}")
+    record = _record_to_resume(out, config) if config.resume else None
+    if record is None:
+        require_new_directory(out, f"Continue it with --resume, or choose another name with --out {out}-2.")
+    elif "result" in record:
+        raise OutputError(f"{out} has finished already; its model is in {out / 'model'}.")
+
+    base = load_pretrained(config.model)
+    model: PreTrainedModel = base.model.to(device)
+    require_positions(model, config.sequence_length)
+    plan = None if config.schedule == "never" else make_plan(find_roles(model), _spec(config))
+    base_bytes = sum(p.numel() * 2 for p in model.parameters())  # as bf16, the way checkpoints are published
+    signals.raise_if_set()
+
+    tokens = _tokens(config, base)
+    listener.note(f"data: {tokens.description}")
+    windows = Windows(tokens.train, config.sequence_length, config.seed)
+    heldout = evaluation_windows(tokens.heldout, config.sequence_length, config.eval_tokens)
+    seen = config.steps * config.tokens_per_step
+    if seen > windows.count * config.sequence_length:
+        listener.note(f"the data is seen {seen / (windows.count * config.sequence_length):.1f} times")
+    signals.raise_if_set()
+
+    def evaluate() -> dict[str, float]:
+        total, count = nats(model, heldout, config.sequences, config.precision)
+        return {"heldout_nats": total / count}
+
+    teacher = None
+    if config.distill == "logits":
+        teacher = copy.deepcopy(model).to(torch.bfloat16 if config.precision == "bf16" else torch.float32)
+        teacher.requires_grad_(False).eval()
+    if record is None:
+        base_nats = evaluate()["heldout_nats"]
+        schedules = _schedules(config, len(_layers(model)))
+        rms = _calibrate(config, plan, model, windows, device)
+        record = _new_record(config, plan, schedules, base_nats, tokens)
+    else:
+        base_nats, rms = record["base_nats_per_token"], {}
+        schedules = [StrengthSchedule.from_json(value) for value in record["schedules"]]
+    signals.raise_if_set()
+    listener.note(f"original model: {base_nats:.4f} nats per token held out (perplexity {math.exp(base_nats):.2f})")
+
+    ternary_parameters = 0
+    if plan is not None:
+        surgery = apply_plan(model, plan)
+        set_gains(model, rms)
+        listener.note(str(surgery))
+        ternary_parameters = sum(row.parameters for row in surgery.rows if row.became.startswith("ternary"))
+        listener.note(f"weights: {schedules[0].describe()}")
+        if schedules[1] != schedules[0] and config.activations == "int8":
+            listener.note(f"activations: {schedules[1].describe()}")
+    model.requires_grad_(True)
+    parameters = sum(p.numel() for p in model.parameters())
+    peak_lr = config.lr or LR_TIMES_WIDTH / model.config.get_text_config().hidden_size
+    if config.lr is None:
+        listener.note(f"learning rate {peak_lr:.2e}: {LR_TIMES_WIDTH} / hidden size (choose with --lr)")
+    _prepare_layers(model, config)
+
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "run.json", record)
+
+    def before_step(seen: int) -> dict[str, float]:
+        if plan is None:
+            return {}
+        weights, activations = schedules[0].at(seen), schedules[1].at(seen)
+        set_strengths(model, weights, activations)
+        return {"lambda": sum(weights) / len(weights), "lambda_activations": sum(activations) / len(activations)}
+
+    def objective(batch: Tensor) -> Losses:
+        inputs, targets = batch[:, :-1], batch[:, 1:]
+        logits = model(input_ids=inputs, use_cache=False).logits
+        target_logits = None
+        if teacher is not None:
+            with torch.no_grad():
+                target_logits = teacher(input_ids=inputs, use_cache=False).logits
+        return mixed_loss(logits, targets, target_logits, config.distill_weight, config.temperature)
+
+    hooks = Hooks(before_step, evaluate)
+    hooks.log += [tracker(config.track, out, asdict(config)), lambda row: listener.row(row, config.max_tokens)]
+    progress = fit(model, windows, objective, config, peak_lr, out, device, signals, hooks)
+
+    if plan is not None:
+        layers = len(schedules[0].starts)
+        set_strengths(model, [1.0] * layers, [1.0] * layers)
+    model.to("cpu")
+    total, count = nats(model, heldout, config.sequences)
+    write_latent(model, plan, base.tokenizer, out / "latent")
+    signals.raise_if_set()
+    if plan is None:
+        written = write_full_precision(model, base.tokenizer, out / "model", heldout)
+    else:
+        written = write_model(
+            model, plan, base.tokenizer, out / "model", heldout, config.model_format, config.store
+        )
+    plot_loss(out, base_nats)
+    plot_strengths(out, schedules[0], config.max_tokens)
+    result = TuneResult(
+        out=str(out), model=written.path, form=written.form, reason=written.reason, steps=progress.step,
+        tokens=progress.tokens, seconds=progress.seconds, tokens_per_second=progress.tokens / progress.seconds,
+        base_nats_per_token=base_nats, nats_per_token=total / count, base_perplexity=math.exp(base_nats),
+        perplexity=math.exp(total / count), heldout_tokens=count, parameters=parameters,
+        ternary_parameters=ternary_parameters, base_bytes=base_bytes, model_bytes=written.bytes,
+        agreement=asdict(written.agreement),
+    )  # fmt: skip
+    write_json(out / "run.json", record | {"result": asdict(result)})
+    return result
+
+
+def _spec(config: TuneConfig) -> TernarySpec:
+    return TernarySpec(
+        placement=config.placement, gain=config.gain, activations=config.activations, scale=config.scale, cover=config.cover
+    )
+
+
+def _schedules(config: TuneConfig, layers: int) -> list[StrengthSchedule]:
+    """λ of weights, λ of activations."""
+    weights = strength_schedule(config.schedule, layers, config.max_tokens, config.ramp_fraction, config.overlap)
+    activations = strength_schedule(
+        config.activation_schedule or config.schedule, layers, config.max_tokens,
+        config.activation_ramp_fraction or config.ramp_fraction, config.overlap,
+    )  # fmt: skip
+    return [weights, activations]
+
+
+def _tokens(config: TuneConfig, base: Loaded) -> Tokens:
+    model, tokenizer = base.model, base.tokenizer
+    vocabulary = model.get_input_embeddings().num_embeddings  # pyright: ignore[reportAttributeAccessIssue]
+    cache = Path(config.cache_dir) if config.cache_dir else None
+    needed = config.max_tokens + config.sequence_length + 1
+    if config.data != "self":
+        return prepare(
+            config.data, tokenizer, vocab_size=vocabulary, text_field=config.text_field, max_tokens=needed,
+            sequence_length=config.sequence_length, cache_dir=cache,
+        )  # fmt: skip
+    end = tokenizer.eos_token_id
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else end
+    if start is None:
+        raise ConfigError("--data self: this tokenizer has no beginning-of-text or end-of-text token to start from.")
+    wanted = needed + config.eval_tokens
+    key = f"self {_weights_fingerprint(model)} {wanted} {config.sequence_length} {config.seed}"
+
+    def make() -> Iterator[Any]:
+        return sample_documents(model, start, end, wanted, config.sequence_length, config.seed)
+
+    return from_tokens(
+        key, make, tokenizer, vocab_size=vocabulary, sequence_length=config.sequence_length, cache_dir=cache
+    )
+
+
+def _weights_fingerprint(model: PreTrainedModel) -> str:
+    """Enough of the weights to tell one checkpoint from another: each parameter's name, shape, sum and absolute sum."""
+    parts = [
+        (name, tuple(p.shape), p.double().sum().item(), p.double().abs().sum().item()) for name, p in model.named_parameters()
+    ]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _calibrate(
+    config: TuneConfig, plan: Plan | None, model: PreTrainedModel, windows: Windows, device: torch.device
+) -> dict[str, float]:
+    """Measured RMS of the inputs that get a norm, over the first windows of the training order."""
+    if plan is None or config.gain_init == "ones":
+        return {}
+    batch = windows.samples(0, CALIBRATION_WINDOWS)[:, :-1].to(device)
+    normed = [path for path, linear in plan.linears.items() if linear.normed]
+    with autocast(config.precision, device):
+        return measure_rms(model, normed, batch.split(2))
+
+
+def _layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def _prepare_layers(model: PreTrainedModel, config: TuneConfig) -> None:
+    if config.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.compile:
+        for layer in _layers(model):  # one small graph for all layers, instead of one large one
+            layer.compile()
+
+
+def _new_record(
+    config: TuneConfig, plan: Plan | None, schedules: list[StrengthSchedule], base_nats: float, tokens: Tokens
+) -> dict[str, Any]:
+    return {
+        "command": "tune",
+        "config": asdict(config),
+        "argv": sys.argv[1:],
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {
+            "trilobit": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "git": _git_revision(),
+        "data": tokens.description,
+        "base_nats_per_token": base_nats,
+        "schedules": [asdict(schedule) for schedule in schedules],
+        "plan": plan.to_json() if plan else None,
+    }  # fmt: skip
+
+
+def _record_to_resume(out: Path, config: TuneConfig) -> dict[str, Any]:
+    """run.json of the run to continue. Raises OutputError if there is none, ConfigError if the settings differ."""
+    if not (out / "run.json").exists():
+        raise OutputError(f"there is no run to resume in {out}: it has no run.json.")
+    record = read_json(out / "run.json")
+    now, then = asdict(config), record["config"]
+    changed = [
+        f"--{name.replace('_', '-')} was {then.get(name)}, is {now[name]}"
+        for name in now
+        if name not in FREE_TO_CHANGE and now[name] != then.get(name)
+    ]
+    if changed:
+        raise ConfigError("--resume continues a run with the settings it has: " + "; ".join(changed) + ".")
+    return record
+
+
+def _git_revision() -> str | None:
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,206 @@
+"""Directories on disk are whole or absent, whatever happens to the writer."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trilobit import storage
+from trilobit.errors import ModelError, OutputError
+from trilobit.storage import MANIFEST, atomic_directory, is_whole, verify_manifest, write_json
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from trilobit import storage
+where = sys.argv[2]
+def die(*args):
+    os._exit(9)
+if where == "seal":
+    storage._seal = die
+if where == "swap":
+    replace = os.replace
+    os.replace = lambda a, b: replace(a, b) if ".partial-" not in Path(a).name else die()
+with storage.atomic_directory(Path(sys.argv[1])) as directory:
+    (directory / "a.json").write_text("new")
+    if where == "block":
+        die()
+"""
+
+
+def make(target: Path, text: str) -> None:
+    with atomic_directory(target) as directory:
+        (directory / "a.json").write_text(text)
+        (directory / "deep").mkdir()
+        (directory / "deep" / "b.bin").write_bytes(bytes(range(256)))
+
+
+def only(parent: Path) -> list[str]:
+    return sorted(path.name for path in parent.iterdir())
+
+
+def disk_full(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_written_directory_is_whole(tmp_path: Path) -> None:
+    """A finished block leaves the target alone beside nothing else, every file listed, and it verifies."""
+    target = tmp_path / "new" / "out"
+    make(target, "first")
+    verify_manifest(target)
+    assert is_whole(target) and only(target.parent) == ["out"]
+    assert set(json.loads((target / MANIFEST).read_text())["files"]) == {"a.json", "deep/b.bin"}
+
+
+def test_directory_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    """A second write leaves only its own files, and the first is untouched until the block ends."""
+    target = tmp_path / "out"
+    make(target, "first")
+    with atomic_directory(target) as directory:
+        (directory / "c.json").write_text("second")
+        assert (target / "a.json").read_text() == "first"
+        verify_manifest(target)
+    verify_manifest(target)
+    assert only(target) == ["c.json", MANIFEST] and only(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_exception_in_the_block_leaves_the_old_state(tmp_path: Path, error: type[BaseException]) -> None:
+    """An exception inside the block comes out as itself; the old directory stays and nothing is left beside it."""
+    target = tmp_path / "out"
+    make(target, "first")
+    with pytest.raises(error), atomic_directory(target) as directory:
+        (directory / "a.json").write_text("half")
+        raise error("stop")
+    verify_manifest(target)
+    assert (target / "a.json").read_text() == "first" and only(tmp_path) == ["out"]
+    with pytest.raises(error), atomic_directory(tmp_path / "never"):
+        raise error("stop")
+    assert only(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("where", ["block", "seal"])
+def test_killed_writer_leaves_the_old_state(tmp_path: Path, where: str) -> None:
+    """A process that dies in the block, or while it is sealed, leaves the old directory as the only visible one."""
+    target = tmp_path / "out"
+    make(target, "first")
+    done = subprocess.run([sys.executable, "-c", KILLED, str(target), where], check=False)
+    assert done.returncode == 9
+    verify_manifest(target)
+    assert (target / "a.json").read_text() == "first"
+    assert [name for name in only(tmp_path) if not name.startswith(".")] == ["out"]
+
+
+@pytest.mark.xfail(strict=True, reason="two renames: killed between them, the target is absent (needs RENAME_EXCHANGE)")
+def test_killed_between_the_renames_leaves_a_state(tmp_path: Path) -> None:
+    """A process that dies between moving the old directory away and the new one in leaves one of them in place."""
+    target = tmp_path / "out"
+    make(target, "first")
+    subprocess.run([sys.executable, "-c", KILLED, str(target), "swap"], check=False)
+    verify_manifest(target)
+
+
+def test_failed_rename_restores_the_old_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the new directory cannot be moved in, the old one is moved back."""
+    target = tmp_path / "out"
+    make(target, "first")
+    replace = os.replace
+
+    def refuse(source: Path, destination: Path) -> None:
+        if ".partial-" in Path(source).name:
+            disk_full()
+        replace(source, destination)
+
+    with monkeypatch.context() as patch, pytest.raises(OutputError, match="No space left"):
+        patch.setattr(os, "replace", refuse)
+        make(target, "second")
+    verify_manifest(target)
+    assert (target / "a.json").read_text() == "first" and only(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("function", ["_sha256", "_fsync", "write_json"])
+def test_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str) -> None:
+    """ENOSPC at any step becomes an OutputError that names the target, and neither target nor leftovers exist."""
+    monkeypatch.setattr(storage, function, disk_full)
+    with pytest.raises(OutputError, match="out: No space left"):
+        make(tmp_path / "out", "first")
+    assert only(tmp_path) == []
+
+
+def test_full_disk_under_write_json_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """write_json on a full disk raises OutputError, keeps the old file, and leaves no temporary one."""
+    write_json(tmp_path / "run.json", {"step": 1})
+    monkeypatch.setattr(storage, "_fsync", disk_full)
+    with pytest.raises(OutputError, match=r"run\.json: No space left"):
+        write_json(tmp_path / "run.json", {"step": 2})
+    assert json.loads((tmp_path / "run.json").read_text()) == {"step": 1} and only(tmp_path) == ["run.json"]
+
+
+def test_unwritable_parent_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A parent that is a file, or that the system does not let us write, is an OutputError before or at the write."""
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError, match="cannot write"), atomic_directory(tmp_path / "file" / "out"):
+        pytest.fail("the block ran")
+    with pytest.raises(OutputError, match="not a writable folder"):
+        storage.require_new_directory(tmp_path / "file" / "a" / "out", "")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    with pytest.raises(OutputError, match="not a writable folder"):
+        storage.require_new_directory(tmp_path / "a" / "out", "")
+
+
+def test_new_directory_must_be_new(tmp_path: Path) -> None:
+    """An empty or absent path is new; one that holds something, or a file, is refused with the caller's hint."""
+    storage.require_new_directory(tmp_path / "a" / "b", "hint")
+    storage.require_new_directory(tmp_path, "hint")
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path, tmp_path / "file"):
+        with pytest.raises(OutputError, match="hint"):
+            storage.require_new_directory(path, "hint")
+
+
+def test_missing_space_is_refused(tmp_path: Path) -> None:
+    """More bytes than the disk has free are refused, with the purpose; one byte is not."""
+    storage.require_free_space(tmp_path / "a" / "b", 1, "a byte")
+    with pytest.raises(OutputError, match="everything needs"):
+        storage.require_free_space(tmp_path / "a" / "b", 2**62, "everything")
+
+
+@pytest.mark.parametrize("name", ["a.json", "deep/b.bin"])
+def test_damage_is_found(tmp_path: Path, name: str) -> None:
+    """Truncation, growth and absence are seen by both checks; a flipped bit by verify_manifest, which names the file."""
+    target = tmp_path / "out"
+    make(target, "first")
+    original = (target / name).read_bytes()
+    for damaged in (original[:-1], original + b"x", b""):
+        (target / name).write_bytes(damaged)
+        assert not is_whole(target)
+        with pytest.raises(ModelError, match=Path(name).name):
+            verify_manifest(target)
+    (target / name).write_bytes(bytes([original[0] ^ 1]) + original[1:])
+    with pytest.raises(ModelError, match=Path(name).name):
+        verify_manifest(target)
+    (target / name).unlink()
+    assert not is_whole(target)
+    with pytest.raises(ModelError, match=Path(name).name):
+        verify_manifest(target)
+    (target / name).write_bytes(original)
+    verify_manifest(target)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"files": []}', '{"files": {"a.json": 3}}', '{"files": {"a.json": {}}}'])
+def test_damaged_manifest_is_no_manifest(tmp_path: Path, text: str) -> None:
+    """A manifest that is cut short or of another shape is a ModelError, never another exception or a pass."""
+    target = tmp_path / "out"
+    make(target, "first")
+    (target / MANIFEST).write_text(text)
+    assert not is_whole(target)
+    with pytest.raises(ModelError):
+        verify_manifest(target)
+    (target / MANIFEST).unlink()
+    assert not is_whole(target)
+    with pytest.raises(ModelError, match="not completely written"):
+        verify_manifest(target)
