@@ -1,7 +1,7 @@
 """Small random models of every family that is supported, and of kinds that are refused.
 
-One-dimensional parameters (biases, norm gains) are moved away from their zeros and ones, and weights are large enough for
-attention and MLPs to matter: a model whose biases are zero cannot notice a lost bias.
+One-dimensional parameters (biases, norm gains) are moved away from their zeros and ones, and weights are large enough
+for attention and MLPs to matter: a model whose biases are zero cannot notice a lost bias.
 """
 
 from collections.abc import Callable
@@ -10,8 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
-    AutoConfig, AutoModelForCausalLM, BertConfig, BertForMaskedLM, BertLMHeadModel, FalconConfig, FalconForCausalLM,
-    GPT2Config, GPT2LMHeadModel, PreTrainedModel, T5Config, T5ForConditionalGeneration,
+    AutoConfig,
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    BertLMHeadModel,
+    FalconConfig,
+    FalconForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
 )  # fmt: skip
 
 VOCABULARY = 97
@@ -75,19 +85,30 @@ REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
     ),
     "llama4": (lambda: build("llama4_text", head_dim=8), "Llama4TextExperts that owns gate_up_proj"),
     "gpt2": (
-        lambda: GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)),
+        lambda: GPT2LMHeadModel(
+            GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)
+        ),
         "Conv1D that owns weight",
     ),
     "falcon": (
         lambda: FalconForCausalLM(
-            FalconConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, bos_token_id=1, eos_token_id=2)
+            FalconConfig(
+                vocab_size=97,
+                hidden_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                bos_token_id=1,
+                eos_token_id=2,
+            )
         ),
         "FalconLinear that owns weight",
     ),
     "bert": (lambda: BertForMaskedLM(BertConfig(**_BERT)), "not causal"),
     "bert-lm": (lambda: BertLMHeadModel(BertConfig(**_BERT)), "not causal"),
     "t5": (
-        lambda: T5ForConditionalGeneration(T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)),
+        lambda: T5ForConditionalGeneration(
+            T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+        ),
         "not a decoder-only text model",
     ),
     "quantized": (_quantized_checkpoint, "is a quantised checkpoint"),

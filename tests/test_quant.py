@@ -86,7 +86,7 @@ def matrices(draw: st.DrawFn, rows: int = 4) -> np.ndarray:
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @given(matrices())
 def test_scales_and_codes_equal_the_naive_ones(granularity: Granularity, weight: np.ndarray) -> None:
-    """Scales (in fp64 up to the order of a sum), codes and values equal the reference's bits for every granule and odd shape."""
+    """Scales (in fp64 but for the order of a sum), codes and values have the reference's bits at every shape."""
     tensor = torch.from_numpy(weight)
     got = quant.absmean_scale(tensor, granularity)
     expected = torch.from_numpy(naive_scale(weight, granularity))
@@ -96,10 +96,13 @@ def test_scales_and_codes_equal_the_naive_ones(granularity: Granularity, weight:
     scale = got.numpy()
     codes = naive_codes(weight, scale, granularity)
     got_codes = quant.ternary_codes(tensor, got, granularity)
-    assert got_codes.dtype == torch.int8 and np.array_equal(got_codes.numpy(), codes)
+    assert got_codes.dtype == torch.int8
+    assert np.array_equal(got_codes.numpy(), codes)
     quantized = quant.ternary_quantize(tensor, granularity)
     widths = [part.stop - part.start for part in granules(weight.shape[1], granularity)]
-    assert torch.equal(quantized, torch.from_numpy(codes * np.repeat(scale, widths, axis=1) if len(widths) > 1 else codes * scale))
+    assert torch.equal(
+        quantized, torch.from_numpy(codes * np.repeat(scale, widths, axis=1) if len(widths) > 1 else codes * scale)
+    )
 
 
 @given(matrices())
@@ -107,7 +110,8 @@ def test_int8_equals_the_naive_one(x: np.ndarray) -> None:
     """Activation codes and scales equal the reference's bits, in fp32 and fp64."""
     codes, scales = naive_int8(x)
     got, scale = quant.int8_codes(torch.from_numpy(x))
-    assert got.dtype == torch.int8 and np.array_equal(got.numpy(), codes)
+    assert got.dtype == torch.int8
+    assert np.array_equal(got.numpy(), codes)
     assert equal_bits(scale, torch.from_numpy(scales))
     assert equal_bits(quant.int8_quantize(torch.from_numpy(x)), torch.from_numpy(codes.astype(x.dtype) * scales))
 
@@ -137,7 +141,8 @@ def test_zeros_stay_zero(granularity: Granularity) -> None:
     floor = torch.tensor(FLOOR)
     assert torch.equal(quant.absmean_scale(zero, "row"), floor.expand(3, 1))
     assert torch.equal(quant.absmean_scale(zero, "group-64"), floor.half().float().expand(3, 5))
-    assert not quant.ternary_quantize(zero, granularity).any() and not quant.int8_quantize(zero).any()
+    assert not quant.ternary_quantize(zero, granularity).any()
+    assert not quant.int8_quantize(zero).any()
     assert torch.equal(quant.int8_codes(zero)[1], (floor / INT8_MAX).expand(3, 1))
 
 
@@ -171,7 +176,9 @@ def test_non_finite_values_stay_visible(granularity: Granularity, bad: float) ->
     assert not quant.int8_quantize(weight)[1].isfinite().any()
     x, scale = quant.int8_codes(torch.ones(1, 300))
     weight_scale = quant.absmean_scale(weight, granularity)
-    y = quant.integer_linear(x, scale, quant.ternary_codes(weight, weight_scale, granularity), weight_scale, None, granularity)
+    y = quant.integer_linear(
+        x, scale, quant.ternary_codes(weight, weight_scale, granularity), weight_scale, None, granularity
+    )
     assert y.isfinite().tolist() == [[granularity != "tensor", False, granularity != "tensor"]]
 
 
@@ -180,8 +187,11 @@ def test_group_scales_are_fp16_in_the_forward() -> None:
     weight = torch.randn(64, 256)
     scale = quant.absmean_scale(weight, "group-64")
     mean = weight.double().abs().unflatten(1, (-1, 64)).mean(2).float()
-    assert torch.equal(scale, mean.half().float()) and not torch.equal(scale, mean)
-    assert torch.equal(quant.ternary_quantize(weight, "group-64").abs().unique(), torch.cat([torch.zeros(1), scale.unique()]))
+    assert torch.equal(scale, mean.half().float())
+    assert not torch.equal(scale, mean)
+    assert torch.equal(
+        quant.ternary_quantize(weight, "group-64").abs().unique(), torch.cat([torch.zeros(1), scale.unique()])
+    )
     # 1.5·s lies between the two candidates' thresholds only if the scale was rounded first.
     mean_scale, rounded = 1.0 + 2**-11 * 0.9, 1.0
     row = torch.full((1, 64), mean_scale)
@@ -246,7 +256,8 @@ def test_fade_is_exact_at_its_ends() -> None:
     """λ = 1 returns Q(x)'s bits and λ = 0 x's bits, infinities included, where x + (Q − x) loses them."""
     x = torch.randn(64, 128)
     quantized = quant.int8_quantize(x)
-    assert equal_bits(quant.fade(x, quantized, 1.0), quantized) and equal_bits(quant.fade(x, quantized, 0.0), x)
+    assert equal_bits(quant.fade(x, quantized, 1.0), quantized)
+    assert equal_bits(quant.fade(x, quantized, 0.0), x)
     ternary = quant.ternary_quantize(x)
     assert equal_bits(quant.fade(x, ternary, 1.0), ternary)
     assert (x + (ternary - x) != ternary).float().mean() > 0.01  # the formula with a detach trick
@@ -254,7 +265,8 @@ def test_fade_is_exact_at_its_ends() -> None:
     assert equal_bits(quant.fade(wild, torch.zeros(4), 0.0), wild)
     assert equal_bits(quant.fade(wild, torch.ones(4), 1), torch.ones(4))
     half = quant.fade(x.bfloat16(), quantized, 1.0)
-    assert half.dtype == torch.bfloat16 and torch.equal(half, quantized.bfloat16())
+    assert half.dtype == torch.bfloat16
+    assert torch.equal(half, quantized.bfloat16())
 
 
 @given(st.floats(0.01, 0.99), st.booleans())
@@ -274,15 +286,22 @@ def test_fade_passes_the_gradient_unchanged(strength: float | Tensor) -> None:
     y = quant.fade(x, quantized, strength)
     gradient = torch.randn(4, 5)
     y.backward(gradient)
-    assert x.grad is not None and torch.equal(x.grad, gradient) and quantized.grad is None
+    assert x.grad is not None
+    assert torch.equal(x.grad, gradient)
+    assert quantized.grad is None
     with torch.no_grad():
         detached = quantized.clone()
-        quant.fade(x.detach(), detached, strength).add_(1) if not (strength == 0.0) else None
+        quant.fade(x.detach(), detached, strength).add_(1) if strength != 0.0 else None
         assert torch.equal(detached, quantized)
 
 
 def python_integer_linear(
-    codes: Tensor, scale: Tensor, weight_codes: Tensor, weight_scale: Tensor, bias: Tensor | None, granularity: Granularity
+    codes: Tensor,
+    scale: Tensor,
+    weight_codes: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    granularity: Granularity,
 ) -> np.ndarray:
     kind = scale.numpy().dtype.type
     x, w, sx, sw = codes.tolist(), weight_codes.tolist(), scale.numpy(), weight_scale.numpy()
@@ -317,9 +336,12 @@ def test_integer_linear_is_exact(granularity: Granularity, dtype: torch.dtype, h
         got = quant.integer_linear(codes, scale, weight_codes, weight_scale, bias, granularity)
         expected = python_integer_linear(codes, scale, weight_codes, weight_scale, bias, granularity)
         # y += sums * s may be one fused operation, hence one rounding less per group.
-        rounding = len(granules(inputs, granularity)) * torch.finfo(dtype).eps if granularity.startswith("group") else 0.0
+        rounding = (
+            len(granules(inputs, granularity)) * torch.finfo(dtype).eps if granularity.startswith("group") else 0.0
+        )
         size = max(1.0, np.abs(expected).max(initial=0))
-        assert got.dtype == dtype and np.abs(got.numpy() - expected).max(initial=0) <= 4 * rounding * size
+        assert got.dtype == dtype
+        assert np.abs(got.numpy() - expected).max(initial=0) <= 4 * rounding * size
 
 
 def test_integer_linear_is_exact_beyond_fp32() -> None:
@@ -332,7 +354,9 @@ def test_integer_linear_is_exact_beyond_fp32() -> None:
     one = torch.ones(1, 1)
     sums = [int(np.dot(codes[0].numpy().astype(object), row.numpy().astype(object))) for row in weight_codes]
     assert sums[0] > 2**24
-    assert quant.integer_linear(codes, one, weight_codes, one, None, "tensor").tolist() == [[float(np.float32(s)) for s in sums]]
+    assert quant.integer_linear(codes, one, weight_codes, one, None, "tensor").tolist() == [
+        [float(np.float32(s)) for s in sums]
+    ]
     exact = quant.integer_linear(codes, one.double(), weight_codes, one.double(), None, "tensor")
     assert exact.tolist() == [[float(s) for s in sums]]
 
@@ -343,7 +367,9 @@ def test_integer_linear_is_the_linear_of_the_quantised_operands() -> None:
     for granularity in GRANULARITIES:
         weight = torch.randn(7, 300, dtype=torch.float64)
         scale = quant.absmean_scale(weight, granularity)
-        y = quant.integer_linear(*quant.int8_codes(x), quant.ternary_codes(weight, scale, granularity), scale, bias, granularity)
+        y = quant.integer_linear(
+            *quant.int8_codes(x), quant.ternary_codes(weight, scale, granularity), scale, bias, granularity
+        )
         expected = F.linear(quant.int8_quantize(x), quant.ternary_quantize(weight, granularity), bias)
         torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
 
@@ -359,7 +385,9 @@ def test_rms_norm_is_its_formula() -> None:
             torch.testing.assert_close(quant.rms_norm(x, gain, 1e-6)[t].tolist(), expected, rtol=1e-12, atol=0)
         got = quant.rms_norm(x.bfloat16(), gain.float(), 1e-6)
         assert got.dtype == torch.bfloat16
-        torch.testing.assert_close(got, quant.rms_norm(x.bfloat16().float(), gain.float(), 1e-6).bfloat16(), rtol=0, atol=0)
+        torch.testing.assert_close(
+            got, quant.rms_norm(x.bfloat16().float(), gain.float(), 1e-6).bfloat16(), rtol=0, atol=0
+        )
 
 
 def test_quantisers_leave_their_input_alone() -> None:
@@ -370,3 +398,25 @@ def test_quantisers_leave_their_input_alone() -> None:
         assert not quant.ternary_quantize(weight, granularity).requires_grad
     assert not quant.int8_quantize(weight).requires_grad
     assert torch.equal(weight, before)
+
+
+def test_codes_multiply_by_the_reciprocal() -> None:
+    """At the threshold codes follow W · (1/s) rounded twice, as transformers does, where W / s would give others."""
+    generator = torch.Generator().manual_seed(3)
+    scale = (torch.rand(400, 1, generator=generator) + 0.01).float()
+    weight = torch.cat([scale / 2 * (1 + steps * 2**-23) for steps in range(-3, 4)], dim=1)
+    expected = np.rint(weight.numpy() * (np.float32(1) / scale.numpy()))
+    assert np.array_equal(quant.ternary_codes(weight, scale, "row").numpy(), expected)
+    assert not np.array_equal(np.rint(weight.numpy() / scale.numpy()), expected)
+
+
+def test_int8_codes_multiply_by_the_reciprocal_times_127() -> None:
+    """At ties codes follow x · (1/absmax · 127), three roundings as in torch, where 127/absmax would give others."""
+    x = torch.randn(3000, 64, generator=torch.Generator().manual_seed(3))
+    absmax = x.abs().amax(dim=1, keepdim=True)
+    x[:, :1] = absmax
+    x[:, 1:33] = (torch.arange(32) + 0.5) * absmax / 127 * torch.where(x[:, 1:33] > 0, 1, -1)
+    one, whole = np.float32(1), np.float32(127)
+    expected = np.rint(x.numpy() * (one / absmax.numpy() * whole))
+    assert np.array_equal(quant.int8_codes(x)[0].numpy(), expected)
+    assert not np.array_equal(np.rint(x.numpy() * (whole / absmax.numpy())), expected)

@@ -52,7 +52,8 @@ def test_written_directory_is_whole(tmp_path: Path) -> None:
     target = tmp_path / "new" / "out"
     make(target, "first")
     verify_manifest(target)
-    assert is_whole(target) and only(target.parent) == ["out"]
+    assert is_whole(target)
+    assert only(target.parent) == ["out"]
     assert set(json.loads((target / MANIFEST).read_text())["files"]) == {"a.json", "deep/b.bin"}
 
 
@@ -65,7 +66,8 @@ def test_directory_is_replaced_as_a_whole(tmp_path: Path) -> None:
         assert (target / "a.json").read_text() == "first"
         verify_manifest(target)
     verify_manifest(target)
-    assert only(target) == ["c.json", MANIFEST] and only(tmp_path) == ["out"]
+    assert only(target) == ["c.json", MANIFEST]
+    assert only(tmp_path) == ["out"]
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -73,11 +75,12 @@ def test_exception_in_the_block_leaves_the_old_state(tmp_path: Path, error: type
     """An exception inside the block comes out as itself; the old directory stays and nothing is left beside it."""
     target = tmp_path / "out"
     make(target, "first")
-    with pytest.raises(error), atomic_directory(target) as directory:
+    with pytest.raises(error), atomic_directory(target) as directory:  # noqa: PT012
         (directory / "a.json").write_text("half")
         raise error("stop")
     verify_manifest(target)
-    assert (target / "a.json").read_text() == "first" and only(tmp_path) == ["out"]
+    assert (target / "a.json").read_text() == "first"
+    assert only(tmp_path) == ["out"]
     with pytest.raises(error), atomic_directory(tmp_path / "never"):
         raise error("stop")
     assert only(tmp_path) == ["out"]
@@ -115,11 +118,12 @@ def test_failed_rename_restores_the_old_directory(tmp_path: Path, monkeypatch: p
             disk_full()
         replace(source, destination)
 
-    with monkeypatch.context() as patch, pytest.raises(OutputError, match="No space left"):
+    with monkeypatch.context() as patch, pytest.raises(OutputError, match="No space left"):  # noqa: PT012
         patch.setattr(os, "replace", refuse)
         make(target, "second")
     verify_manifest(target)
-    assert (target / "a.json").read_text() == "first" and only(tmp_path) == ["out"]
+    assert (target / "a.json").read_text() == "first"
+    assert only(tmp_path) == ["out"]
 
 
 @pytest.mark.parametrize("function", ["_sha256", "_fsync", "write_json"])
@@ -137,7 +141,8 @@ def test_full_disk_under_write_json_keeps_the_old_file(tmp_path: Path, monkeypat
     monkeypatch.setattr(storage, "_fsync", disk_full)
     with pytest.raises(OutputError, match=r"run\.json: No space left"):
         write_json(tmp_path / "run.json", {"step": 2})
-    assert json.loads((tmp_path / "run.json").read_text()) == {"step": 1} and only(tmp_path) == ["run.json"]
+    assert json.loads((tmp_path / "run.json").read_text()) == {"step": 1}
+    assert only(tmp_path) == ["run.json"]
 
 
 def test_unwritable_parent_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +176,7 @@ def test_missing_space_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a.json", "deep/b.bin"])
 def test_damage_is_found(tmp_path: Path, name: str) -> None:
-    """Truncation, growth and absence are seen by both checks; a flipped bit by verify_manifest, which names the file."""
+    """Truncation, growth and absence are seen by both checks, a flipped bit by verify_manifest, which names it."""
     target = tmp_path / "out"
     make(target, "first")
     original = (target / name).read_bytes()
@@ -191,7 +196,9 @@ def test_damage_is_found(tmp_path: Path, name: str) -> None:
     verify_manifest(target)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"files": []}', '{"files": {"a.json": 3}}', '{"files": {"a.json": {}}}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"files": []}', '{"files": {"a.json": 3}}', '{"files": {"a.json": {}}}']
+)
 def test_damaged_manifest_is_no_manifest(tmp_path: Path, text: str) -> None:
     """A manifest that is cut short or of another shape is a ModelError, never another exception or a pass."""
     target = tmp_path / "out"

@@ -57,7 +57,10 @@ def absmean_scale(weight: Tensor, granularity: Granularity = "tensor") -> Tensor
 def spread_scale(scale: Tensor, inputs: int, granularity: Granularity) -> Tensor:
     """Repeat group scales along the input: [O, G] → [O, K]. Tensor and row scales already broadcast and come back as is."""
     group = group_size(granularity)
-    return scale if group is None else scale.repeat_interleave(group, dim=1)[:, :inputs]
+    if group is None:
+        return scale
+    # An index rather than repeat_interleave and a slice: inductor (torch 2.13) reads that past the end of a short group.
+    return scale[:, torch.arange(inputs, device=scale.device) // group]
 
 
 def ternary_codes(weight: Tensor, scale: Tensor, granularity: Granularity = "tensor") -> Tensor:
@@ -68,7 +71,7 @@ def ternary_codes(weight: Tensor, scale: Tensor, granularity: Granularity = "ten
 
 def ternary_dequantize(codes: Tensor, scale: Tensor, granularity: Granularity = "tensor") -> Tensor:
     """code · s, [O, K] in the dtype of `scale`."""
-    return codes.to(scale.dtype) * spread_scale(scale, codes.shape[1], granularity)
+    return codes.to(scale.dtype).mul_(spread_scale(scale, codes.shape[1], granularity))
 
 
 def ternary_quantize(weight: Tensor, granularity: Granularity = "tensor") -> Tensor:
@@ -80,7 +83,7 @@ def ternary_quantize(weight: Tensor, granularity: Granularity = "tensor") -> Ten
 def int8_codes(x: Tensor) -> tuple[Tensor, Tensor]:
     """Codes of `x` [..., K] as int8 [..., K] and the scale of each token [..., 1] (fp32, or float64 for float64)."""
     values = x.detach().to(working_dtype(x))
-    absmax = values.abs().amax(dim=-1, keepdim=True).clamp(min=FLOOR)
+    absmax = torch.maximum(values.amax(dim=-1, keepdim=True), values.amin(dim=-1, keepdim=True).neg_()).clamp_(min=FLOOR)
     codes = (values * (INT8_MAX / absmax)).round_().clamp_(-INT8_MAX - 1, INT8_MAX).to(torch.int8)
     return codes, absmax / INT8_MAX
 
@@ -88,7 +91,7 @@ def int8_codes(x: Tensor) -> tuple[Tensor, Tensor]:
 def int8_quantize(x: Tensor) -> Tensor:
     """Q(x): the nearest int8 token under the absmax rule, same shape, fp32 (or float64 for float64)."""
     codes, scale = int8_codes(x)
-    return codes.to(scale.dtype) * scale
+    return codes.to(scale.dtype).mul_(scale)
 
 
 def integer_linear(
@@ -140,7 +143,7 @@ def blend(x: Tensor, quantized: Tensor, strength: float | Tensor) -> Tensor:
             return x.view_as(x)
         if strength == 1:
             return quantized.to(x.dtype, copy=quantized.dtype == x.dtype)
-    return (x + strength * (quantized - x)).to(x.dtype)
+    return (quantized - x).mul_(strength).add_(x).to(x.dtype)
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:

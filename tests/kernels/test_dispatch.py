@@ -6,7 +6,17 @@ import torch
 from trilobit.kernels import dispatch
 from trilobit.kernels.dispatch import Choice, int8_choice, int8_matmul
 
-SHAPES = [(1, 32, 8), (3, 33, 17), (17, 1, 5), (1, 1, 1), (5, 7, 1), (0, 8, 3), (16, 129, 31), (33, 64, 65), (2, 4096, 3)]
+SHAPES = [
+    (1, 32, 8),
+    (3, 33, 17),
+    (17, 1, 5),
+    (1, 1, 1),
+    (5, 7, 1),
+    (0, 8, 3),
+    (16, 129, 31),
+    (33, 64, 65),
+    (2, 4096, 3),
+]
 
 
 def force(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
@@ -25,7 +35,8 @@ def test_products_are_exact(shape: tuple[int, int, int], name: str, monkeypatch:
         if extreme:  # saturates an implementation that adds pairs in int16
             codes, weight = torch.full_like(codes, 127), torch.ones_like(weight)
         y = int8_matmul(codes, weight)
-        assert y.shape == (tokens, outputs) and torch.equal(y.long(), codes.long() @ weight.long().T)
+        assert y.shape == (tokens, outputs)
+        assert torch.equal(y.long(), codes.long() @ weight.long().T)
 
 
 @pytest.mark.parametrize("name", ["int8", "fp32"])
@@ -46,10 +57,13 @@ def test_wide_products_do_not_lose_bits(monkeypatch: pytest.MonkeyPatch) -> None
     weight = torch.ones(2, codes.shape[1], dtype=torch.int8)
     weight[1, 3] = 0
     expected = codes.long() @ weight.long().T
-    assert expected.max() > 2**24 and torch.equal(int8_matmul(codes, weight).long(), expected)
+    assert expected.max() > 2**24
+    assert torch.equal(int8_matmul(codes, weight).long(), expected)
 
 
 def test_choice_says_why() -> None:
     """A device that nothing is known about falls back to fp32, and every choice has a reason in words."""
-    assert int8_choice("quantum").name == "fp32" and "quantum" in int8_choice("quantum").reason
-    assert int8_choice("cpu").name in ("int8", "fp32") and "VNNI" in int8_choice("cpu").reason
+    assert int8_choice("quantum").name == "fp32"
+    assert "quantum" in int8_choice("quantum").reason
+    assert int8_choice("cpu").name in ("int8", "fp32")
+    assert "VNNI" in int8_choice("cpu").reason

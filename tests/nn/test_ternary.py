@@ -29,20 +29,27 @@ def test_state_dict_names(norm: str | None, bias: bool) -> None:
     other.load_state_dict(linear.state_dict(), strict=True)
 
 
-@pytest.mark.parametrize("make", [lambda: TernaryLinear(5, 3), lambda: TernaryEmbedding.from_embedding(nn.Embedding(5, 3), "row")])
+@pytest.mark.parametrize(
+    "make", [lambda: TernaryLinear(5, 3), lambda: TernaryEmbedding.from_embedding(nn.Embedding(5, 3), "row")]
+)
 def test_strengths(make) -> None:
-    """λ starts at 1; ends are floats; inside, one tensor per kind is overwritten in place and survives leaving the range."""
+    """λ starts at 1; ends are floats; inside, one tensor per kind is overwritten in place, ends in between or not."""
     module = make()
     assert (module.weight_strength, module.activation_strength) == (1.0, 1.0)
     module.set_strength(0.25, 0.75)
     weights, activations = module.weight_strength, module.activation_strength
-    assert isinstance(weights, torch.Tensor) and isinstance(activations, torch.Tensor)
-    assert weights is not activations and (weights.item(), activations.item()) == (0.25, 0.75)
+    assert isinstance(weights, torch.Tensor)
+    assert isinstance(activations, torch.Tensor)
+    assert weights is not activations
+    assert (weights.item(), activations.item()) == (0.25, 0.75)
     module.set_strength(0.5, 0)
-    assert module.weight_strength is weights and weights.item() == 0.5 and module.activation_strength == 0.0
+    assert module.weight_strength is weights
+    assert weights.item() == 0.5
+    assert module.activation_strength == 0.0
     assert isinstance(module.activation_strength, float)
     module.set_strength(1, 0.125)
-    assert isinstance(module.weight_strength, float) and module.activation_strength is activations
+    assert isinstance(module.weight_strength, float)
+    assert module.activation_strength is activations
     assert activations.item() == 0.125
     for bad in ((-0.1, 0.0), (0.0, 1.1), (float("nan"), 0.0)):
         with pytest.raises(AssertionError):
@@ -55,14 +62,18 @@ def test_from_linear_shares_fp32_and_widens_the_rest(bias: bool) -> None:
     linear = nn.Linear(6, 4, bias)
     ternary = TernaryLinear.from_linear(linear, norm="scalar", granularity="row", int8_activations=False, eps=1e-5)
     assert ternary.weight.data_ptr() == linear.weight.data_ptr()
-    assert ternary.rule.granularity == "row" and not ternary.rule.int8_activations and ternary.rule.eps == 1e-5
-    assert ternary.rms_norm is not None and ternary.rms_norm.weight.tolist() == [1.0]
+    assert ternary.rule.granularity == "row"
+    assert not ternary.rule.int8_activations
+    assert ternary.rule.eps == 1e-5
+    assert ternary.rms_norm is not None
+    assert ternary.rms_norm.weight.tolist() == [1.0]
     assert (ternary.bias is None) == (not bias)
     if bias:
         assert ternary.bias.data_ptr() == linear.bias.data_ptr()
     narrow = nn.Linear(6, 4, bias).bfloat16()
     wide = TernaryLinear.from_linear(narrow)
-    assert torch.equal(wide.weight, narrow.weight.float()) and all(p.dtype == torch.float32 for p in wide.parameters())
+    assert torch.equal(wide.weight, narrow.weight.float())
+    assert all(p.dtype == torch.float32 for p in wide.parameters())
     assert all(not p.is_meta and p.requires_grad for p in (*ternary.parameters(), *wide.parameters()))
 
 
@@ -91,8 +102,10 @@ def test_input_norm_is_rms_norm() -> None:
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("strength", [0.0, 1.0, 0.25])
 @pytest.mark.parametrize("padding", [None, 2])
-def test_embedding_is_a_lookup_in_the_quantised_table(granularity: Granularity, strength: float, padding: int | None) -> None:
-    """Output and gradient equal F.embedding of the whole faded table: repeated ids add up, the padding row gets none."""
+def test_embedding_is_a_lookup_in_the_quantised_table(
+    granularity: Granularity, strength: float, padding: int | None
+) -> None:
+    """Output and gradient equal F.embedding of the whole faded table: repeats add up, the padding row gets none."""
     embedding = nn.Embedding(11, 300, padding_idx=padding)
     nn.init.normal_(embedding.weight)
     ternary = TernaryEmbedding.from_embedding(embedding, granularity)
@@ -102,12 +115,15 @@ def test_embedding_is_a_lookup_in_the_quantised_table(granularity: Granularity, 
     y = ternary(ids)
     faded = quant.fade(embedding.weight, quant.ternary_quantize(embedding.weight, granularity), ternary.weight_strength)
     expected = F.embedding(ids, faded, padding)
-    assert y.shape == (2, 3, 300) and torch.equal(y, expected)
+    assert y.shape == (2, 3, 300)
+    assert torch.equal(y, expected)
     dy = torch.randn_like(y)
     y.backward(dy)
     expected.backward(dy)
-    assert ternary.weight.grad is not None and embedding.weight.grad is not None
-    assert torch.equal(ternary.weight.grad, embedding.weight.grad) and ternary.weight.grad[3].any()
+    assert ternary.weight.grad is not None
+    assert embedding.weight.grad is not None
+    assert torch.equal(ternary.weight.grad, embedding.weight.grad)
+    assert ternary.weight.grad[3].any()
 
 
 def test_deepcopy_is_independent() -> None:
@@ -121,9 +137,11 @@ def test_deepcopy_is_independent() -> None:
         before = module(x)
         assert torch.equal(twin(x), before)
         module.set_strength(0.9, 0.8)
-        assert torch.equal(twin(x), before) and not torch.equal(module(x), before)
+        assert torch.equal(twin(x), before)
+        assert not torch.equal(module(x), before)
         twin.set_strength(0.75, 0.5)
-        assert module.weight_strength.item() == pytest.approx(0.9) and twin.weight_strength.item() == 0.75  # pyright: ignore
+        assert module.weight_strength.item() == pytest.approx(0.9)
+        assert twin.weight_strength.item() == 0.75
         with torch.no_grad():
             twin.weight.zero_()
         assert module.weight.any()

@@ -8,8 +8,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from trilobit.errors import DataError
 from trilobit.corpus import documents, fingerprint, is_stream, stdlib_documents
+from trilobit.errors import DataError
 
 
 def texts(data: str | Path, **options) -> list[str]:

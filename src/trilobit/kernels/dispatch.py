@@ -24,10 +24,15 @@ class Choice:
     reason: str
 
 
+@torch.compiler.assume_constant_result  # the compiler refuses to trace the question, and warns of functools.cache
+def _has_vnni() -> bool:
+    return torch.cpu._is_vnni_supported()  # pyright: ignore[reportPrivateUsage]
+
+
 def int8_choice(device_type: str) -> Choice:
     """How int8 × int8 products are computed on a kind of device (`cpu`, `cuda`, …)."""
     if device_type == "cpu":
-        if torch.cpu._is_vnni_supported():  # pyright: ignore[reportPrivateUsage]
+        if _has_vnni():
             return Choice("int8", "torch._int_mm: this processor has VNNI instructions")
         return Choice("fp32", "fp32 matmul on integer values: this processor has no VNNI instructions")
     if device_type == "cuda":

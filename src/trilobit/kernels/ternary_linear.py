@@ -4,8 +4,8 @@ The same numbers as composing quant.py step by step (the oracle in tests/), for 
 linear it replaces. What pays for the quantisers:
 
   · at λ = 1 the forward product is int8 × ternary, exact, on int8 instructions (about twice the bf16 rate);
-  · the backward keeps int8 codes (one byte) where a plain linear keeps its bf16 or fp32 input and weight;
-  · norm and blends are recomputed from the saved input rather than kept.
+  · at λ = 1 the backward keeps int8 codes (one byte) where a plain linear keeps its bf16 or fp32 input and weight;
+  · the norm, and in fp32 the blends, are computed again from the saved input rather than kept.
 
 With x̂ = x · r, r = 1/rms(x), n = x̂ · g, and the straight-through estimator (identity through both roundings):
 
@@ -76,21 +76,30 @@ class _TernaryLinear(torch.autograd.Function):
         whole_rows = quant.group_size(rule.granularity) is None  # the scale factors out of the product
         pure_weights = _is(weights, 1) and whole_rows
 
+        inputs = matrix = None
         if pure_weights and _is(activations, 1):
             assert codes is not None and weight_codes is not None and scale is not None and weight_scale is not None
-            y = int8_matmul(codes, weight_codes).to(scale.dtype) * (scale * weight_scale.T)
-            y = y if bias is None else y + bias
+            y = int8_matmul(codes, weight_codes).to(scale.dtype).mul_(scale * weight_scale.T)
+            y = y if bias is None else y.add_(bias)
         elif pure_weights:
             assert weight_codes is not None and weight_scale is not None
             inputs = _blend_activations(normed, codes, scale, activations, compute)
             y = (inputs @ weight_codes.to(compute).T) * weight_scale.T
-            y = y if bias is None else y + bias
+            y = y if bias is None else y.add_(bias)
         else:
             inputs = _blend_activations(normed, codes, scale, activations, compute)
             matrix = _blend_weights(weight, weight_codes, weight_scale, weights, rule, compute, pure_weights)
             y = F.linear(inputs, matrix, None if bias is None else bias.to(compute))  # λ = 0: the plain linear's own bits
-        kept = None if gain is None and _is(activations, 1) else rows
-        ctx.save_for_backward(kept, weight, gain, inverse, codes, scale, weight_codes, weight_scale)
+
+        # A half-precision operand is kept as it is, like a plain linear's under autocast; an fp32 one is made again.
+        if _is(activations, 1) or compute.itemsize > 2:
+            inputs = None
+        if compute.itemsize > 2:
+            matrix = None
+        rows = None if gain is None and (_is(activations, 1) or inputs is not None) else rows
+        codes, scale = (None, None) if inputs is not None else (codes, scale)
+        weight_codes = None if matrix is not None else weight_codes
+        ctx.save_for_backward(rows, weight, gain, inverse, codes, scale, weight_codes, weight_scale, inputs, matrix)
         ctx.rule, ctx.strengths, ctx.pure_weights, ctx.compute = rule, (weights, activations), pure_weights, compute
         ctx.shape, ctx.dtype, ctx.bias_dtype = x.shape, x.dtype, None if bias is None else bias.dtype
         return y.to(compute).view(*x.shape[:-1], weight.shape[0])
@@ -98,21 +107,22 @@ class _TernaryLinear(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Any) -> Any:
-        rows, weight, gain, inverse, codes, scale, weight_codes, weight_scale = ctx.saved_tensors
+        rows, weight, gain, inverse, codes, scale, weight_codes, weight_scale, inputs, matrix = ctx.saved_tensors
         rule, (weights, activations), compute = ctx.rule, ctx.strengths, ctx.compute
         dy = gradients[0].reshape(-1, weight.shape[0]).to(compute)
         dx = dweight = dbias = dgain = None
 
         if ctx.needs_input_grad[1]:
-            if _is(activations, 1):
-                inputs = (codes * scale).to(compute)
-            else:
+            if inputs is None and _is(activations, 1):
+                inputs = codes.to(scale.dtype).mul_(scale).to(compute)
+            elif inputs is None:
                 inputs = _blend_activations(_apply_norm(rows, inverse, gain), codes, scale, activations, compute)
             dweight = (dy.T @ inputs).to(weight.dtype)
         if ctx.needs_input_grad[2]:
             dbias = dy.sum(dim=0, dtype=quant.working_dtype(dy)).to(ctx.bias_dtype)
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
-            matrix = _blend_weights(weight, weight_codes, weight_scale, weights, rule, compute, ctx.pure_weights)
+            if matrix is None:
+                matrix = _blend_weights(weight, weight_codes, weight_scale, weights, rule, compute, ctx.pure_weights)
             per_tensor = ctx.pure_weights and weight_scale.numel() == 1
             left = dy * weight_scale.T.to(compute) if ctx.pure_weights and not per_tensor else dy
             dnormed = (left @ matrix).to(quant.working_dtype(dy))
@@ -143,7 +153,7 @@ def _blend_activations(
 ) -> Tensor:
     if codes is None or scale is None:
         return normed.to(compute)
-    return quant.blend(normed, codes * scale, strength).to(compute)
+    return quant.blend(normed, codes.to(scale.dtype).mul_(scale), strength).to(compute)
 
 
 def _blend_weights(

@@ -95,9 +95,9 @@ def ternarize(
 ) -> Surgery:
     """Replace, in place, the linears of `model` that `spec` covers by ternary ones at λ = 1.
 
-    calibration: token batches [B, T]; where given, each inserted gain starts at the mean RMS its input has on them, so
-    that norms keep the average function; where empty, gains start at one. Returns the table of what became what, whose
-    parts are asserted to add up to the model's parameters. Raises ModelError for models that are refused (roles.py).
+    calibration: token batches [B, T]; where given, each inserted gain starts at the median RMS its input has on them, so
+    that norms keep the function of an ordinary token; where empty, gains start at one. Returns the table of what became
+    what, whose parts are asserted to add up to the model's parameters. Raises ModelError for models that are refused (roles.py).
     """
     plan = make_plan(roles or find_roles(model), spec or TernarySpec())
     measured = measure_rms(model, [path for path, linear in plan.linears.items() if linear.normed], calibration)
@@ -169,18 +169,16 @@ def set_strengths(model: nn.Module, weights: list[float], activations: list[floa
 
 
 def measure_rms(model: PreTrainedModel, paths: list[str], batches: Iterable[Tensor]) -> dict[str, float]:
-    """Mean over tokens of the RMS of each module's input: the g that minimises Σ_t ‖x_t − g·x_t/rms(x_t)‖².
+    """Median over tokens of the RMS of each module's input. Returns {} if there are no batches.
 
-    Returns {} if there are no batches.
+    The median, because a few tokens have activations a thousand times the others', and a mean (let alone a mean square)
+    would fit those: on SmolLM2-135M the norms then cost 2.0 nats (11.3) at step 0, with the median 1.3, with ones 13.
     """
-    total = dict.fromkeys(paths, 0.0)
-    count = dict.fromkeys(paths, 0)
+    seen: dict[str, list[Tensor]] = {path: [] for path in paths}
 
     def hook(path: str):
         def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            rms = inputs[0].detach().float().pow(2).mean(dim=-1).sqrt()
-            total[path] += rms.sum().item()
-            count[path] += rms.numel()
+            seen[path].append(inputs[0].detach().float().pow(2).mean(dim=-1).sqrt().flatten())
 
         return before
 
@@ -192,15 +190,17 @@ def measure_rms(model: PreTrainedModel, paths: list[str], batches: Iterable[Tens
     finally:
         for handle in handles:
             handle.remove()
-    return {path: total[path] / count[path] for path in paths if count[path]}
+    return {path: torch.cat(values).median().item() for path, values in seen.items() if values}
 
 
-def _refuse_foreign_cover(model: nn.Module, plan: Plan) -> None:
-    for path, kind in ((plan.embedding, nn.Embedding), (plan.head, nn.Linear)):
-        if path is not None and type(module := model.get_submodule(path)) is not kind:
+def _refuse_foreign_cover(model: PreTrainedModel, plan: Plan) -> None:
+    """Raise ModelError if the embedding or head to be covered does more than its type says (Gemma scales its rows)."""
+    for path, plain in ((plan.embedding, nn.Embedding), (plan.head, nn.Linear)):
+        module = model.get_submodule(path) if path is not None else None
+        if module is not None and type(module) is not plain:
             raise ModelError(
-                f"{path} is a {type(module).__name__}, not exactly nn.{kind.__name__} (it may scale or shift what it "
-                f"returns), so cover {plan.spec.cover} is refused. Use cover projections."
+                f"{path} is a {type(module).__name__}, not a plain {plain.__name__}: making it ternary would drop what "
+                "it adds. Use --cover projections."
             )
 
 

@@ -27,9 +27,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from trilobit import corpus
 from trilobit.errors import DataError, ModelError, OutputError
 from trilobit.storage import atomic_directory, is_whole, read_json, write_json
-from trilobit import corpus
 
 RULE = 1  # raised whenever the same text and tokenizer would give other tokens or another held-out part
 BATCH_CHARACTERS = 1 << 21
@@ -113,7 +113,7 @@ def prepare(
     A dataset on the hub is read until `max_tokens` training tokens; files and stdlib are read whole. Documents are held
     out by content until there are `heldout_tokens`; further ones are left out, never trained on. Where that gives less
     than one window of `sequence_length`, or less text to train on than held out, the last 2 % of all tokens are held
-    out instead (one window at least, `heldout_tokens` at most).
+    out instead (one window at least, `heldout_tokens` at most). `progress` is called after every document.
 
     Raises DataError for text that is missing, damaged or too short, ModelError if a token is not below `vocab_size`.
     """
@@ -121,16 +121,16 @@ def prepare(
     if stream and max_tokens is None:
         raise DataError(f"--data {data} is read from the hub and may not end: say how much with --max-tokens.")
     backend = _backend(tokenizer)
-    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
-    if end is None:
+    ends = [token for token in (tokenizer.eos_token_id, tokenizer.bos_token_id) if isinstance(token, int)]
+    if not ends:
         raise DataError("the tokenizer has neither an eos nor a bos token to put between documents; set eos_token.")
     limit = max_tokens if stream else None
-    options = [RULE, corpus.fingerprint(data), text_field, limit, heldout_tokens, end]
+    options = [RULE, corpus.fingerprint(data), text_field, limit, heldout_tokens, ends[0]]
     key = _key("corpus", options, backend)
 
     def pieces() -> Iterator[tuple[bool, np.ndarray, int]]:
         texts = train = total = 0
-        for document, ids in _tokenised(corpus.documents(data, text_field=text_field), backend, int(end)):
+        for document, ids in _tokenised(corpus.documents(data, text_field=text_field), backend, ends[0]):
             yield document.held_out, ids, document.bytes
             texts, total = texts + document.bytes, total + len(ids)
             train += 0 if document.held_out else len(ids)
