@@ -51,7 +51,18 @@ def absmean_scale(weight: Tensor, granularity: Granularity = "tensor") -> Tensor
             parts.append(magnitude[:, whole:].mean(dim=1, keepdim=True, dtype=torch.float64))
         mean = torch.cat(parts, dim=1)
     scale = mean.to(dtype).clamp(min=FLOOR)
-    return scale if group is None else scale.to(torch.float16).to(dtype)
+    return scale if group is None else _round_to_fp16(scale)
+
+
+@torch.library.custom_op("trilobit::round_to_fp16", mutates_args=())
+def _round_to_fp16(x: Tensor) -> Tensor:
+    """x rounded to fp16, in x's dtype. An operator of its own, because inductor (torch 2.13) drops a cast there and back."""
+    return x.to(torch.float16).to(x.dtype)
+
+
+@_round_to_fp16.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
 
 
 def spread_scale(scale: Tensor, inputs: int, granularity: Granularity) -> Tensor:

@@ -5,6 +5,7 @@ with the sha256 of every file, and renamed into place; a reader that finds no va
 that is killed at any instant leaves the previous state. Only safetensors and JSON are written: no pickle in any form.
 """
 
+import ctypes
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MANIFEST = "manifest.json"
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # fcntl.h, linux/fs.h
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -55,19 +57,11 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         partial.mkdir()
         yield partial
         _seal(partial)
-        replaced = None
         if target.exists():
-            replaced = target.with_name(f".{target.name}.replaced-{os.getpid()}")
-            os.replace(target, replaced)
-        try:
+            _exchange(partial, target)  # what was there is now `partial`, and is removed below
+        else:
             os.replace(partial, target)
-        except OSError:
-            if replaced is not None:
-                os.replace(replaced, target)
-            raise
         _fsync(target.parent)
-        if replaced is not None:
-            remove_directory(replaced)
     except OSError as error:
         raise OutputError(f"cannot write {target}: {error.strerror or error}. Nothing was left behind.") from error
     finally:
@@ -128,6 +122,24 @@ def save_tensors(tensors: "dict[str, Tensor]", path: Path) -> None:
         save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, path, {"format": "pt"})
     except SafetensorError as error:
         raise OutputError(f"cannot write {path.name}: {error}. Nothing was left behind.") from error
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Swap two directories in one step where the kernel can (Linux), else by two renames."""
+    try:
+        swapped = ctypes.CDLL(None).renameat2(AT_FDCWD, os.fsencode(new), AT_FDCWD, os.fsencode(old), RENAME_EXCHANGE) == 0
+    except (OSError, AttributeError):
+        swapped = False
+    if swapped:
+        return
+    aside = old.with_name(f".{old.name}.replaced-{os.getpid()}")
+    os.replace(old, aside)
+    try:
+        os.replace(new, old)
+    except OSError:
+        os.replace(aside, old)
+        raise
+    os.replace(aside, new)
 
 
 def _seal(directory: Path) -> None:

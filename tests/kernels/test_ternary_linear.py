@@ -387,7 +387,6 @@ def test_inductor_spreads_group_scales(inputs: int) -> None:
 @pytest.mark.slow
 @INDUCTOR_WARNS
 @NEEDS_COMPILER
-@pytest.mark.xfail(strict=True, reason="inductor drops a cast to fp16 and back: compiled group scales are not fp16")
 def test_inductor_rounds_group_scales_to_fp16() -> None:
     """Generated code rounds group scales to fp16 as the definition says."""
     weight = torch.randn(11, 128)

@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from trilobit.errors import DataError, ModelError
 from trilobit.train import data as data_module
-from trilobit.train.data import Tokens, Windows, evaluation_windows, from_tokens, prepare
+from trilobit.train.data import Tokens, from_tokens, prepare
+from trilobit.train.windows import Windows, evaluation_windows
 
 WORDS = "It isn't the  end:\n\n\tthey'll (perhaps) return 1984 times, naïvely…   and\n again\r\n"
 VOCABULARY = 300

@@ -3,7 +3,6 @@
 Codes are kept as int8 so that the integer product can read them directly; on disk they take two bits (formats.py).
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 

@@ -14,7 +14,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from trilobit.storage import (
-    atomic_directory, is_whole, read_json, remove_directory, require_free_space, save_tensors, verify_manifest, write_json,
+    atomic_directory,
+    is_whole,
+    read_json,
+    remove_directory,
+    require_free_space,
+    save_tensors,
+    verify_manifest,
+    write_json,
 )  # fmt: skip
 
 BYTES_PER_PARAMETER = 12  # fp32 latent and two fp32 Adam moments

@@ -1,4 +1,4 @@
-"""Tokens on disk, and windows of them in an order that depends on (seed, step) alone.
+"""Text as tokens on disk: made once, memory-mapped afterwards.
 
 A corpus is tokenised once and kept as one flat array, `tokens.bin` (little-endian uint16, or uint32 where the
 vocabulary needs it), the training part first and the held-out part after it. The directory's name is a hash of what it
@@ -6,11 +6,6 @@ was made from: the text, the tokenizer's whole definition, the options. Nothing 
 
 Long documents are cut before tokenising where that provably changes nothing, because the tokenizer works on documents
 in parallel and a 1 GB file is one document: see `_cuts_are_safe`.
-
-Sample i of training is window P_e(i mod n) of n, where e = i div n is the epoch and P_e a permutation computed, not
-stored: a Feistel network on the smallest 2^(2h) >= n, walked along its cycle until it lands below n (Black & Rogaway,
-"Ciphers with arbitrary finite domains", 2002). Any sample is found in O(1), so resuming needs no state, and the order
-does not know how many ranks or micro-batches share the work.
 """
 
 import hashlib
@@ -22,9 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tokenizers import Tokenizer
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from trilobit import corpus
@@ -34,7 +27,6 @@ from trilobit.storage import atomic_directory, is_whole, read_json, write_json
 RULE = 1  # raised whenever the same text and tokenizer would give other tokens or another held-out part
 BATCH_CHARACTERS = 1 << 21
 CUT_CHARACTERS = 1 << 14
-FEISTEL_ROUNDS = 8
 
 Progress = Callable[[int, int], None]  # (bytes of text, tokens) done so far
 
@@ -166,75 +158,6 @@ def from_tokens(
 
     key = _key("tokens", [RULE, name_key], backend)
     return _cached(key, pieces, backend, vocab_size, heldout_tokens, sequence_length, cache_dir)
-
-
-class Windows:
-    """Non-overlapping windows of `tokens`, shuffled anew in every epoch.
-
-    Window k is tokens[k·length : k·length + length + 1]: inputs are w[:-1], targets w[1:], and each token but the first
-    is a target once. The last, incomplete window is never seen.
-    """
-
-    def __init__(self, tokens: np.ndarray, length: int, seed: int) -> None:
-        self.count = _window_count(tokens, length)
-        self.length, self._tokens, self._seed = length, tokens, seed
-
-    def batch(self, index: int, size: int) -> Tensor:
-        """Samples index·size … index·size + size − 1: int64 [size, length + 1]."""
-        return self.samples(index * size, size)
-
-    def samples(self, start: int, number: int) -> Tensor:
-        """Samples start … start + number − 1, counted from the beginning of training: int64 [number, length + 1]."""
-        return _take(self._tokens, self.order(start, number), self.length)
-
-    def order(self, start: int, number: int) -> np.ndarray:
-        """Which window each of these samples is: int64 [number], each in [0, count)."""
-        sample = np.arange(start, start + number, dtype=np.uint64)
-        epoch, x = np.divmod(sample, np.uint64(self.count))
-        half = np.uint64(max(1, ((self.count - 1).bit_length() + 1) // 2))
-        epoch_key = _mix(epoch + _mix(np.array([self._seed % 2**64], dtype=np.uint64)))
-        keys = [_mix(epoch_key + np.uint64(r)) for r in range(FEISTEL_ROUNDS)]
-        x = _feistel(x, keys, half)
-        while (outside := x >= self.count).any():
-            x[outside] = _feistel(x[outside], [key[outside] for key in keys], half)
-        return x.astype(np.int64)
-
-
-def evaluation_windows(tokens: np.ndarray, length: int, limit_tokens: int) -> Tensor:
-    """At most `limit_tokens` targets (one window at least) in windows spread evenly: int64 [N, length + 1]."""
-    count = _window_count(tokens, length)
-    number = min(count, max(1, limit_tokens // length))
-    return _take(tokens, np.arange(number, dtype=np.int64) * count // number, length)
-
-
-def _window_count(tokens: np.ndarray, length: int) -> int:
-    if len(tokens) < length + 1:
-        raise DataError(
-            f"there are {len(tokens):,} tokens, but one window of --sequence-length {length} needs {length + 1:,}: "
-            "give more text or a shorter --sequence-length."
-        )
-    return (len(tokens) - 1) // length
-
-
-def _take(tokens: np.ndarray, windows: np.ndarray, length: int) -> Tensor:
-    return torch.from_numpy(tokens[windows[:, None] * length + np.arange(length + 1)].astype(np.int64))
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64, a bijection of uint64."""
-    x = x + np.uint64(0x9E37_79B9_7F4A_7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58_476D_1CE4_E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D0_49BB_1331_11EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def _feistel(x: np.ndarray, keys: list[np.ndarray], half: np.uint64) -> np.ndarray:
-    """A permutation of [0, 2^(2·half)): (L, R) → (R, L ⊕ F(R, key)) per key. A permutation whatever F is."""
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    left, right = x >> half, x & mask
-    for key in keys:
-        left, right = right, left ^ (_mix(right ^ key) & mask)
-    return (left << half) | right
 
 
 def _cached(

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from trilobit.config.training import TrainingConfig
 from trilobit.errors import NonFiniteError
 from trilobit.train.checkpoint import Progress, list_checkpoints, load_checkpoint, save_checkpoint
-from trilobit.train.data import Windows
 from trilobit.train.distill import Losses
 from trilobit.train.schedule import learning_rate
+from trilobit.train.windows import Windows
 
 BETAS = (0.9, 0.95)
 LOG_SECONDS = 0.5  # on an accelerator, at most this often does a step wait for its numbers

@@ -33,16 +33,17 @@ from trilobit.export.hf import write_full_precision, write_latent, write_model
 from trilobit.infer.generate import sample_documents
 from trilobit.infer.load import Loaded, load_pretrained, pick_device
 from trilobit.listener import SILENT, Listener
-from trilobit.measure.perplexity import nats, require_positions, uses_bos
+from trilobit.measure.perplexity import nats, require_positions
 from trilobit.storage import read_json, require_new_directory, write_json
 from trilobit.surgery.roles import find_roles
 from trilobit.surgery.ternary import Plan, TernarySpec, apply_plan, make_plan, measure_rms, set_gains, set_strengths
-from trilobit.train.data import Tokens, Windows, evaluation_windows, from_tokens, prepare
+from trilobit.train.data import Tokens, from_tokens, prepare
 from trilobit.train.distill import Losses, mixed_loss
 from trilobit.train.loop import Hooks, Signals, autocast, fit
 from trilobit.train.plots import plot_loss, plot_strengths
 from trilobit.train.schedule import StrengthSchedule, strength_schedule
 from trilobit.train.track import tracker
+from trilobit.train.windows import Windows, evaluation_windows
 
 LR_TIMES_WIDTH = 0.4
 CALIBRATION_WINDOWS = 8

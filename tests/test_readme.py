@@ -1,0 +1,65 @@
+"""The README is executed: its commands parse and run, its tree is the tree."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from trilobit.cli import COMMANDS, parse
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def commands() -> list[str]:
+    """Every `trilobit …` line in a code block, and the inline ones that name a command."""
+    blocks = re.findall(r"```\n(.*?)```", README, re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines()]
+    inline = re.findall(r"`(trilobit [^`]+)`", README)
+    return [line for line in [*lines, *inline] if line.startswith("trilobit ") and "--help" not in line]
+
+
+@pytest.mark.parametrize("line", commands())
+def test_every_command_parses(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each command line in the README is one the command line accepts, flag for flag."""
+    words = shlex.split(line)
+    monkeypatch.chdir(tmp_path)
+    if "--from" in words:
+        source = Path(words[words.index("--from") + 1])
+        source.parent.mkdir(parents=True)
+        source.write_text('{"command": "tune", "config": {"model": "m", "data": "d"}}')
+    if words[1] != "demo":
+        assert words[1] in COMMANDS
+    config, _ = parse(words[1], words[2:])
+    assert config is not None
+
+
+def test_make_targets_exist() -> None:
+    """Each `make` target the README names is in the Makefile."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"make ([\w-]+)", README))
+    assert targets >= {"demo", "test"}
+    for target in targets - {"sets", "ternary"}:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_the_tree_is_the_tree() -> None:
+    """The README lists every file and folder directly under src/trilobit, and nothing else."""
+    block = README.split("src/trilobit/\n")[1].split("tests/")[0]
+    listed = {line.split()[0].rstrip("/") for line in block.splitlines() if line.strip()}
+    package = ROOT / "src" / "trilobit"
+    there = {p.name for p in package.iterdir() if p.name not in ("__init__.py", "__pycache__", "assets", "__main__.py")}
+    assert listed == there
+
+
+def test_python_example_is_real() -> None:
+    """The Python example compiles and uses only public names and real settings."""
+    import trilobit
+
+    (source,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    compile(source, "README.md", "exec")
+    for name in re.findall(r"trilobit\.(\w+)", source):
+        assert hasattr(trilobit, name), name
+    settings = re.findall(r"(\w+)=", source.split("TuneConfig(")[1].split(")\n")[0])
+    assert set(settings) <= set(trilobit.TuneConfig.__dataclass_fields__)
