@@ -74,10 +74,15 @@ def spread_scale(scale: Tensor, inputs: int, granularity: Granularity) -> Tensor
     return scale[:, torch.arange(inputs, device=scale.device) // group]
 
 
-def ternary_codes(weight: Tensor, scale: Tensor, granularity: Granularity = "tensor") -> Tensor:
-    """Codes −1, 0, 1 of `weight` [O, K] as int8 [O, K], given `scale` from absmean_scale."""
+def ternary_levels(weight: Tensor, scale: Tensor, granularity: Granularity = "tensor") -> Tensor:
+    """Codes −1, 0, 1 of `weight` [O, K] in the dtype of `scale`, which comes from absmean_scale."""
     reciprocal = spread_scale(scale.reciprocal(), weight.shape[1], granularity)
-    return (weight.detach() * reciprocal).round_().clamp_(-1, 1).to(torch.int8)
+    return (weight.detach() * reciprocal).round_().clamp_(-1, 1)
+
+
+def ternary_codes(weight: Tensor, scale: Tensor, granularity: Granularity = "tensor") -> Tensor:
+    """ternary_levels as int8."""
+    return ternary_levels(weight, scale, granularity).to(torch.int8)
 
 
 def ternary_dequantize(codes: Tensor, scale: Tensor, granularity: Granularity = "tensor") -> Tensor:
@@ -88,21 +93,29 @@ def ternary_dequantize(codes: Tensor, scale: Tensor, granularity: Granularity = 
 def ternary_quantize(weight: Tensor, granularity: Granularity = "tensor") -> Tensor:
     """Q(W): the nearest ternary matrix under the absmean rule, [O, K] in the dtype of absmean_scale."""
     scale = absmean_scale(weight, granularity)
-    return ternary_dequantize(ternary_codes(weight, scale, granularity), scale, granularity)
+    return ternary_levels(weight, scale, granularity).mul_(spread_scale(scale, weight.shape[1], granularity))
+
+
+def int8_levels(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes of `x` [..., K] and the scale of each token [..., 1], both fp32 (float64 for float64).
+
+    127/absmax is what torch computes for it, the reciprocal times 127 (two roundings), as transformers does.
+    """
+    values = x.detach().to(working_dtype(x))
+    absmax = torch.maximum(values.amax(dim=-1, keepdim=True), values.amin(dim=-1, keepdim=True).neg_()).clamp_(min=FLOOR)
+    return (values * (INT8_MAX / absmax)).round_().clamp_(-INT8_MAX - 1, INT8_MAX), absmax / INT8_MAX
 
 
 def int8_codes(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes of `x` [..., K] as int8 [..., K] and the scale of each token [..., 1] (fp32, or float64 for float64)."""
-    values = x.detach().to(working_dtype(x))
-    absmax = torch.maximum(values.amax(dim=-1, keepdim=True), values.amin(dim=-1, keepdim=True).neg_()).clamp_(min=FLOOR)
-    codes = (values * (INT8_MAX / absmax)).round_().clamp_(-INT8_MAX - 1, INT8_MAX).to(torch.int8)
-    return codes, absmax / INT8_MAX
+    """int8_levels with the codes as int8."""
+    levels, scale = int8_levels(x)
+    return levels.to(torch.int8), scale
 
 
 def int8_quantize(x: Tensor) -> Tensor:
     """Q(x): the nearest int8 token under the absmax rule, same shape, fp32 (or float64 for float64)."""
-    codes, scale = int8_codes(x)
-    return codes.to(scale.dtype).mul_(scale)
+    levels, scale = int8_levels(x)
+    return levels.mul_(scale)
 
 
 def integer_linear(
@@ -154,7 +167,8 @@ def blend(x: Tensor, quantized: Tensor, strength: float | Tensor) -> Tensor:
             return x.view_as(x)
         if strength == 1:
             return quantized.to(x.dtype, copy=quantized.dtype == x.dtype)
-    return (quantized - x).mul_(strength).add_(x).to(x.dtype)
+        strength = torch.tensor(strength, dtype=quantized.dtype, device=quantized.device)
+    return torch.lerp(x.to(quantized.dtype), quantized, strength.to(quantized.dtype)).to(x.dtype)
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:

@@ -1,6 +1,7 @@
 """Types shared by configurations, and how a command line spells them."""
 
 import re
+from fractions import Fraction
 from typing import Annotated
 
 import tyro
@@ -11,17 +12,17 @@ UNITS = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
 
 def parse_count(text: str) -> int:
     """`12k`, `3M`, `1B`, `1.5M`, `4096` → a whole number ≥ 1. Raises ValueError otherwise."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmb]?)", text.strip().replace("_", "").replace(",", ""), re.IGNORECASE)
+    match = re.fullmatch(r"(\d+|\d{1,3}(?:[,_]\d{3})+)(\.\d+)?([kmb]?)", text.strip(), re.IGNORECASE | re.ASCII)
     if match is None:
         raise ValueError(f"{text!r} is not a count: write 4096, 12k, 3M or 1B")
-    value = float(match[1]) * UNITS[match[2].lower()]
-    if value < 1 or value != int(value):
+    value = Fraction(re.sub("[,_]", "", match[1]) + (match[2] or "")) * UNITS[match[3].lower()]  # 1.001k is no float
+    if value < 1 or value.denominator != 1:
         raise ValueError(f"{text!r} is not a whole number ≥ 1")
     return int(value)
 
 
 def format_count(value: int) -> str:
-    """The shortest spelling that parse_count reads back: 12_000 → `12k`."""
+    """A short spelling that parse_count reads back: 12_000 → `12k`."""
     for unit in ("b", "m", "k"):
         if value >= UNITS[unit] and value % UNITS[unit] == 0:
             return f"{value // UNITS[unit]}{unit.upper() if unit != 'k' else unit}"

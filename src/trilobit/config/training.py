@@ -68,10 +68,14 @@ class TrainingConfig:
     """Where tokenised data is kept. Default: ~/.cache/trilobit/tokens."""
 
     def __post_init__(self) -> None:
-        positive = ("sequence_length", "sequences", "keep_checkpoints", "clip")
+        positive = (
+            "sequence_length", "sequences", "keep_checkpoints", "clip", "max_tokens", "batch_tokens", "eval_tokens",
+            "eval_every", "checkpoint_every",
+        )  # fmt: skip
         for name in positive:
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be above 0.")
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be above 0.")
         if self.lr is not None and not 0 < self.lr < float("inf"):
             raise ConfigError(f"--lr is {self.lr}; it must be a number above 0.")
         if not 0 <= self.weight_decay < float("inf"):

@@ -4,7 +4,7 @@
     every          tensor      int8         projections   autobitlinear (or bitlinear), use_rms_norm
     none           tensor      int8         projections   autobitlinear (or bitlinear)
     output         tensor      int8         projections   the same, where every other linear reads a block norm directly:
-                                                          block gain := 1, and the linear's own rms_norm := the block gain
+                                                          the block gain moves into the linear's own rms_norm
     none           any         none         any           dense: code · s as ordinary weights
     everything else                                       packed: trilobit's own, refused by stock software
 
@@ -14,6 +14,7 @@ the model in memory; one that differs is not left behind (transformers loads som
 """
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ from trilobit.surgery.ternary import Plan
 
 Form = Literal["autobitlinear", "bitlinear", "dense", "packed"]
 Store = Literal["bf16", "fp32"]
+SMALL_GAIN = 2.0**-20
 DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -164,7 +166,7 @@ def _bitnet_tensors(model: PreTrainedModel, plan: Plan, form: str, store: Store)
             tensors[f"{path}.rms_norm.weight"] = linear.rms_norm.weight.detach().expand(linear.in_features)
         elif everywhere:
             assert planned.fed_by is not None, path
-            gain, neutral = _movable_gain(model.get_submodule(planned.fed_by), linear.in_features)
+            gain, neutral = _movable_gain(model.get_submodule(planned.fed_by), linear.in_features, plan.spec.eps)
             tensors[f"{path}.rms_norm.weight"] = gain
             tensors[f"{planned.fed_by}.weight"] = neutral
     quantization = {
@@ -173,7 +175,7 @@ def _bitnet_tensors(model: PreTrainedModel, plan: Plan, form: str, store: Store)
         "quantization_mode": "offline",
         "use_rms_norm": everywhere,
         "rms_norm_eps": plan.spec.eps,
-        "modules_to_not_convert": ["lm_head"],
+        "modules_to_not_convert": [n for n, m in model.named_modules() if type(m) is nn.Linear],
     }
     return {
         "tensors": tensors,
@@ -183,15 +185,23 @@ def _bitnet_tensors(model: PreTrainedModel, plan: Plan, form: str, store: Store)
     }
 
 
-def _movable_gain(norm: nn.Module, width: int) -> tuple[Tensor, Tensor]:
-    """The gain a block norm applies, measured on a constant input, and the stored weight that makes it one."""
+def _movable_gain(norm: nn.Module, width: int, eps: float) -> tuple[Tensor, Tensor]:
+    """The gain of the rms_norm that takes over a block norm's, and the weight the block norm is left with.
+
+    A second norm after a block norm whose gain is c returns c·u / sqrt(c²·mean(u²) + eps), where u is x normalised. With
+    c = 1 that undoes the block norm's own epsilon, which shows where the residual is small (first layers, unscaled
+    embeddings). With c² far below eps the root is a constant: the second norm multiplies by its gain and no more.
+    Norms that apply 1 + w keep c = 1: their weight could not hold a small c in bf16. Which kind a norm is, is measured.
+    """
     weight = norm.weight
     assert isinstance(weight, Tensor)
-    with torch.no_grad():
-        applied = norm(torch.full((1, width), 1e4, device=weight.device, dtype=torch.float32)).reshape(-1)
-        for stored, neutral in ((weight, torch.ones_like(weight)), (weight + 1, torch.zeros_like(weight))):
-            if torch.allclose(applied, stored, rtol=1e-5, atol=1e-7):
-                return stored.detach().clone(), neutral
+    small = SMALL_GAIN
+    plain = (weight, torch.full_like(weight, small), math.sqrt(small**2 + eps) / small)
+    for gain, left, factor in (plain, (weight + 1, torch.zeros_like(weight), 1.0)):
+        with torch.no_grad():
+            applied = norm(torch.full((1, width), 1e4, device=weight.device, dtype=torch.float32)).reshape(-1)
+            if torch.allclose(applied, gain, rtol=1e-5, atol=1e-7):
+                return gain.detach() * factor, left
     raise VerificationError(f"{type(norm).__name__} applies its gain in a way that is not known; nothing was written.")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import TextStreamer
 
 from trilobit.config.generate import GenerateConfig
@@ -61,18 +61,37 @@ def continue_tokens(
     model: PreTrainedModel, inputs: torch.Tensor, max_tokens: int, temperature: float = 0.0, top_p: float = 1.0,
     seed: int = 0, streamer: TextStreamer | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """[B, T] token ids → [B, T + up to max_tokens]. Temperature 0 takes the likeliest token; rows end with end-of-text."""
-    options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    """[B, T] token ids → [B, T + up to max_tokens]. Temperature 0 takes the likeliest token; rows end with end-of-text.
+
+    Of the checkpoint's generation_config.json only the end-of-text tokens count: its penalties and cut-offs would make the
+    text another distribution than the model's.
+    """
+    options: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         options = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    ends = end_tokens(model)
+    own = model.generation_config
+    model.generation_config = GenerationConfig(eos_token_id=ends or None, pad_token_id=ends[0] if ends else None)
+    try:
+        return _generate(model, inputs, max_tokens, seed, streamer, options)
+    finally:
+        model.generation_config = own
+
+
+def end_tokens(model: PreTrainedModel) -> list[int]:
+    """The tokens that end a text, according to the checkpoint."""
     eos = model.generation_config.eos_token_id if model.generation_config else None
-    pad = eos[0] if isinstance(eos, list) else eos
+    return eos if isinstance(eos, list) else [] if eos is None else [eos]
+
+
+def _generate(
+    model: PreTrainedModel, inputs: torch.Tensor, max_tokens: int, seed: int, streamer: TextStreamer | None, options: dict
+) -> torch.Tensor:
     with torch.random.fork_rng(devices=[inputs.device] if inputs.device.type == "cuda" else []):
         torch.manual_seed(seed)
         output = model.generate(  # pyright: ignore[reportCallIssue]
-            inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=max_tokens, pad_token_id=pad,
-            streamer=streamer, **options,
-        )  # fmt: skip
+            inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=max_tokens, streamer=streamer, **options
+        )
     assert isinstance(output, torch.Tensor)
     return output
 
@@ -82,15 +101,17 @@ def sample_documents(
 ) -> Iterator[np.ndarray]:
     """Yield documents sampled from the model itself at temperature 1, until they hold `tokens` tokens.
 
-    Each starts from `start_token` (not yielded), is at most `length` tokens long, and ends with `end_token` if it has one.
+    Each starts from `start_token` (not yielded), is at most `length` tokens long, and ends with the first end-of-text
+    token it has: `end_token` or one of the checkpoint's own.
     Tuning on them needs no data, and the loss gap is then a KL divergence to the original.
     """
     model.eval()
+    stops = end_tokens(model) + ([] if end_token is None else [end_token])
     done = 0
     while done < tokens:
         prompt = torch.full((rows, 1), start_token, device=next(model.parameters()).device)
         for row in continue_tokens(model, prompt, length, temperature=1.0, seed=seed)[:, 1:].cpu().numpy():
-            ends = np.flatnonzero(row == end_token) if end_token is not None else []
+            ends = np.flatnonzero(np.isin(row, stops))
             document = row[: ends[0] + 1] if len(ends) else row
             done += len(document)
             yield document

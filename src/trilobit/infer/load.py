@@ -13,7 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)  # fmt: skip
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
@@ -71,13 +76,29 @@ def load_pretrained(source: str, dtype: torch.dtype = torch.float32) -> Loaded:
         if getattr(config, "quantization_config", None) is not None:
             raise ModelError(f"{source} is a quantised checkpoint. Start from the full-precision one.")
         with quiet_transformers():
-            model, report = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    missing = sorted(report["missing_keys"])
-    if missing:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+    if mismatched := sorted(report["mismatched_keys"]):
+        name, stored, expected = mismatched[0]
+        raise ModelError(
+            f"the weights of {source} do not fit its config.json: {name} is {tuple(stored)}, not {tuple(expected)}."
+        )
+    if missing := sorted(report["missing_keys"]):
         raise ModelError(f"{source} lacks {len(missing)} of the model's weights ({missing[0]}, …): it is incomplete.")
+    tokenizer = _load_tokenizer(source)
     check_tokenizer(source, model, tokenizer)
     return Loaded(model, tokenizer, None, "full precision")
+
+
+def _load_tokenizer(source: str | Path) -> Any:
+    """The tokenizer of `source`, without the truncation and padding that some tokenizer.json files carry."""
+    with _clear_errors(f"the tokenizer of {source}"):
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        if getattr(tokenizer, "is_fast", False):
+            tokenizer.backend_tokenizer.no_truncation()
+            tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
 
 
 def check_tokenizer(source: str | Path, model: PreTrainedModel, tokenizer: Any) -> None:
@@ -114,8 +135,8 @@ def read_ours(path: Path) -> Loaded:
     card = read_json(path / CARD)
     form = card["form"]
     plan = Plan.from_json(card["plan"]) if card["plan"] else None
+    tokenizer = _load_tokenizer(path)
     with _clear_errors(str(path)):
-        tokenizer = AutoTokenizer.from_pretrained(path)
         if plan is None or form == "dense":
             with quiet_transformers():
                 model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
@@ -201,20 +222,30 @@ def _require_checkpoint_directory(path: Path) -> None:
 
 @contextmanager
 def _clear_errors(source: str) -> Iterator[None]:
-    """Turn what transformers and the hub raise into a ModelError that says what to do."""
+    """Turn what transformers and the hub raise, which is nearly every kind there is, into a ModelError that says what to do."""
     try:
         yield
     except ModelError:
         raise
-    except GatedRepoError as error:
-        raise ModelError(f"{source} is gated: accept its licence on its page, then `hf auth login`.") from error
-    except RepositoryNotFoundError as error:
-        raise ModelError(f"{source} is neither a directory here nor a model on the hub.") from error
-    except SafetensorError as error:
-        raise ModelError(f"the weights of {source} are damaged or truncated: {error}") from error
-    except (OSError, ValueError, KeyError, RuntimeError, HfHubHTTPError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{source} could not be loaded: {first}") from error
+    except Exception as error:
+        chain = [error]  # transformers wraps the hub's errors in an OSError
+        while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+            chain.append(cause)
+
+        def is_a(*kinds: type[BaseException]) -> bool:
+            return any(isinstance(link, kinds) for link in chain)
+
+        if is_a(GatedRepoError):
+            message = f"{source} is gated: accept its licence on its page, then `hf auth login`."
+        elif is_a(RepositoryNotFoundError):
+            message = f"{source} is neither a directory here nor a model on the hub. If it is private: `hf auth login`."
+        elif is_a(LocalEntryNotFoundError, OfflineModeIsEnabled):
+            message = f"{source} is not a directory here, and the hub cannot be reached."
+        elif is_a(SafetensorError):
+            message = f"the weights of {source} are damaged or truncated: {error}"
+        else:
+            message = f"{source} could not be loaded: {' '.join(str(error).split()) or type(error).__name__}"
+        raise ModelError(message) from error
 
 
 @contextmanager

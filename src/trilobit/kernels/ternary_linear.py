@@ -67,38 +67,32 @@ class _TernaryLinear(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         inverse = None if gain is None else _inverse_rms(rows, rule.eps)
         normed = _apply_norm(rows, inverse, gain)
-        codes = scale = weight_codes = weight_scale = None
-        if not _is(activations, 0):
-            codes, scale = quant.int8_codes(normed)
+        # A scale per tensor or row factors out of the product; then the codes alone, exact in any dtype, are multiplied.
+        pure_weights = _is(weights, 1) and quant.group_size(rule.granularity) is None
+        codes = scale = weight_codes = weight_scale = inputs = matrix = None
         if not _is(weights, 0):
             weight_scale = quant.absmean_scale(weight, rule.granularity)
+        if pure_weights:
+            assert weight_scale is not None
             weight_codes = quant.ternary_codes(weight, weight_scale, rule.granularity)
-        whole_rows = quant.group_size(rule.granularity) is None  # the scale factors out of the product
-        pure_weights = _is(weights, 1) and whole_rows
 
-        inputs = matrix = None
-        if pure_weights and _is(activations, 1):
-            assert codes is not None and weight_codes is not None and scale is not None and weight_scale is not None
+        if weight_codes is not None and weight_scale is not None and _is(activations, 1):
+            codes, scale = quant.int8_codes(normed)
             y = int8_matmul(codes, weight_codes).to(scale.dtype).mul_(scale * weight_scale.T)
             y = y if bias is None else y.add_(bias)
-        elif pure_weights:
-            assert weight_codes is not None and weight_scale is not None
-            inputs = _blend_activations(normed, codes, scale, activations, compute)
+        elif weight_codes is not None and weight_scale is not None:
+            inputs, codes, scale = _make_inputs(normed, activations, compute)
             y = (inputs @ weight_codes.to(compute).T) * weight_scale.T
             y = y if bias is None else y.add_(bias)
         else:
-            inputs = _blend_activations(normed, codes, scale, activations, compute)
-            matrix = _blend_weights(weight, weight_codes, weight_scale, weights, rule, compute, pure_weights)
+            inputs, codes, scale = _make_inputs(normed, activations, compute)
+            matrix, weight_codes = _make_matrix(weight, weight_scale, weights, rule, compute)
             y = F.linear(inputs, matrix, None if bias is None else bias.to(compute))  # λ = 0: the plain linear's own bits
 
         # A half-precision operand is kept as it is, like a plain linear's under autocast; an fp32 one is made again.
-        if _is(activations, 1) or compute.itemsize > 2:
-            inputs = None
         if compute.itemsize > 2:
-            matrix = None
+            inputs = matrix = None
         rows = None if gain is None and (_is(activations, 1) or inputs is not None) else rows
-        codes, scale = (None, None) if inputs is not None else (codes, scale)
-        weight_codes = None if matrix is not None else weight_codes
         ctx.save_for_backward(rows, weight, gain, inverse, codes, scale, weight_codes, weight_scale, inputs, matrix)
         ctx.rule, ctx.strengths, ctx.pure_weights, ctx.compute = rule, (weights, activations), pure_weights, compute
         ctx.shape, ctx.dtype, ctx.bias_dtype = x.shape, x.dtype, None if bias is None else bias.dtype
@@ -146,6 +140,30 @@ def _apply_norm(rows: Tensor, inverse: Tensor | None, gain: Tensor | None) -> Te
     """x̂ · g in the working dtype, [T, K]; without a norm the rows themselves."""
     values = rows.to(quant.working_dtype(rows))
     return values if inverse is None or gain is None else (values * inverse).mul_(gain)
+
+
+def _make_inputs(
+    normed: Tensor, strength: Strength, compute: torch.dtype
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Q_λ(n) in the compute dtype, and the codes and scale to make it again from where that is fp32 or wider."""
+    if _is(strength, 0):
+        return normed.to(compute), None, None
+    levels, scale = quant.int8_levels(normed)
+    codes = levels.to(torch.int8) if compute.itemsize > 2 else None
+    inputs = quant.blend(normed, levels.mul_(scale), strength).to(compute)
+    return inputs, codes, None if codes is None else scale
+
+
+def _make_matrix(
+    weight: Tensor, scale: Tensor | None, strength: Strength, rule: Rule, compute: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """Q_λ(W) in the compute dtype, and the codes to make it again from where that is fp32 or wider."""
+    if scale is None:
+        return weight.to(compute), None
+    levels = quant.ternary_levels(weight, scale, rule.granularity)
+    codes = levels.to(torch.int8) if compute.itemsize > 2 else None
+    levels.mul_(quant.spread_scale(scale, weight.shape[1], rule.granularity))
+    return quant.blend(weight, levels, strength).to(compute), codes
 
 
 def _blend_activations(

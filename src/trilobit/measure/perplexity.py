@@ -58,11 +58,15 @@ def nats(model: torch.nn.Module, windows: Tensor, sequences: int, precision: str
     return total, count
 
 
-def text_windows(texts: Iterable[str], tokenizer: Any, length: int, bos: bool) -> tuple[Tensor, Tensor]:
-    """Windows [N, length] of the joined text and the bytes [N] of what each predicts.
+def text_windows(
+    texts: Iterable[str], tokenizer: Any, length: int, bos: bool, limit: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Windows [N, length] of the joined text and the bytes [N] of what each predicts; N ≤ limit, if given.
 
-    Documents are separated by the end-of-text token when there are several. Raises DataError if the text is too short.
+    Documents are separated by the end-of-text token when there are several, and read only as far as the limit needs (a
+    stream has no end). Raises DataError if the text is too short.
     """
+    own = length - 1 if bos else length
     ids: list[int] = []
     ends: list[int] = []  # bytes of text before the end of each token
     done = 0
@@ -77,8 +81,9 @@ def text_windows(texts: Iterable[str], tokenizer: Any, length: int, bos: bool) -
         ids.extend(encoding.ids)
         ends.extend(done + position[end] for _, end in encoding.offsets)
         done += position[-1]
-    own = length - 1 if bos else length
-    count = len(ids) // own
+        if limit is not None and len(ids) >= limit * own:
+            break
+    count = len(ids) // own if limit is None else min(limit, len(ids) // own)
     if count == 0:
         raise DataError(f"the text has {len(ids)} tokens, fewer than one window of {own}. Lower --sequence-length.")
     windows = torch.tensor(ids[: count * own], dtype=torch.int64).view(count, own)
@@ -115,10 +120,8 @@ def run(config: EvalConfig, listener: Listener = SILENT) -> EvalResult:
     loaded = load(config.model, device=device)
     require_positions(loaded.model, config.sequence_length)
     bos = uses_bos(loaded.tokenizer, config.bos)
-    windows, sizes = text_windows(texts, loaded.tokenizer, config.sequence_length, bos)
-    if config.max_tokens is not None:
-        keep = max(1, config.max_tokens // (config.sequence_length - 1))
-        windows, sizes = windows[:keep], sizes[:keep]
+    limit = None if config.max_tokens is None else max(1, config.max_tokens // (config.sequence_length - 1))
+    windows, sizes = text_windows(texts, loaded.tokenizer, config.sequence_length, bos, limit)
     total, tokens = nats(loaded.model, windows, config.sequences, config.precision)
     return EvalResult(
         perplexity=math.exp(min(total / tokens, 700.0)),

@@ -49,7 +49,7 @@ class PackedLinear(nn.Module):
         if quant.group_size(self.granularity) is not None:
             y = quant.integer_linear(codes, scale, self.codes, self.scale, self.bias, self.granularity)
         else:
-            sums = int8_matmul(codes.flatten(0, -2), self.codes).view(*codes.shape[:-1], self.out_features)
+            sums = int8_matmul(codes.reshape(-1, self.in_features), self.codes).view(*codes.shape[:-1], self.out_features)
             y = sums * (scale * self.scale.T)
             y = y if self.bias is None else y + self.bias
         return y.to(input.dtype)

@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from trilobit.errors import ModelError
 from trilobit.storage import (
+    MANIFEST,
     atomic_directory,
-    is_whole,
     read_json,
     remove_directory,
     require_free_space,
@@ -55,14 +56,17 @@ def save_checkpoint(run: Path, model: nn.Module, optimizer: torch.optim.Optimize
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """Whole checkpoints of `run`, oldest first."""
+    """Completely written checkpoints of `run`, oldest first. One that was damaged since is among them, to be refused."""
     found = [(int(m[1]), path) for path in run.glob("checkpoints/*") if (m := re.fullmatch(r"step-(\d+)", path.name))]
-    return [path for _, path in sorted(found) if is_whole(path)]
+    return [path for _, path in sorted(found) if (path / MANIFEST).exists()]
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
     """Put a checkpoint's state into `model` and `optimizer`, in place. Raises ModelError if a file is damaged."""
-    verify_manifest(path)
+    try:
+        verify_manifest(path)
+    except ModelError as error:
+        raise ModelError(f"{error} Remove {path} to continue from the checkpoint before it, if there is one.") from error
     tensors = load_file(path / "model.safetensors")
     targets = named_tensors(model)
     assert tensors.keys() == targets.keys(), sorted(tensors.keys() ^ targets.keys())[:4]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from trilobit.config.training import TrainingConfig
-from trilobit.errors import NonFiniteError
+from trilobit.errors import NonFiniteError, OutputError
 from trilobit.train.checkpoint import Progress, list_checkpoints, load_checkpoint, save_checkpoint
 from trilobit.train.distill import Losses
 from trilobit.train.schedule import learning_rate
@@ -97,6 +97,8 @@ def fit(
     saved = list_checkpoints(run)
     if saved:
         progress = load_checkpoint(saved[-1], model, optimizer)
+    else:
+        torch.manual_seed(config.seed)  # dropout, where a model has it
     log_path = run / "log.jsonl"
     _forget_rows_after(log_path, progress.step)
 
@@ -107,45 +109,46 @@ def fit(
     started = time.perf_counter() - progress.seconds
     timed_tokens, timed_at = progress.tokens, time.perf_counter()
     model.train()
-    with log_path.open("a", encoding="utf-8") as log:
-        while progress.step < config.steps:
-            values = hooks.before_step(progress.tokens)
-            lr = learning_rate(config, peak_lr, progress.tokens)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            first = progress.step * samples_per_step
-            losses = _accumulate(objective, windows, first, config, device)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-            guard.admit(losses["loss"], norm, progress.step, optimizer)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            before, progress.step = progress.tokens, progress.step + 1
-            progress.tokens = progress.step * config.tokens_per_step
-            last = progress.step == config.steps
+    while progress.step < config.steps:
+        values = hooks.before_step(progress.tokens)
+        lr = learning_rate(config, peak_lr, progress.tokens)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        first = progress.step * samples_per_step
+        losses = _accumulate(objective, windows, first, config, device)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        guard.admit(losses["loss"], norm, progress.step, optimizer)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        before, progress.step = progress.tokens, progress.step + 1
+        progress.tokens = progress.step * config.tokens_per_step
+        last = progress.step == config.steps
+        evaluation_due = last or progress.tokens // eval_every > before // eval_every
+        checkpoint_due = last or progress.tokens // checkpoint_every > before // checkpoint_every
+        # What is evaluated or saved was checked first: a checkpoint past a step that was held back would skip its batch.
+        due = evaluation_due or checkpoint_due or signals.number is not None
 
+        now = time.perf_counter()
+        if device.type == "cpu" or due or now - timed_at > LOG_SECONDS:
+            guard.check(windows, config, values, lr)
             now = time.perf_counter()
-            if device.type == "cpu" or last or now - timed_at > LOG_SECONDS or signals.number is not None:
-                guard.check(windows, config, values, lr)
-                now = time.perf_counter()
-                row = {"step": progress.step, "tokens": progress.tokens, **{k: v.item() for k, v in losses.items()}}
-                row |= {"lr": lr, **values, "gradient_norm": norm.item()}
-                row["tokens_per_second"] = round((progress.tokens - timed_tokens) / (now - timed_at), 1)
-                timed_tokens, timed_at = progress.tokens, now
-                if last or progress.tokens // eval_every > before // eval_every:
-                    row |= hooks.evaluate() if hooks.evaluate else {}
-                    timed_at = time.perf_counter()
-                row["seconds"] = round(time.perf_counter() - started, 3)
-                log.write(json.dumps(row) + "\n")
-                log.flush()
-                for listen in hooks.log:
-                    listen(row)
-            due = progress.tokens // checkpoint_every > before // checkpoint_every
-            if last or due or signals.number is not None:
-                progress.seconds = time.perf_counter() - started
-                save_checkpoint(run, model, optimizer, progress, config.keep_checkpoints)
+            row = {"step": progress.step, "tokens": progress.tokens, **{k: v.item() for k, v in losses.items()}}
+            row |= {"lr": lr, **values, "gradient_norm": norm.item()}
+            row["tokens_per_second"] = round((progress.tokens - timed_tokens) / (now - timed_at), 1)
+            timed_tokens, timed_at = progress.tokens, now
+            if evaluation_due:
+                row |= hooks.evaluate() if hooks.evaluate else {}
                 timed_at = time.perf_counter()
-                if not last:
-                    signals.raise_if_set()
+            row["seconds"] = round(time.perf_counter() - started, 3)
+            _append(log_path, row)
+            for listen in hooks.log:
+                listen(row)
+        if checkpoint_due or signals.number is not None:
+            progress.seconds = time.perf_counter() - started
+            save_checkpoint(run, model, optimizer, progress, config.keep_checkpoints)
+            timed_at = time.perf_counter()
+            if not last:
+                signals.raise_if_set()
     progress.seconds = time.perf_counter() - started
     return progress
 
@@ -227,4 +230,14 @@ def _forget_rows_after(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError):
             break
-    path.write_text("".join(kept), encoding="utf-8")
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    partial.replace(path)
+
+
+def _append(path: Path, row: dict[str, Any]) -> None:
+    try:
+        with path.open("a", encoding="utf-8") as log:
+            log.write(json.dumps(row) + "\n")
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}. Make room and continue with --resume.") from error

@@ -30,7 +30,8 @@ def plot_loss(run: Path, base_nats: float) -> Path:
     axes.axhline(base_nats, color=SECOND, linestyle="--", linewidth=1.2, label="original model, held out")
     shown = [value for _, value in [*training[len(training) // 20 :], *held]]  # the first steps would flatten the rest
     low, high = min([*shown, base_nats]), max([*shown, base_nats])
-    axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    margin = 0.05 * (high - low) or 0.1
+    axes.set_ylim(low - margin, high + margin)
     axes.legend(frameon=False)
     return _save(figure, run / "loss.png")
 

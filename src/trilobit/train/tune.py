@@ -28,15 +28,16 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trilobit import __version__
 from trilobit.config.tune import TuneConfig
-from trilobit.errors import ConfigError, OutputError
+from trilobit.errors import ConfigError, DataError, OutputError
 from trilobit.export.hf import write_full_precision, write_latent, write_model
 from trilobit.infer.generate import sample_documents
 from trilobit.infer.load import Loaded, load_pretrained, pick_device
 from trilobit.listener import SILENT, Listener
 from trilobit.measure.perplexity import nats, require_positions
-from trilobit.storage import read_json, require_new_directory, write_json
+from trilobit.storage import read_json, require_free_space, require_new_directory, write_json
 from trilobit.surgery.roles import find_roles
 from trilobit.surgery.ternary import Plan, TernarySpec, apply_plan, make_plan, measure_rms, set_gains, set_strengths
+from trilobit.train.checkpoint import BYTES_PER_PARAMETER
 from trilobit.train.data import Tokens, from_tokens, prepare
 from trilobit.train.distill import Losses, mixed_loss
 from trilobit.train.loop import Hooks, Signals, autocast, fit
@@ -47,7 +48,7 @@ from trilobit.train.windows import Windows, evaluation_windows
 
 LR_TIMES_WIDTH = 0.4
 CALIBRATION_WINDOWS = 8
-FREE_TO_CHANGE = frozenset({"resume", "track", "keep_checkpoints", "checkpoint_every", "out", "cache_dir"})
+FREE_TO_CHANGE = frozenset({"resume", "track", "keep_checkpoints", "checkpoint_every", "out", "cache_dir", "model_format", "store"})
 
 
 @dataclass(frozen=True)
@@ -82,12 +83,14 @@ def run(config: TuneConfig, listener: Listener = SILENT) -> TuneResult:
 
 def _run(config: TuneConfig, listener: Listener, signals: Signals) -> TuneResult:
     device = pick_device(config.device)
-    out = Path(config.out or f"out/{Path(config.model).name}")
+    out = Path(config.out or f"out/{Path(config.model).absolute().name}")
     record = _record_to_resume(out, config) if config.resume else None
     if record is None:
         require_new_directory(out, f"Continue it with --resume, or choose another name with --out {out}-2.")
     elif "result" in record:
         raise OutputError(f"{out} has finished already; its model is in {out / 'model'}.")
+
+    track = tracker(config.track, out, asdict(config))
 
     base = load_pretrained(config.model)
     model: PreTrainedModel = base.model.to(device)
@@ -117,9 +120,11 @@ def _run(config: TuneConfig, listener: Listener, signals: Signals) -> TuneResult
         base_nats = evaluate()["heldout_nats"]
         schedules = _schedules(config, len(_layers(model)))
         rms = _calibrate(config, plan, model, windows, device)
-        record = _new_record(config, plan, schedules, base_nats, tokens)
+        record = _new_record(config, plan, schedules, rms, base_nats, tokens)
     else:
-        base_nats, rms = record["base_nats_per_token"], {}
+        if record["data_key"] != tokens.key:
+            raise DataError(f"the text of --data {config.data} has changed since {out} began; --resume needs the same text.")
+        base_nats, rms = record["base_nats_per_token"], record["gains"]
         schedules = [StrengthSchedule.from_json(value) for value in record["schedules"]]
     signals.raise_if_set()
     listener.note(f"original model: {base_nats:.4f} nats per token held out (perplexity {math.exp(base_nats):.2f})")
@@ -140,12 +145,16 @@ def _run(config: TuneConfig, listener: Listener, signals: Signals) -> TuneResult
         listener.note(f"learning rate {peak_lr:.2e}: {LR_TIMES_WIDTH} / hidden size (choose with --lr)")
     _prepare_layers(model, config)
 
-    out.mkdir(parents=True, exist_ok=True)
+    require_free_space(out, (config.keep_checkpoints + 1) * BYTES_PER_PARAMETER * parameters, "The run")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot write {out}: {error.strerror or error}.") from error
     write_json(out / "run.json", record)
 
     def before_step(seen: int) -> dict[str, float]:
         if plan is None:
-            return {}
+            return {"lambda": 0.0, "lambda_activations": 0.0}
         weights, activations = schedules[0].at(seen), schedules[1].at(seen)
         set_strengths(model, weights, activations)
         return {"lambda": sum(weights) / len(weights), "lambda_activations": sum(activations) / len(activations)}
@@ -160,7 +169,7 @@ def _run(config: TuneConfig, listener: Listener, signals: Signals) -> TuneResult
         return mixed_loss(logits, targets, target_logits, config.distill_weight, config.temperature)
 
     hooks = Hooks(before_step, evaluate)
-    hooks.log += [tracker(config.track, out, asdict(config)), lambda row: listener.row(row, config.max_tokens)]
+    hooks.log += [track, lambda row: listener.row(row, config.max_tokens)]
     progress = fit(model, windows, objective, config, peak_lr, out, device, signals, hooks)
 
     if plan is not None:
@@ -264,8 +273,9 @@ def _prepare_layers(model: PreTrainedModel, config: TuneConfig) -> None:
 
 
 def _new_record(
-    config: TuneConfig, plan: Plan | None, schedules: list[StrengthSchedule], base_nats: float, tokens: Tokens
-) -> dict[str, Any]:
+    config: TuneConfig, plan: Plan | None, schedules: list[StrengthSchedule], gains: dict[str, float], base_nats: float,
+    tokens: Tokens,
+) -> dict[str, Any]:  # fmt: skip
     return {
         "command": "tune",
         "config": asdict(config),
@@ -277,8 +287,10 @@ def _new_record(
         },
         "git": _git_revision(),
         "data": tokens.description,
+        "data_key": tokens.key,
         "base_nats_per_token": base_nats,
         "schedules": [asdict(schedule) for schedule in schedules],
+        "gains": gains,
         "plan": plan.to_json() if plan else None,
     }  # fmt: skip
 
