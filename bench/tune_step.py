@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.bitnet import AutoBitLinear
 
 from trilobit.config.tune import TuneConfig
-from trilobit.surgery.roles import decoder_layers
+from trilobit.surgery.roles import decoder_layers, vocabulary_size
 from trilobit.surgery.ternary import TernarySpec, set_strengths, ternarize
 from trilobit.train.distill import cross_entropy
 from trilobit.train.loop import autocast, make_optimizer
@@ -55,7 +55,7 @@ def make(variant: str, path: str, compiled: bool) -> nn.Module:
 def stepper(model: nn.Module, precision: str) -> Callable[[], None]:
     config = TuneConfig(model="", data="")
     optimizer = make_optimizer(model, 1e-5, config)
-    vocabulary = model.get_input_embeddings().num_embeddings  # pyright: ignore
+    vocabulary = vocabulary_size(model)
     windows = torch.randint(0, vocabulary, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(0))
 
     def step() -> None:
@@ -102,8 +102,9 @@ def main() -> None:
     if arguments.memory_of:
         peak_memory(arguments.memory_of[0], arguments.model, arguments.memory_of[1], arguments.compile)
         return
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, batch {BATCH} × {LENGTH}, compile {arguments.compile}")
-    print(f"{'':<6}{'variant':<15}{'s/step':>8}{'tokens/s':>10}{'ratio':>8}{'TFLOP/s':>9}{'of roof':>9}{'peak GB':>9}{'ratio':>7}")
+    threads = torch.get_num_threads()
+    print(f"torch {torch.__version__}, {threads} threads, batch {BATCH} × {LENGTH}, compile {arguments.compile}")
+    print(f"{'':<6}{'variant':<15}{'s/step':>8}{'tokens/s':>10}{'ratio':>8}{'TFLOP/s':>9}{'of roof':>9}{'GB':>7}{'ratio':>7}")
     for precision in arguments.precision:
         steps = {v: stepper(make(v, arguments.model, arguments.compile), precision) for v in arguments.variants}
         for step in steps.values():
@@ -130,7 +131,7 @@ def main() -> None:
             relative = peak / memory["plain"] if memory else 0.0
             print(
                 f"{precision:<6}{variant:<15}{median:>8.2f}{BATCH * LENGTH / median:>10.0f}{ratio:>8.3f}{flops:>9.3f}"
-                f"{flops / roof:>9.0%}{peak / 1e9:>9.2f}{relative:>7.3f}",
+                f"{flops / roof:>9.0%}{peak / 1e9:>7.2f}{relative:>7.3f}",
                 flush=True,
             )
 

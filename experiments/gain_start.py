@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from trilobit.infer.load import load
 from trilobit.measure.perplexity import nats
-from trilobit.surgery.roles import find_roles
+from trilobit.surgery.roles import find_roles, vocabulary_size
 from trilobit.surgery.ternary import TernarySpec, apply_plan, make_plan, set_strengths
 from trilobit.train.data import prepare
 from trilobit.train.windows import evaluation_windows
@@ -25,7 +25,7 @@ def main() -> None:
     arguments = parser.parse_args()
     loaded = load(arguments.model)
     model = loaded.model
-    vocabulary = model.get_input_embeddings().num_embeddings  # pyright: ignore
+    vocabulary = vocabulary_size(model)
     tokens = prepare(arguments.data, loaded.tokenizer, vocab_size=vocabulary)
     windows = evaluation_windows(tokens.train, 256, 12 * 256)
     fitted, held = windows[:4], windows[4:]

@@ -26,9 +26,7 @@ settings.load_profile("trilobit")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--models", type=Path, default=SHARED_MODELS, help="folder of real checkpoints, such as stories260K"
-    )
+    parser.addoption("--models", type=Path, default=SHARED_MODELS, help="folder of real checkpoints, such as stories260K")
 
 
 @pytest.fixture(autouse=True)

@@ -85,9 +85,7 @@ REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
     ),
     "llama4": (lambda: build("llama4_text", head_dim=8), "Llama4TextExperts that owns gate_up_proj"),
     "gpt2": (
-        lambda: GPT2LMHeadModel(
-            GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)
-        ),
+        lambda: GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)),
         "Conv1D that owns weight",
     ),
     "falcon": (
@@ -106,9 +104,7 @@ REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
     "bert": (lambda: BertForMaskedLM(BertConfig(**_BERT)), "not causal"),
     "bert-lm": (lambda: BertLMHeadModel(BertConfig(**_BERT)), "not causal"),
     "t5": (
-        lambda: T5ForConditionalGeneration(
-            T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
-        ),
+        lambda: T5ForConditionalGeneration(T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)),
         "not a decoder-only text model",
     ),
     "quantized": (_quantized_checkpoint, "is a quantised checkpoint"),

@@ -38,7 +38,7 @@ def test_every_kind_of_file_gives_the_same_texts(tmp_path: Path) -> None:
         assert texts(tmp_path / name) == rows, name
 
 
-@pytest.mark.parametrize("suffix", [".txt", ".raw", ".md", ".py"])
+@pytest.mark.parametrize("suffix", [".txt", ".md", ".py"])
 def test_a_text_file_is_one_document_with_its_size(tmp_path: Path, suffix: str) -> None:
     """A text file is one document, unchanged to the carriage return, and `bytes` is its length in UTF-8."""
     path = tmp_path / f"a{suffix}"
@@ -139,9 +139,7 @@ def test_what_is_wrong_is_said_with_its_place(tmp_path: Path, make: Callable[[Pa
         assert words in str(refusal.value)
 
 
-@pytest.mark.parametrize(
-    "data", ["notes.txt", "./notes", "~/notes", "/notes", "a/b/c", "*/notes", "notes", "", "a/b.py"]
-)
+@pytest.mark.parametrize("data", ["notes.txt", "./notes", "~/notes", "/notes", "a/b/c", "*/notes", "notes", "", "a/b.py"])
 def test_what_is_not_a_hub_id_is_never_looked_up(data: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A missing path is an error about files; the hub is not asked."""
     monkeypatch.setattr(datasets, "load_dataset", None)

@@ -176,9 +176,7 @@ def test_non_finite_values_stay_visible(granularity: Granularity, bad: float) ->
     assert not quant.int8_quantize(weight)[1].isfinite().any()
     x, scale = quant.int8_codes(torch.ones(1, 300))
     weight_scale = quant.absmean_scale(weight, granularity)
-    y = quant.integer_linear(
-        x, scale, quant.ternary_codes(weight, weight_scale, granularity), weight_scale, None, granularity
-    )
+    y = quant.integer_linear(x, scale, quant.ternary_codes(weight, weight_scale, granularity), weight_scale, None, granularity)
     assert y.isfinite().tolist() == [[granularity != "tensor", False, granularity != "tensor"]]
 
 
@@ -189,9 +187,7 @@ def test_group_scales_are_fp16_in_the_forward() -> None:
     mean = weight.double().abs().unflatten(1, (-1, 64)).mean(2).float()
     assert torch.equal(scale, mean.half().float())
     assert not torch.equal(scale, mean)
-    assert torch.equal(
-        quant.ternary_quantize(weight, "group-64").abs().unique(), torch.cat([torch.zeros(1), scale.unique()])
-    )
+    assert torch.equal(quant.ternary_quantize(weight, "group-64").abs().unique(), torch.cat([torch.zeros(1), scale.unique()]))
     # 1.5·s lies between the two candidates' thresholds only if the scale was rounded first.
     mean_scale, rounded = 1.0 + 2**-11 * 0.9, 1.0
     row = torch.full((1, 64), mean_scale)
@@ -336,9 +332,7 @@ def test_integer_linear_is_exact(granularity: Granularity, dtype: torch.dtype, h
         got = quant.integer_linear(codes, scale, weight_codes, weight_scale, bias, granularity)
         expected = python_integer_linear(codes, scale, weight_codes, weight_scale, bias, granularity)
         # y += sums * s may be one fused operation, hence one rounding less per group.
-        rounding = (
-            len(granules(inputs, granularity)) * torch.finfo(dtype).eps if granularity.startswith("group") else 0.0
-        )
+        rounding = len(granules(inputs, granularity)) * torch.finfo(dtype).eps if granularity.startswith("group") else 0.0
         size = max(1.0, np.abs(expected).max(initial=0))
         assert got.dtype == dtype
         assert np.abs(got.numpy() - expected).max(initial=0) <= 4 * rounding * size
@@ -385,9 +379,7 @@ def test_rms_norm_is_its_formula() -> None:
             torch.testing.assert_close(quant.rms_norm(x, gain, 1e-6)[t].tolist(), expected, rtol=1e-12, atol=0)
         got = quant.rms_norm(x.bfloat16(), gain.float(), 1e-6)
         assert got.dtype == torch.bfloat16
-        torch.testing.assert_close(
-            got, quant.rms_norm(x.bfloat16().float(), gain.float(), 1e-6).bfloat16(), rtol=0, atol=0
-        )
+        torch.testing.assert_close(got, quant.rms_norm(x.bfloat16().float(), gain.float(), 1e-6).bfloat16(), rtol=0, atol=0)
 
 
 def test_quantisers_leave_their_input_alone() -> None:

@@ -1,12 +1,14 @@
 """The README is executed: its commands parse and run, its tree is the tree."""
 
+import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
-from trilobit.cli import COMMANDS, parse
+from trilobit.cli import COMMANDS, main, parse
+from trilobit.demo import MODEL
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -33,6 +35,26 @@ def test_every_command_parses(line: str, tmp_path: Path, monkeypatch: pytest.Mon
         assert words[1] in COMMANDS
     config, _ = parse(words[1], words[2:])
     assert config is not None
+
+
+@pytest.mark.slow
+def test_the_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """tune, eval and generate as the README has them, with the embedded model and a small text for the hub's."""
+    text = "".join((ROOT / "src" / "trilobit" / name).read_text() for name in ("quant.py", "cli.py", "storage.py"))
+    (tmp_path / "wiki.test.raw").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    block = next(b for b in re.findall(r"```\n(.*?)```", README, re.DOTALL) if "trilobit tune" in b)
+    for line in block.splitlines():
+        words = shlex.split(line)[1:]
+        words = [str(MODEL) if word == "HuggingFaceTB/SmolLM2-135M" else word for word in words]
+        words = ["wiki.test.raw" if word.startswith("HuggingFaceFW/") else word for word in words]
+        words = ["4k" if word == "100M" else word for word in words]
+        if words[0] == "tune":
+            words += ["--batch-tokens", "1k", "--sequences", "4", "--sequence-length", "128", "--cache-dir", "cache"]
+        assert main([*words, "--json"]) == 0
+        out = capsys.readouterr().out
+        assert json.loads(out), out
+    assert (tmp_path / "out" / "smollm2" / "model" / "model.safetensors").exists()
 
 
 def test_make_targets_exist() -> None:

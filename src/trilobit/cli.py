@@ -10,11 +10,12 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from trilobit import __version__
 from trilobit.errors import ConfigError, TrilobitError
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(name: str, rest: list[str]) -> int:
     command = COMMANDS[name]
-    config, as_json = _parse(name, _attribute(command.config), rest)
+    config, as_json = parse(name, _attribute(command.config), rest)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     module = import_module(command.module)
     listener = Console(sys.stderr if as_json else sys.stdout)
@@ -72,17 +73,17 @@ def _run(name: str, rest: list[str]) -> int:
     except Exception as error:
         if (code := getattr(error, "exit_code", None)) is None:
             raise
-        listener.note(f"stopped by {error}; continue with the same command and --resume")
+        listener.note(f"stopped by {error}; once training has begun, the same command and --resume continue it")
         return code
     listener.finish()
     if as_json:
         print(json.dumps(asdict(result), ensure_ascii=False))
     else:
-        print(_text(result))
+        print(_text(result), end="\n" if _text(result) else "")
     return 0
 
 
-def _parse(name: str, config_type: Any, arguments: list[str]) -> tuple[Any, bool]:
+def parse(name: str, config_type: Any, arguments: list[str]) -> tuple[Any, bool]:
     """Configuration from recipe < run.json < flags."""
     import tyro
 
@@ -98,7 +99,7 @@ def _parse(name: str, config_type: Any, arguments: list[str]) -> tuple[Any, bool
     if chosen.recipe is not None:
         defaults |= _recipe(name, chosen.recipe)
     if chosen.source is not None:
-        defaults |= _from_run(name, chosen.source, {f.name for f in fields(config_type)})
+        defaults |= _from_run(name, chosen.source, config_type)
     _refuse_unknown_flags(name, config_type, rest)
     default = tyro.MISSING_NONPROP
     if defaults:
@@ -112,9 +113,15 @@ def _parse(name: str, config_type: Any, arguments: list[str]) -> tuple[Any, bool
         from trilobit.recipes import RECIPES
 
         epilog += f" --recipe is one of: {', '.join(RECIPES)}."
-    config = tyro.cli(
-        config_type, args=rest, default=default, prog=f"trilobit {name}", description=f"{config_type.__doc__}\n\n{epilog}"
-    )
+    description = f"{config_type.__doc__}\n\n{epilog}"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)  # how tyro takes a default of the wrong type
+            config = tyro.cli(config_type, args=rest, default=default, prog=f"trilobit {name}", description=description)
+    except (UserWarning, TypeError) as error:
+        if chosen.source is None:
+            raise
+        raise ConfigError(f"--from {chosen.source} has a value of the wrong kind: {error}") from error
     return config, chosen.json
 
 
@@ -134,7 +141,7 @@ def _recipe(command: str, name: str) -> dict[str, Any]:
     return RECIPES[name]()
 
 
-def _from_run(command: str, source: str, known: set[str]) -> dict[str, Any]:
+def _from_run(command: str, source: str, config_type: Any) -> dict[str, Any]:
     path = Path(source)
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -143,8 +150,14 @@ def _from_run(command: str, source: str, known: set[str]) -> dict[str, Any]:
         raise ConfigError(f"--from {source} is not the run.json of a run: {error}") from error
     if made_by != command:
         raise ConfigError(f"--from {source} was made by `trilobit {made_by}`, not by `trilobit {command}`.")
-    if unknown := sorted(set(config) - known):
+    types = get_type_hints(config_type)
+    if unknown := sorted(set(config) - set(types)):
         raise ConfigError(f"--from {source} has settings this version does not know: {', '.join(unknown)}.")
+    for key, value in config.items():
+        kinds = [types[key]] if get_origin(types[key]) is Literal else get_args(types[key])  # Literal, or Literal | None
+        choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+        if choices and value not in choices and not (value is None and type(None) in kinds):
+            raise ConfigError(f"--from {source} has a value of the wrong kind: {key} is {value!r}, not one of {choices}.")
     return config | {"resume": False}
 
 
@@ -234,10 +247,9 @@ def _duration(seconds: float) -> str:
 
 
 def _text(result: Any) -> str:
-    """A result for people: one line a field, except where the result knows better."""
-    render: Callable[[], str] | None = getattr(result, "text", None) if callable(getattr(result, "text", None)) else None
-    if render is not None:
-        return render()
+    """A result for people: its own summary if it has one, else one line a field."""
+    if hasattr(result, "summary"):
+        return result.summary()
     width = max(len(f.name) for f in fields(result))
     lines = []
     for field in fields(result):

@@ -40,7 +40,7 @@ class DemoResult:
     original_sample: str
     ternary_sample: str
 
-    def text(self) -> str:
+    def summary(self) -> str:
         rows = [
             ("", "original", "ternary"),
             ("size", f"{self.original_bytes / 1e6:.2f} MB", f"{self.ternary_bytes / 1e6:.2f} MB"),
@@ -93,4 +93,4 @@ def _sample(source: Path) -> str:
     loaded = load(source)
     inputs = torch.tensor([loaded.tokenizer(PROMPT)["input_ids"]])
     output = continue_tokens(loaded.model, inputs, 64, temperature=0.7, top_p=0.9, seed=1)
-    return loaded.tokenizer.decode(output[0, inputs.shape[1] :], skip_special_tokens=True)
+    return str(loaded.tokenizer.decode(output[0, inputs.shape[1] :], skip_special_tokens=True))

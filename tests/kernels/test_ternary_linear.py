@@ -98,9 +98,7 @@ class Comparison:
     def add(self, got: Operands, baseline: Operands, truth: Operands, what: object) -> None:
         for name, value in truth.items():
             if value.numel() == 1:
-                self.scalars.append(
-                    (abs((got[name] - value).item()), abs((baseline[name] - value).item()), value.item())
-                )
+                self.scalars.append((abs((got[name] - value).item()), abs((baseline[name] - value).item()), value.item()))
             else:
                 limit = self.k * error(baseline[name], value) + torch.finfo(torch.float32).eps
                 assert error(got[name], value) <= limit, (what, name)
@@ -153,9 +151,7 @@ def test_fp32_is_as_near_to_the_truth_as_the_composition(granularity: Granularit
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_bf16_autocast_is_as_near_to_the_truth_as_a_plain_bf16_linear(
-    granularity: Granularity, norm: str | None
-) -> None:
+def test_bf16_autocast_is_as_near_to_the_truth_as_a_plain_bf16_linear(granularity: Granularity, norm: str | None) -> None:
     """Under bf16 autocast errors are at most 1.5 × those of a plain bf16 linear on the same dequantised operands."""
     o, comparison = operands(torch.float32, norm, (40, INPUTS)), Comparison(1.5)
     for int8, (weights, activations) in product((True, False), strengths(torch.float32)):
@@ -255,8 +251,7 @@ def test_gradients_only_where_they_are_wanted(norm: str | None, strength: float)
     full = gradients(fused(o, rule, lam, lam), o, dy)
     for wanted in product((False, True), repeat=len(o)):
         subset = {
-            name: value.detach().clone().requires_grad_(want)
-            for (name, value), want in zip(o.items(), wanted, strict=True)
+            name: value.detach().clone().requires_grad_(want) for (name, value), want in zip(o.items(), wanted, strict=True)
         }
         y = fused(subset, rule, lam, lam)
         assert y.requires_grad == any(wanted)

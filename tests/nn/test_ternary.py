@@ -102,9 +102,7 @@ def test_input_norm_is_rms_norm() -> None:
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("strength", [0.0, 1.0, 0.25])
 @pytest.mark.parametrize("padding", [None, 2])
-def test_embedding_is_a_lookup_in_the_quantised_table(
-    granularity: Granularity, strength: float, padding: int | None
-) -> None:
+def test_embedding_is_a_lookup_in_the_quantised_table(granularity: Granularity, strength: float, padding: int | None) -> None:
     """Output and gradient equal F.embedding of the whole faded table: repeats add up, the padding row gets none."""
     embedding = nn.Embedding(11, 300, padding_idx=padding)
     nn.init.normal_(embedding.weight)

@@ -147,9 +147,7 @@ def test_real_checkpoint(stories260k: Path) -> None:
     ids = tokens()
     before = logits(model, ids)
     surgery = ternarize(model, roles=roles, calibration=[ids])
-    assert (
-        sum(row.parameters for row in surgery.rows) == surgery.parameters == sum(p.numel() for p in model.parameters())
-    )
+    assert sum(row.parameters for row in surgery.rows) == surgery.parameters == sum(p.numel() for p in model.parameters())
     after = logits(model, ids)
     assert after.isfinite().all()
     assert not torch.equal(before, after)

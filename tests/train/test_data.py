@@ -235,9 +235,7 @@ def test_ready_tokens_are_kept_under_their_name(tokenizer, tmp_path: Path) -> No
         return [np.arange(3, 103), np.array([], dtype=np.int64), np.arange(200, 250).reshape(5, 10)]
 
     for name in ("a", "a", "b"):
-        tokens = from_tokens(
-            name, make, tokenizer, vocab_size=VOCABULARY, sequence_length=8, cache_dir=tmp_path / "cache"
-        )
+        tokens = from_tokens(name, make, tokenizer, vocab_size=VOCABULARY, sequence_length=8, cache_dir=tmp_path / "cache")
         assert [*tokens.train, *tokens.heldout] == [*range(3, 103), *range(200, 250)]
         assert len(tokens.heldout) == 9
         assert tokens.heldout_bytes > 0

@@ -82,6 +82,14 @@ def bitnet_obstacle(plan: Plan, model: nn.Module) -> str | None:
     return None
 
 
+def require_form(plan: Plan, model: nn.Module, form: str) -> None:
+    """Raise ConfigError if `form` (a --model-format) cannot hold the model that `plan` makes of `model`."""
+    if form == "dense" and choose_form(plan, model)[0] != "dense":
+        raise ConfigError("--model-format dense holds weights-only models without inserted norms, and this is not one.")
+    if form.endswith("bitlinear") and (obstacle := bitnet_obstacle(plan, model)):
+        raise ConfigError(f"--model-format {form} cannot hold this model: {obstacle}.")
+
+
 def write_model(
     model: PreTrainedModel, plan: Plan, tokenizer: Any, target: Path, probe: Tensor, form: str = "auto", store: Store = "bf16"
 ) -> Written:
@@ -92,10 +100,7 @@ def write_model(
     """
     chosen, reason = choose_form(plan, model)
     if form != "auto":
-        if form == "dense" and chosen != "dense":
-            raise ConfigError("--model-format dense holds weights-only models without inserted norms, and this is not one.")
-        if form.endswith("bitlinear") and (obstacle := bitnet_obstacle(plan, model)):
-            raise ConfigError(f"--model-format {form} cannot hold this model: {obstacle}.")
+        require_form(plan, model, form)
         chosen, reason = form, "as asked"
     was_training = model.training
     model.eval()

@@ -69,8 +69,13 @@ def compare(reference: nn.Module, other: nn.Module, windows: Tensor, positions: 
 
 def load_stock(directory: Path) -> PreTrainedModel:
     """Load with transformers alone, in fp32, as a user would; VerificationError if it reports odd weights."""
-    with quiet_transformers(), torch.compiler.set_stance("force_eager"):
-        model, report = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+    try:
+        with quiet_transformers(), torch.compiler.set_stance("force_eager"):
+            model, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+                directory, dtype=torch.float32, output_loading_info=True
+            )
+    except Exception as error:  # whatever it is, what was written is not what it reads
+        raise VerificationError(f"transformers cannot load what was written: {error} It was not left behind.") from error
     odd = {key: sorted(report[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[key]}
     if odd:
         raise VerificationError(f"transformers finds fault with {directory.name}: {odd}. It was not left behind.")

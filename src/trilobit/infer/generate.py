@@ -26,6 +26,10 @@ class GenerateResult:
     tokens_per_second: float
     model: str
 
+    def summary(self) -> str:
+        """Nothing: the text has been streamed already."""
+        return ""
+
 
 class _Stream(TextStreamer):
     def __init__(self, tokenizer: Any, listener: Listener):
@@ -52,7 +56,8 @@ def run(config: GenerateConfig, listener: Listener = SILENT) -> GenerateResult:
     )
     seconds = time.perf_counter() - started
     new = output[0, inputs.shape[1] :]
-    text = loaded.tokenizer.decode(new, skip_special_tokens=True)
+    text = str(loaded.tokenizer.decode(new, skip_special_tokens=True))
+    listener.note(f"{len(new)} tokens, {len(new) / seconds:.1f} tokens/s")
     return GenerateResult(text, len(new), seconds, len(new) / seconds, str(config.model))
 
 

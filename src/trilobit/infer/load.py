@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.initialization import no_init_weights
 
-from trilobit.errors import ModelError
+from trilobit.errors import ModelError, TrilobitError
 from trilobit.formats import Bitnet, TwoBit
 from trilobit.nn.packed import PackedEmbedding, PackedLinear
 from trilobit.nn.ternary import TernaryEmbedding, TernaryLinear, TernaryModule
 from trilobit.storage import read_json, verify_manifest
+from trilobit.surgery.roles import vocabulary_size
 from trilobit.surgery.ternary import Plan, apply_plan
 
 CARD = "trilobit.json"
@@ -61,7 +62,7 @@ def load(source: str | Path, *, device: str | torch.device = "cpu", dtype: torch
         loaded = read_ours(path)
     else:
         loaded = load_pretrained(str(source), dtype)
-    loaded.model.to(device).eval()
+    loaded.model.to(device).eval()  # pyright: ignore[reportArgumentType]
     return loaded
 
 
@@ -76,7 +77,7 @@ def load_pretrained(source: str, dtype: torch.dtype = torch.float32) -> Loaded:
         if getattr(config, "quantization_config", None) is not None:
             raise ModelError(f"{source} is a quantised checkpoint. Start from the full-precision one.")
         with quiet_transformers():
-            model, report = AutoModelForCausalLM.from_pretrained(
+            model, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
                 source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
             )
     if mismatched := sorted(report["mismatched_keys"]):
@@ -105,7 +106,7 @@ def check_tokenizer(source: str | Path, model: PreTrainedModel, tokenizer: Any) 
     """Raise ModelError if the tokenizer can produce ids that the embedding does not have, or is not a fast one."""
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(f"{source} has no fast tokenizer (tokenizer.json).")
-    vocabulary = model.get_input_embeddings().num_embeddings  # pyright: ignore[reportAttributeAccessIssue]
+    vocabulary = vocabulary_size(model)
     largest = max(tokenizer.get_vocab().values(), default=0)
     if largest >= vocabulary:
         raise ModelError(
@@ -143,7 +144,7 @@ def read_ours(path: Path) -> Loaded:
             return Loaded(model, tokenizer, plan, form)
         config = AutoConfig.from_pretrained(path)
         if hasattr(config, "quantization_config"):
-            del config.quantization_config
+            delattr(config, "quantization_config")
         with no_init_weights(), quiet_transformers():
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         model.tie_weights()
@@ -159,7 +160,10 @@ def read_ours(path: Path) -> Loaded:
             if name == plan.head and plan.tied and plan.embedding is not None:
                 shared = model.get_submodule(plan.embedding)
                 tensors |= {f"{name}.{key}": value for key, value in ternary_tensors(shared).items()}
-            model.set_submodule(name, _packed(module, name, tensors, form))
+            try:
+                model.set_submodule(name, _packed(module, name, tensors, form))
+            except KeyError as error:
+                raise ModelError(f"{path} does not hold the tensors its {CARD} promises: {error} is missing.") from error
     _assign(model, tensors, path)
     model.requires_grad_(False)
     return Loaded(model, tokenizer, plan, form)
@@ -175,7 +179,7 @@ def _packed(module: TernaryModule, name: str, tensors: dict[str, Tensor], form: 
     """The frozen form of `module` from the stored tensors, which are taken out of `tensors`."""
     if form == "packed":
         width = module.embedding_dim if isinstance(module, TernaryEmbedding) else module.in_features  # pyright: ignore
-        codes, scale = TwoBit.unpack(tensors.pop(f"{name}.codes"), width), tensors.pop(f"{name}.scale")
+        codes, scale = TwoBit.unpack(tensors.pop(f"{name}.codes"), int(width)), tensors.pop(f"{name}.scale")  # pyright: ignore
         if isinstance(module, TernaryEmbedding):
             return PackedEmbedding(codes, scale, module.granularity)
         bias = tensors.pop(f"{name}.bias", None)
@@ -225,10 +229,10 @@ def _clear_errors(source: str) -> Iterator[None]:
     """Turn what transformers and the hub raise, which is nearly every kind there is, into a ModelError that says what to do."""
     try:
         yield
-    except ModelError:
+    except TrilobitError:
         raise
     except Exception as error:
-        chain = [error]  # transformers wraps the hub's errors in an OSError
+        chain: list[BaseException] = [error]  # transformers wraps the hub's errors in an OSError
         while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
             chain.append(cause)
 

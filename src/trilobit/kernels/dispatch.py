@@ -26,7 +26,7 @@ class Choice:
 
 @torch.compiler.assume_constant_result  # the compiler refuses to trace the question, and warns of functools.cache
 def _has_vnni() -> bool:
-    return torch.cpu._is_vnni_supported()  # pyright: ignore[reportPrivateUsage]
+    return torch.cpu._is_vnni_supported()  # pyright: ignore[reportPrivateImportUsage]
 
 
 def int8_choice(device_type: str) -> Choice:
@@ -53,6 +53,6 @@ def int8_matmul(codes: Tensor, weight_codes: Tensor) -> Tensor:
     else:
         fits = tokens > 0 and inputs > 1  # torch 2.13 on CPU reads a transposed [1, O] wrongly
     if fits and int8_choice(kind).name == "int8":
-        return torch._int_mm(codes, weight_codes.T)  # pyright: ignore[reportPrivateUsage]
+        return torch._int_mm(codes, weight_codes.T)  # pyright: ignore[reportPrivateImportUsage]
     exact = torch.float32 if inputs <= EXACT_IN_FP32 else torch.float64
     return codes.to(exact) @ weight_codes.to(exact).T

@@ -142,9 +142,7 @@ def _apply_norm(rows: Tensor, inverse: Tensor | None, gain: Tensor | None) -> Te
     return values if inverse is None or gain is None else (values * inverse).mul_(gain)
 
 
-def _make_inputs(
-    normed: Tensor, strength: Strength, compute: torch.dtype
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _make_inputs(normed: Tensor, strength: Strength, compute: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Q_λ(n) in the compute dtype, and the codes and scale to make it again from where that is fp32 or wider."""
     if _is(strength, 0):
         return normed.to(compute), None, None

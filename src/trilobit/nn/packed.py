@@ -50,7 +50,7 @@ class PackedLinear(nn.Module):
             y = quant.integer_linear(codes, scale, self.codes, self.scale, self.bias, self.granularity)
         else:
             sums = int8_matmul(codes.reshape(-1, self.in_features), self.codes).view(*codes.shape[:-1], self.out_features)
-            y = sums * (scale * self.scale.T)
+            y = sums * (scale * self.scale.flatten())
             y = y if self.bias is None else y + self.bias
         return y.to(input.dtype)
 
@@ -76,4 +76,4 @@ class PackedEmbedding(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         ids = input.flatten()
         scale = self.scale if self.granularity == "tensor" else self.scale[ids]
-        return quant.ternary_dequantize(self.codes[ids], scale, self.granularity).view(*input.shape, -1)
+        return quant.ternary_dequantize(self.codes[ids], scale, self.granularity).view(*input.shape, self.embedding_dim)

@@ -87,9 +87,7 @@ class TernaryLinear(nn.Linear, TernaryModule):
         with torch.device("meta"):
             ternary = cls(linear.in_features, linear.out_features, linear.bias is not None, **options)  # pyright: ignore
         if ternary.rms_norm is not None:
-            ternary.rms_norm.weight = nn.Parameter(
-                torch.ones(ternary.rms_norm.weight.shape, device=linear.weight.device)
-            )
+            ternary.rms_norm.weight = nn.Parameter(torch.ones(ternary.rms_norm.weight.shape, device=linear.weight.device))
         ternary.weight = nn.Parameter(linear.weight.detach().float())
         if linear.bias is not None:
             ternary.bias = nn.Parameter(linear.bias.detach().float())
@@ -97,9 +95,7 @@ class TernaryLinear(nn.Linear, TernaryModule):
 
     def forward(self, input: Tensor) -> Tensor:
         gain = None if self.rms_norm is None else self.rms_norm.weight
-        return ternary_linear(
-            input, self.weight, self.bias, gain, self.rule, self.weight_strength, self.activation_strength
-        )
+        return ternary_linear(input, self.weight, self.bias, gain, self.rule, self.weight_strength, self.activation_strength)
 
     def extra_repr(self) -> str:
         activations = "int8" if self.rule.int8_activations else "full-precision"

@@ -59,7 +59,9 @@ class Roles:
 
 def decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Path and module of each decoder layer, in order. Raises ModelError if there is none."""
-    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, GradientCheckpointingLayer)]
+    layers: list[tuple[str, nn.Module]] = [
+        (name, module) for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)
+    ]
     kinds = {type(module) for _, module in layers}
     if not layers:
         raise ModelError(f"{type(model).__name__} has no transformers decoder layers.")
@@ -67,6 +69,11 @@ def decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
         names = ", ".join(sorted(kind.__name__ for kind in kinds))
         raise ModelError(f"{type(model).__name__} mixes kinds of layers ({names}); a decoder-only text model is needed.")
     return layers
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Rows of the embedding: token ids are below it."""
+    return model.get_input_embeddings().weight.shape[0]  # pyright: ignore[reportReturnType, reportIndexIssue]
 
 
 def find_roles(model: PreTrainedModel) -> Roles:
@@ -93,7 +100,7 @@ def find_roles(model: PreTrainedModel) -> Roles:
                 linears[module] = (name, index)
             else:
                 _refuse_foreign_matrix(name, module)
-    paths = {module: name for name, module in model.named_modules()}
+    paths: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
     sites = _probe(model, linears, paths)
     return Roles(
         sites=tuple(sites),
@@ -118,7 +125,7 @@ def _refuse_foreign_matrix(name: str, module: nn.Module) -> None:
 def _probe(model: PreTrainedModel, linears: dict[nn.Module, tuple[str, int]], paths: dict[nn.Module, str]) -> list[Site]:
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
-    vocabulary = model.get_input_embeddings().num_embeddings  # pyright: ignore[reportAttributeAccessIssue]
+    vocabulary = vocabulary_size(model)
     tokens = torch.randint(0, vocabulary, (1, PROBE_TOKENS), generator=generator)
     other = tokens.clone()
     other[0, -1] = (other[0, -1] + 1) % vocabulary
@@ -143,6 +150,8 @@ def _probe(model: PreTrainedModel, linears: dict[nn.Module, tuple[str, int]], pa
         silenced, _ = _watch(model, tokens.to(device), linears, paths, silence)
         pinned, _ = _watch(model, tokens.to(device), linears, paths, pin(0.0))
         moved, _ = _watch(model, tokens.to(device), linears, paths, pin(1.0))
+    if not torch.isfinite(logits).all():
+        raise ModelError(f"{type(model).__name__} gives logits that are not finite: its weights are damaged.")
     if not torch.equal(logits[:, :-1], causal[:, :-1]):
         raise ModelError(f"{type(model).__name__} is not causal (an encoder?): earlier positions see later tokens.")
     missed = [name for module, (name, _) in linears.items() if module not in plain]

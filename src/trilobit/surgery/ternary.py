@@ -97,7 +97,7 @@ def ternarize(
 
     calibration: token batches [B, T]; where given, each inserted gain starts at the median RMS its input has on them, so
     that norms keep the function of an ordinary token; where empty, gains start at one. Returns the table of what became
-    what, whose parts are asserted to add up to the model's parameters. Raises ModelError for models that are refused (roles.py).
+    what, whose parts are asserted to add up to the model's parameters. Raises ModelError for what roles.py refuses.
     """
     plan = make_plan(roles or find_roles(model), spec or TernarySpec())
     measured = measure_rms(model, [path for path, linear in plan.linears.items() if linear.normed], calibration)

@@ -70,7 +70,7 @@ class Signals:
 class Objective(Protocol):
     """Losses of a micro-batch of token windows [B, T + 1], under the precision the loop has set."""
 
-    def __call__(self, windows: Tensor) -> Losses: ...
+    def __call__(self, windows: Tensor, /) -> Losses: ...
 
 
 @dataclass
@@ -126,7 +126,8 @@ def fit(
         evaluation_due = last or progress.tokens // eval_every > before // eval_every
         checkpoint_due = last or progress.tokens // checkpoint_every > before // checkpoint_every
         # What is evaluated or saved was checked first: a checkpoint past a step that was held back would skip its batch.
-        due = evaluation_due or checkpoint_due or signals.number is not None
+        stopping = signals.number is not None
+        due = evaluation_due or checkpoint_due or stopping
 
         now = time.perf_counter()
         if device.type == "cpu" or due or now - timed_at > LOG_SECONDS:
@@ -143,11 +144,11 @@ def fit(
             _append(log_path, row)
             for listen in hooks.log:
                 listen(row)
-        if checkpoint_due or signals.number is not None:
+        if checkpoint_due or stopping:
             progress.seconds = time.perf_counter() - started
             save_checkpoint(run, model, optimizer, progress, config.keep_checkpoints)
             timed_at = time.perf_counter()
-            if not last:
+            if stopping and not last:
                 signals.raise_if_set()
     progress.seconds = time.perf_counter() - started
     return progress

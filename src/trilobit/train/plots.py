@@ -44,8 +44,9 @@ def plot_strengths(run: Path, schedule: StrengthSchedule, max_tokens: int) -> Pa
     points = [point for point in points if point <= max_tokens]
     values = [schedule.at(point) for point in points]
     for layer in range(layers):
-        light = 1 - layer / max(layers - 1, 1)
-        axes.plot(points, [v[layer] for v in values], color=(0.77, 0.28 + 0.5 * light, 0.17 + 0.55 * light), linewidth=1.4)
+        light = (layers - 1 - layer) / max(layers - 1, 1)
+        color = (0.77 + 0.18 * light, 0.28 + 0.42 * light, 0.17 + 0.5 * light)
+        axes.plot(points, [v[layer] for v in values], color=color, linewidth=1.4)
     axes.set_ylim(-0.03, 1.03)
     axes.set_title(f"{layers} layers, first (light) to last (dark)", fontsize=9, color=INK, loc="left")
     return _save(figure, run / "lambda.png")

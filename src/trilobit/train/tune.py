@@ -1,11 +1,11 @@
 """`trilobit tune`: an ordinary checkpoint in, a ternary one out, and everything about how it came to be beside it.
 
-    out/run.json         configuration, versions, seed, the schedule by value, what became what, results
-    out/log.jsonl        one row a step
-    out/checkpoints/     step-N: what --resume continues from, bit for bit
-    out/latent/          trainable fp32 latents
-    out/model/           the ternary model, read back and compared before it got its name (export/hf.py)
-    out/loss.png, out/lambda.png
+out/run.json         configuration, versions, seed, the schedule by value, what became what, results
+out/log.jsonl        one row a step
+out/checkpoints/     step-N: what --resume continues from, bit for bit
+out/latent/          trainable fp32 latents
+out/model/           the ternary model, read back and compared before it got its name (export/hf.py)
+out/loss.png, out/lambda.png
 """
 
 import copy
@@ -28,14 +28,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trilobit import __version__
 from trilobit.config.tune import TuneConfig
-from trilobit.errors import ConfigError, DataError, OutputError
-from trilobit.export.hf import write_full_precision, write_latent, write_model
+from trilobit.errors import ConfigError, DataError, ModelError, OutputError
+from trilobit.export.hf import require_form, write_full_precision, write_latent, write_model
 from trilobit.infer.generate import sample_documents
 from trilobit.infer.load import Loaded, load_pretrained, pick_device
 from trilobit.listener import SILENT, Listener
 from trilobit.measure.perplexity import nats, require_positions
 from trilobit.storage import read_json, require_free_space, require_new_directory, write_json
-from trilobit.surgery.roles import find_roles
+from trilobit.surgery.roles import find_roles, vocabulary_size
 from trilobit.surgery.ternary import Plan, TernarySpec, apply_plan, make_plan, measure_rms, set_gains, set_strengths
 from trilobit.train.checkpoint import BYTES_PER_PARAMETER
 from trilobit.train.data import Tokens, from_tokens, prepare
@@ -48,7 +48,9 @@ from trilobit.train.windows import Windows, evaluation_windows
 
 LR_TIMES_WIDTH = 0.4
 CALIBRATION_WINDOWS = 8
-FREE_TO_CHANGE = frozenset({"resume", "track", "keep_checkpoints", "checkpoint_every", "out", "cache_dir", "model_format", "store"})
+FREE_TO_CHANGE = frozenset(
+    {"resume", "track", "keep_checkpoints", "checkpoint_every", "out", "cache_dir", "model_format", "store"}
+)
 
 
 @dataclass(frozen=True)
@@ -93,9 +95,12 @@ def _run(config: TuneConfig, listener: Listener, signals: Signals) -> TuneResult
     track = tracker(config.track, out, asdict(config))
 
     base = load_pretrained(config.model)
-    model: PreTrainedModel = base.model.to(device)
+    model = base.model
+    model.to(device)  # pyright: ignore[reportArgumentType]
     require_positions(model, config.sequence_length)
     plan = None if config.schedule == "never" else make_plan(find_roles(model), _spec(config))
+    if plan is not None:
+        require_form(plan, model, config.model_format)
     base_bytes = sum(p.numel() * 2 for p in model.parameters())  # as bf16, the way checkpoints are published
     signals.raise_if_set()
 
@@ -114,17 +119,20 @@ def _run(config: TuneConfig, listener: Listener, signals: Signals) -> TuneResult
 
     teacher = None
     if config.distill == "logits":
-        teacher = copy.deepcopy(model).to(torch.bfloat16 if config.precision == "bf16" else torch.float32)
+        teacher = copy.deepcopy(model)
+        teacher.to(torch.bfloat16 if config.precision == "bf16" else torch.float32)  # pyright: ignore[reportArgumentType]
         teacher.requires_grad_(False).eval()
     if record is None:
         base_nats = evaluate()["heldout_nats"]
+        if not math.isfinite(base_nats):
+            raise ModelError(f"{config.model} itself has a loss of {base_nats} on held-out text: its weights are damaged.")
         schedules = _schedules(config, len(_layers(model)))
         rms = _calibrate(config, plan, model, windows, device)
         record = _new_record(config, plan, schedules, rms, base_nats, tokens)
     else:
-        if record["data_key"] != tokens.key:
+        if record.get("data_key", tokens.key) != tokens.key:
             raise DataError(f"the text of --data {config.data} has changed since {out} began; --resume needs the same text.")
-        base_nats, rms = record["base_nats_per_token"], record["gains"]
+        base_nats, rms = record["base_nats_per_token"], record.get("gains", {})
         schedules = [StrengthSchedule.from_json(value) for value in record["schedules"]]
     signals.raise_if_set()
     listener.note(f"original model: {base_nats:.4f} nats per token held out (perplexity {math.exp(base_nats):.2f})")
@@ -175,16 +183,14 @@ def _run(config: TuneConfig, listener: Listener, signals: Signals) -> TuneResult
     if plan is not None:
         layers = len(schedules[0].starts)
         set_strengths(model, [1.0] * layers, [1.0] * layers)
-    model.to("cpu")
+    model.to("cpu")  # pyright: ignore[reportArgumentType]
     total, count = nats(model, heldout, config.sequences)
     write_latent(model, plan, base.tokenizer, out / "latent")
     signals.raise_if_set()
     if plan is None:
         written = write_full_precision(model, base.tokenizer, out / "model", heldout)
     else:
-        written = write_model(
-            model, plan, base.tokenizer, out / "model", heldout, config.model_format, config.store
-        )
+        written = write_model(model, plan, base.tokenizer, out / "model", heldout, config.model_format, config.store)
     plot_loss(out, base_nats)
     plot_strengths(out, schedules[0], config.max_tokens)
     result = TuneResult(
@@ -217,7 +223,7 @@ def _schedules(config: TuneConfig, layers: int) -> list[StrengthSchedule]:
 
 def _tokens(config: TuneConfig, base: Loaded) -> Tokens:
     model, tokenizer = base.model, base.tokenizer
-    vocabulary = model.get_input_embeddings().num_embeddings  # pyright: ignore[reportAttributeAccessIssue]
+    vocabulary = vocabulary_size(model)
     cache = Path(config.cache_dir) if config.cache_dir else None
     needed = config.max_tokens + config.sequence_length + 1
     if config.data != "self":
@@ -225,8 +231,8 @@ def _tokens(config: TuneConfig, base: Loaded) -> Tokens:
             config.data, tokenizer, vocab_size=vocabulary, text_field=config.text_field, max_tokens=needed,
             sequence_length=config.sequence_length, cache_dir=cache,
         )  # fmt: skip
-    end = tokenizer.eos_token_id
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else end
+    end: Any = tokenizer.eos_token_id
+    start: Any = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else end
     if start is None:
         raise ConfigError("--data self: this tokenizer has no beginning-of-text or end-of-text token to start from.")
     wanted = needed + config.eval_tokens
@@ -235,9 +241,7 @@ def _tokens(config: TuneConfig, base: Loaded) -> Tokens:
     def make() -> Iterator[Any]:
         return sample_documents(model, start, end, wanted, config.sequence_length, config.seed)
 
-    return from_tokens(
-        key, make, tokenizer, vocab_size=vocabulary, sequence_length=config.sequence_length, cache_dir=cache
-    )
+    return from_tokens(key, make, tokenizer, vocab_size=vocabulary, sequence_length=config.sequence_length, cache_dir=cache)
 
 
 def _weights_fingerprint(model: PreTrainedModel) -> str:
@@ -266,7 +270,9 @@ def _layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
 
 def _prepare_layers(model: PreTrainedModel, config: TuneConfig) -> None:
     if config.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # transformers 5 renamed it on the way and warns at the old name
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     if config.compile:
         for layer in _layers(model):  # one small graph for all layers, instead of one large one
             layer.compile()

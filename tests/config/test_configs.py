@@ -1,0 +1,103 @@
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from trilobit.config.eval import EvalConfig
+from trilobit.config.generate import GenerateConfig
+from trilobit.config.tune import TuneConfig
+from trilobit.errors import ConfigError
+
+NAN = float("nan")
+
+
+def tune(**settings: Any) -> TuneConfig:
+    return TuneConfig(**{"model": "m", "data": "d", **settings})
+
+
+@given(st.integers(1, 500), st.integers(1, 40), st.integers(1, 100_000), st.integers(1, 10**7))
+def test_steps_are_whole_micro_batches(length: int, sequences: int, batch_tokens: int, max_tokens: int) -> None:
+    """A step is a whole number of micro-batches, the nearest to batch_tokens and at least one; steps fit into the budget."""
+    micro = length * sequences
+    nearest = max(1, round(batch_tokens / micro))
+    assume(max_tokens >= nearest * micro)
+    config = tune(sequence_length=length, sequences=sequences, batch_tokens=batch_tokens, max_tokens=max_tokens)
+    assert config.accumulation == nearest
+    assert config.tokens_per_step == config.accumulation * micro
+    assert abs(config.tokens_per_step - batch_tokens) <= micro / 2 or config.accumulation == 1
+    assert config.steps * config.tokens_per_step <= max_tokens < (config.steps + 1) * config.tokens_per_step
+    assert config.steps >= 1
+
+
+def test_defaults_are_valid() -> None:
+    """The defaults are 16,384 tokens a step in four micro-batches, for 610 steps."""
+    config = tune()
+    assert (config.accumulation, config.tokens_per_step, config.steps) == (4, 16_384, 610)
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    *[({name: 0}, f"--{name.replace('_', '-')} is 0") for name in (
+        "sequence_length", "sequences", "keep_checkpoints", "clip", "lr", "max_tokens", "batch_tokens", "eval_tokens",
+        "eval_every", "checkpoint_every", "ramp_fraction", "activation_ramp_fraction", "temperature",
+    )],
+    *[({name: -1}, f"--{name.replace('_', '-')} is -1") for name in (
+        "clip", "weight_decay", "eval_every", "warmup_fraction", "decay_fraction", "overlap",
+    )],
+    *[({name: NAN}, f"--{name.replace('_', '-')} is nan") for name in (
+        "clip", "lr", "weight_decay", "warmup_fraction", "decay_fraction", "overlap", "ramp_fraction",
+        "activation_ramp_fraction",
+    )],
+    *[({name: 1.01}, f"--{name.replace('_', '-')} is 1.01") for name in (
+        "warmup_fraction", "decay_fraction", "overlap", "ramp_fraction", "activation_ramp_fraction",
+    )],
+    *[({name: float("inf")}, f"--{name.replace('_', '-')} is inf") for name in ("lr", "weight_decay")],
+    ({"distill": "logits", "distill_weight": 1.5}, "--distill-weight is 1.5"),
+    ({"distill": "logits", "temperature": NAN}, "--temperature is nan"),
+    ({"distill_weight": 0.5}, "--distill-weight and --temperature need --distill logits"),
+    ({"temperature": 2.0}, "--distill-weight and --temperature need --distill logits"),
+    ({"activation_schedule": "never"}, "--activation-schedule never: .* --activations none"),
+    ({"max_tokens": 16_383}, "--max-tokens 16383 is less than one step of 16384 tokens"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("settings", "message"), WRONG, ids=[f"{next(iter(s))}={s[next(iter(s))]}" for s, _ in WRONG])
+def test_wrong_settings_name_their_flag(settings: dict[str, Any], message: str) -> None:
+    """A setting or combination that cannot work is a ConfigError that names the flag and the value."""
+    with pytest.raises(ConfigError, match=message):
+        tune(**settings)
+
+
+def test_ends_of_ranges_are_allowed() -> None:
+    """Fractions of zero and one, no weight decay, and one step are settings like any other."""
+    tune(warmup_fraction=0, decay_fraction=0, overlap=0, weight_decay=0)
+    tune(warmup_fraction=1, decay_fraction=1, overlap=1, ramp_fraction=1, clip=float("inf"))
+    assert tune(max_tokens=16_384).steps == 1
+    tune(schedule="never", activation_schedule="never")
+
+
+def test_configs_are_flat_and_frozen() -> None:
+    """A configuration holds plain values only, so that run.json repeats it, and cannot be changed."""
+    config = tune()
+    assert all(value is None or type(value) in (str, int, float, bool) for value in asdict(config).values())
+    assert TuneConfig(**asdict(config)) == config
+    with pytest.raises(AttributeError):
+        config.seed = 1  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: EvalConfig(model="m", data="d", sequence_length=1), "--sequence-length is 1"),
+        (lambda: EvalConfig(model="m", data="d", sequences=0), "--sequences is 0"),
+        (lambda: GenerateConfig(model="m", prompt="p", temperature=-1), "--temperature is -1"),
+        (lambda: GenerateConfig(model="m", prompt="p", temperature=NAN), "--temperature is nan"),
+        (lambda: GenerateConfig(model="m", prompt="p", top_p=0), "--top-p is 0"),
+        (lambda: GenerateConfig(model="m", prompt="p", top_p=1.1), "--top-p is 1.1"),
+    ],
+)
+def test_other_commands_name_their_flags_too(make, message: str) -> None:
+    """eval and generate refuse their impossible settings by name."""
+    with pytest.raises(ConfigError, match=message):
+        make()

@@ -1,0 +1,164 @@
+"""Loading: what is refused, in which words, and that nothing but a TrilobitError comes out."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
+import transformers.utils.hub
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors.torch import load_file, save_file
+
+from infer.checkpoints import byte_model, byte_tokenizer, save
+from trilobit.errors import ModelError
+from trilobit.infer.load import load, load_pretrained, pick_device
+
+WEIGHTS = "model.safetensors"
+DROPPED = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("checkpoint"))
+
+
+def test_an_ordinary_checkpoint_loads_in_eval_mode(checkpoint: Path) -> None:
+    """A directory transformers wrote gives its model in fp32, its tokenizer, and no plan."""
+    loaded = load(checkpoint)
+    assert loaded.plan is None
+    assert loaded.form == "full precision"
+    assert not loaded.model.training
+    assert loaded.model.dtype == torch.float32
+    expected = byte_model().state_dict()
+    assert all(torch.equal(expected[name], value) for name, value in loaded.model.state_dict().items())
+    assert loaded.tokenizer("é")["input_ids"] == byte_tokenizer()("é")["input_ids"]
+
+
+def _cut(folder: Path) -> None:
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-100])
+
+
+def _change_weights(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        tensors = load_file(folder / WEIGHTS)
+        change(tensors)
+        save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+
+    return damage
+
+
+def _change_json(name: str, **values: Any) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        path = folder / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    return damage
+
+
+def _without(*names: str) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        for name in names:
+            (folder / name).unlink()
+
+    return damage
+
+
+def _text(name: str, text: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_text(text) and None
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (_without("config.json"), "is not a checkpoint directory: it has no config.json"),
+        (_cut, "damaged or truncated"),
+        (_text(WEIGHTS, ""), "damaged or truncated"),
+        (_without(WEIGHTS), "no file named model.safetensors"),
+        (_change_weights(lambda t: t.pop(DROPPED)), f"lacks 1 of the model's weights \\({DROPPED}"),
+        (_change_weights(lambda t: t.update({DROPPED: torch.zeros(3, 3)})), rf"{DROPPED} is \(3, 3\), not \(48, 32\)"),
+        (lambda folder: byte_tokenizer(merges=("a b",)).save_pretrained(folder), "an id 259, but the embedding has 259"),
+        (_without("tokenizer.json", "tokenizer_config.json"), "the tokenizer of .* could not be loaded"),
+        (_text("tokenizer.json", "{"), "the tokenizer of .* could not be loaded"),
+        (_text("config.json", "{"), "not a valid JSON"),
+        (_text("config.json", "[]"), "model_type"),
+        (_change_json("config.json", model_type="nosuch"), "nosuch"),
+        (_change_json("config.json", model_type="t5"), "T5Config"),
+        (_change_json("config.json", hidden_size="many"), "expected int, got str"),
+        (_change_json("config.json", num_attention_heads=0), "could not be loaded"),
+        (_change_json("config.json", quantization_config={"quant_method": "gptq", "bits": 4}), "quantised checkpoint"),
+    ],
+)
+def test_damage_is_named(checkpoint: Path, tmp_path: Path, damage: Callable[[Path], Any], says: str) -> None:
+    """Whatever is wrong with a checkpoint directory, a ModelError of one line names the directory and the fault."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(checkpoint, folder)
+    damage(folder)
+    with pytest.raises(ModelError, match=says) as caught:
+        load(folder)
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("source", ["/no/such/model", "./nothing", "a/b/c"])
+def test_a_missing_path_is_not_looked_up_on_the_hub(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What looks like a path and is not there is an error at once; the hub is not asked."""
+    monkeypatch.setattr(transformers.utils.hub, "hf_hub_download", Mock(side_effect=AssertionError("asked the hub")))
+    with pytest.raises(ModelError, match="there is no"):
+        load(source)
+
+
+def _response() -> Mock:
+    return Mock(status_code=404, headers={}, url="https://huggingface.co")
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (GatedRepoError("403", response=_response()), "someone/model is gated: accept its licence .*hf auth login"),
+        (RepositoryNotFoundError("404", response=_response()), "neither a directory here nor a model on the hub"),
+        (LocalEntryNotFoundError("offline"), "not a directory here, and the hub cannot be reached"),
+        (HfHubHTTPError("500 boom", response=_response()), "someone/model could not be loaded"),
+        (ConnectionError("no route to host"), "someone/model could not be loaded: no route to host"),
+    ],
+)
+def test_what_the_hub_says_is_passed_on(error: Exception, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gated, unknown and unreachable hub models each say what to do, though transformers wraps the hub's errors."""
+    monkeypatch.setattr(transformers.utils.hub, "hf_hub_download", Mock(side_effect=error))
+    with pytest.raises(ModelError, match=says):
+        load("someone/model")
+
+
+def test_an_unfinished_run_says_how_to_go_on(tmp_path: Path) -> None:
+    """A run directory without model/ is unfinished, and the way on is --resume."""
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(ModelError, match="has not finished: continue it with --resume"):
+        load(tmp_path)
+
+
+def test_truncation_and_padding_of_a_tokenizer_file_do_not_count(checkpoint: Path, tmp_path: Path) -> None:
+    """A tokenizer.json saved while truncating to 4 and padding to 16 still encodes a text whole (old code: 16 ids)."""
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint, folder)
+    truncation = {"max_length": 4, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+    padding = {
+        "strategy": {"Fixed": 16}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0,
+        "pad_token": "<pad>",
+    }  # fmt: skip
+    _change_json("tokenizer.json", truncation=truncation, padding=padding)(folder)
+    tokenizer = load_pretrained(str(folder)).tokenizer
+    assert len(tokenizer.backend_tokenizer.encode("abcdefghij", add_special_tokens=False).ids) == 10
+
+
+def test_devices() -> None:
+    """auto is always there; a device that is not is refused with the flag's name."""
+    assert pick_device("auto").type in ("cpu", "cuda")
+    assert pick_device("cpu") == torch.device("cpu")
+    with pytest.raises(ModelError, match="--device nosuch cannot be used here"):
+        pick_device("nosuch")
+    if not torch.cuda.is_available():
+        with pytest.raises(ModelError, match="--device cuda cannot be used here"):
+            pick_device("cuda")

@@ -1,0 +1,268 @@
+"""The command line: exit codes, messages, what goes to which stream, and how fast help comes."""
+
+import json
+import re
+import resource
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import trilobit
+from infer.checkpoints import byte_tokenizer, save
+from trilobit.cli import COMMANDS, main
+from trilobit.config.demo import DemoConfig
+from trilobit.config.eval import EvalConfig
+from trilobit.config.generate import GenerateConfig
+from trilobit.config.tune import TuneConfig
+
+CONFIGS = {"tune": TuneConfig, "eval": EvalConfig, "generate": GenerateConfig, "demo": DemoConfig}
+TEXT = "naïve text, and more of it.\n" * 20
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a checkpoint `model`, and data of every kind of badness."""
+    folder = tmp_path_factory.mktemp("place")
+    save(folder / "model", tokenizer=byte_tokenizer(adds_bos=True))
+    (folder / "text.txt").write_text(TEXT)
+    (folder / "empty.txt").write_text("")
+    (folder / "short.txt").write_text("ab")
+    (folder / "binary.txt").write_bytes(b"ab\0cd")
+    (folder / "latin1.txt").write_bytes("naïve".encode("latin1"))
+    (folder / "rows.jsonl").write_text('{"body": "text", "id": 1}\n')
+    (folder / "there").mkdir()
+    (folder / "there" / "file").write_text("mine")
+    (folder / "tune.json").write_text(json.dumps({"command": "tune", "config": {"model": "m", "data": "d", "colour": 1}}))
+    (folder / "eval.json").write_text(json.dumps({"command": "eval", "config": {"model": "m", "data": "d"}}))
+    (folder / "broken.json").write_text("{")
+    return folder
+
+
+class Outcome:
+    def __init__(self, code: int, out: str, err: str):
+        self.code, self.out, self.err = code, _plain(out), _plain(err)
+
+
+def _plain(text: str) -> str:
+    """Without colours and tyro's boxes, on one line."""
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+    return " ".join(re.sub(r"[╭╮╰╯─│┌┐└┘]", " ", text).split())
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], place: Path, monkeypatch: pytest.MonkeyPatch):
+    """Run the command in `place`, in this process; tyro's own errors leave by SystemExit."""
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: str) -> Outcome:
+        capsys.readouterr()
+        try:
+            code = main(arguments)
+        except SystemExit as stop:
+            code = stop.code
+        streams = capsys.readouterr()
+        assert isinstance(code, int)
+        return Outcome(code, streams.out, streams.err)
+
+    return run
+
+
+EVAL = ("eval", "model", "--sequence-length", "16", "--device", "cpu", "--data")
+TUNE = ("tune", "model", "--data", "text.txt", "--device", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("tun",), "there is no command 'tun'; did you mean tune?"),
+        (("xyzzy",), "there is no command 'xyzzy'. `trilobit --help` lists them."),
+        (("tune",), "model"),
+        (("eval", "model"), "--data"),
+        (("generate", "model"), "PROMPT"),
+        (("eval", "model", "--data", "text.txt", "--sequence-lenght", "3"), "did you mean --sequence-length?"),
+        (("tune", "model", "--placment=every"), "`trilobit tune` has no flag --placment; did you mean --placement?"),
+        (("tune", "model", "--zzzzzz"), "`trilobit tune` has no flag --zzzzzz. See"),
+        ((*TUNE, "--recipe", "papr"), "there is no recipe 'papr'; did you mean paper?"),
+        ((*TUNE, "--recipe", "nothing-like"), "There are: paper, autobitlinear"),
+        ((*TUNE, "--recipe"), "need a value"),
+        ((*EVAL, "text.txt", "--recipe", "paper"), "--recipe is for `trilobit tune`, not for `trilobit eval`"),
+        ((*TUNE, "--lr", "fast"), "fast"),
+        ((*TUNE, "--lr", "nan"), "--lr is nan"),
+        ((*TUNE, "--max-tokens", "12q"), "'12q' is not a count: write 4096, 12k, 3M or 1B"),
+        ((*TUNE, "--max-tokens", "-5"), "-5"),
+        ((*TUNE, "--max-tokens", "1.5"), "'1.5' is not a whole number"),
+        ((*TUNE, "--max-tokens", "10"), "--max-tokens 10 is less than one step"),
+        ((*TUNE, "--overlap", "2"), "--overlap is 2.0; it must be from 0 to 1"),
+        ((*TUNE, "--placement", "somewhere"), "somewhere"),
+        ((*TUNE, "--out", "there"), "there exists already. Continue it with --resume, or choose another name"),
+        ((*TUNE, "--out", "text.txt"), "text.txt exists already"),
+        ((*TUNE, "--out", "text.txt/run"), "text.txt is not a writable folder"),
+        ((*TUNE, "--out", "new", "--resume"), "there is no run to resume in new"),
+        ((*TUNE, "--sequence-length", "128"), "--sequence-length 128 is longer than the model's 64 positions"),
+        ((*TUNE, "--from", "tune.json"), "--from tune.json has settings this version does not know: colour"),
+        ((*TUNE, "--from", "eval.json"), "was made by `trilobit eval`, not by `trilobit tune`"),
+        ((*TUNE, "--from", "broken.json"), "--from broken.json is not the run.json of a run"),
+        ((*TUNE, "--from", "nowhere.json"), "--from nowhere.json is not the run.json of a run"),
+        ((*EVAL, "nowhere.txt"), "no such file: --data nowhere.txt"),
+        ((*EVAL, "empty.txt"), "empty.txt is empty (0 bytes)"),
+        ((*EVAL, "short.txt"), "the text has 2 tokens, fewer than one window of 15"),
+        ((*EVAL, "binary.txt"), "binary.txt is binary: byte 2 is NUL"),
+        ((*EVAL, "latin1.txt"), "latin1.txt is not UTF-8: byte 2 is 0xef"),
+        ((*EVAL, "rows.jsonl"), "has no field 'text'. Its fields: 'body', 'id'"),
+        ((*EVAL, "text.txt", "--sequence-length", "65"), "--sequence-length 65 is longer than the model's 64 positions"),
+        ((*EVAL, "text.txt", "--bos", "maybe"), "maybe"),
+        ((*EVAL, "text.txt", "--device", "warp"), "--device warp cannot be used here"),
+        (("eval", "/no/model", "--data", "text.txt"), "there is no /no/model"),
+        (("eval", "there", "--data", "text.txt"), "there is not a checkpoint directory: it has no config.json"),
+        (("generate", "someone/model", "hello"), "someone/model is not a directory here, and the hub cannot be reached"),
+        (("generate", "model", "hello", "--temperature", "-1"), "--temperature"),
+        (("generate", "model", "hello", "--top-p", "1.5"), "--top-p is 1.5; it must be above 0 and at most 1"),
+        (("demo", "--out", "there"), "there exists and is not an earlier demo"),
+    ],
+)  # fmt: skip
+def test_bad_input(cli: Any, place: Path, arguments: tuple[str, ...], says: str) -> None:
+    """Exit 2, the message on stderr and nothing on stdout, no traceback, and not a file more or less than before."""
+    before = {p: p.read_bytes() for p in place.rglob("*") if p.is_file()}
+    outcome = cli(*arguments)
+    assert outcome.code == 2, outcome.err
+    assert says in outcome.err
+    assert outcome.out == ""
+    assert "Traceback" not in outcome.err
+    assert {p: p.read_bytes() for p in place.rglob("*") if p.is_file()} == before
+    assert not (place / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "config", [{"max_tokens": "many"}, {"sequence_length": None}, {"clip": "x"}, {"placement": 3}], ids=str
+)
+def test_a_record_with_wrong_values_is_refused(cli: Any, place: Path, tmp_path: Path, config: dict[str, Any]) -> None:
+    """--from a run.json whose values are of the wrong kind is an error of the user's, not a traceback."""
+    record = tmp_path / "run.json"
+    record.write_text(json.dumps({"command": "tune", "config": {"model": "model", "data": "text.txt", **config}}))
+    outcome = cli("tune", "--from", str(record))
+    assert outcome.code == 2
+    assert f"--from {record} has a value of the wrong kind" in outcome.err or "invalid" in outcome.err.lower()
+
+
+def test_flags_win_over_record_over_recipe(cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """recipe < run.json < flags, and what none of them sets is the default."""
+    from trilobit.train import tune
+
+    seen = []
+
+    def run(config: TuneConfig, listener: Any) -> EvalConfig:
+        seen.append(config)
+        return EvalConfig(model="m", data="d")
+
+    monkeypatch.setattr(tune, "run", run)
+    record = tmp_path / "run.json"
+    record.write_text(
+        json.dumps({"command": "tune", "config": {"model": "m", "data": "d", "lr": 0.5, "seed": 3, "resume": True}})
+    )
+    assert cli("tune", "--recipe", "hf-blog", "--from", str(record), "--seed", "4", "--max-tokens", "2M", "--json").code == 0
+    (config,) = seen
+    assert (config.model, config.lr, config.seed, config.max_tokens) == ("m", 0.5, 4, 2_000_000)
+    assert (config.placement, config.schedule, config.ramp_fraction) == ("none", "global", 0.2)
+    assert not config.resume
+    assert config.sequences == TuneConfig(model="m", data="d").sequences
+
+
+def test_json_is_one_object_on_stdout(cli: Any) -> None:
+    """--json prints the Result as one JSON object and nothing else there; all else, streamed text too, is on stderr."""
+    outcome = cli(*EVAL, "text.txt", "--json")
+    assert outcome.code == 0
+    result = json.loads(outcome.out)
+    assert {"perplexity", "nats_per_token", "bits_per_byte", "tokens", "bos"} <= set(result)
+    assert result["bos"] is True
+    outcome = cli("generate", "model", "naïve", "--max-tokens", "12", "--device", "cpu", "--json")
+    result = json.loads(outcome.out)
+    assert {"text", "tokens", "tokens_per_second"} <= set(result)
+    assert " ".join(result["text"].split()) in outcome.err
+
+
+def test_text_for_people_is_on_stdout(cli: Any) -> None:
+    """Without --json the numbers and the streamed text are on stdout."""
+    outcome = cli(*EVAL, "text.txt")
+    assert outcome.code == 0
+    assert re.search(r"perplexity\s+[\d,]+\.\d{4}", outcome.out)
+    outcome = cli("generate", "model", "naïve", "--max-tokens", "12", "--device", "cpu")
+    assert outcome.code == 0
+    assert "tokens per second" in outcome.out
+
+
+def test_interruptions_have_their_codes(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C exits 130; an exception with an exit code of its own exits with that and points to --resume."""
+    from trilobit.measure import perplexity
+
+    class Stopped(Exception):
+        exit_code = 143
+
+    def raising(error: BaseException):
+        def run(config: Any, listener: Any) -> None:
+            raise error
+
+        return run
+
+    monkeypatch.setattr(perplexity, "run", raising(KeyboardInterrupt()))
+    assert cli(*EVAL, "text.txt").code == 130
+    monkeypatch.setattr(perplexity, "run", raising(Stopped("SIGTERM")))
+    outcome = cli(*EVAL, "text.txt")
+    assert outcome.code == 143
+    assert "stopped by SIGTERM; continue with the same command and --resume" in outcome.err
+    monkeypatch.setattr(perplexity, "run", raising(ZeroDivisionError("ours")))
+    with pytest.raises(ZeroDivisionError):  # a bug of ours keeps its traceback
+        cli(*EVAL, "text.txt")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_mentions_every_field(cli: Any, command: str) -> None:
+    """`trilobit COMMAND --help` exits 0, on stdout, with every field of its configuration and its docstring."""
+    outcome = cli(command, "--help")
+    assert outcome.code == 0
+    positional = {"model": "MODEL", "prompt": "PROMPT"}
+    for field in fields(CONFIGS[command]):
+        name = positional.get(field.name, f"--{field.name.replace('_', '-')}")
+        name = "--max-tokens" if name == "--max_tokens" else name
+        assert re.search(rf"{re.escape(name)}\b", outcome.out), name
+    assert "--json" in outcome.out
+    assert "--from" in outcome.out
+    if command == "tune":
+        assert "hf-blog" in outcome.out
+
+
+def test_help_and_version(cli: Any) -> None:
+    """Nothing, -h, --help and help list every command with its summary; --version names the version."""
+    for arguments in ((), ("-h",), ("--help",), ("help",)):
+        outcome = cli(*arguments)
+        assert outcome.code == 0
+        assert all(f"trilobit {name} {command.summary}" in outcome.out for name, command in COMMANDS.items())
+    assert cli("--version").out == f"trilobit {trilobit.__version__}"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["tun"]])
+def test_help_is_fast_and_loads_nothing(arguments: list[str]) -> None:
+    """Help and a misspelt command import neither torch nor transformers nor tyro, in < 0.5 s of CPU."""
+    code = (
+        f"import sys; from trilobit.cli import main; main({arguments!r});"
+        "assert not {'torch', 'transformers', 'tyro'} & set(sys.modules)"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_commands_help_loads_no_torch(command: str) -> None:
+    """Parsing a command line imports neither torch nor transformers: a misspelt flag is answered at once."""
+    code = (
+        "import sys\nfrom trilobit.cli import main\n"
+        f"try:\n    main([{command!r}, '--help'])\nexcept SystemExit as stop:\n    assert not stop.code\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

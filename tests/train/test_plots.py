@@ -1,0 +1,52 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from trilobit.train.plots import plot_loss, plot_strengths, read_log
+from trilobit.train.schedule import strength_schedule
+
+
+def write_log(run: Path, losses: list[float], held: dict[int, float]) -> None:
+    rows: list[dict[str, Any]] = [{"tokens": 100 * (i + 1), "cross_entropy": loss} for i, loss in enumerate(losses)]
+    for index, value in held.items():
+        rows[index]["heldout_nats"] = value
+    (run / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def coloured(path: Path) -> int:
+    """Pixels that are neither grey nor white: lines in a colour."""
+    image = imread(path)[..., :3]
+    assert image.shape[0] > 300 and image.shape[1] > 600
+    return int((np.ptp(image, axis=-1) > 0.2).sum())
+
+
+def test_a_loss_curve_is_drawn(tmp_path: Path) -> None:
+    """loss.png shows held-out and original losses in colour, and more of them than an empty log would."""
+    write_log(tmp_path, [5 - 0.1 * i for i in range(20)], {9: 4.5, 19: 3.5})
+    path = plot_loss(tmp_path, 3.0)
+    assert path == tmp_path / "loss.png"
+    both = coloured(path)
+    write_log(tmp_path, [5 - 0.1 * i for i in range(20)], {})
+    assert both > coloured(plot_loss(tmp_path, 3.0)) > 0
+
+
+@pytest.mark.parametrize("losses", [[3.0], [3.0, 3.0], [11.0, 4.0]])
+def test_the_shortest_logs_are_drawn_too(losses: list[float], tmp_path: Path) -> None:
+    """One row, or a loss that never moves from the original's, is a picture without a warning."""
+    write_log(tmp_path, losses, {len(losses) - 1: 3.0})
+    assert coloured(plot_loss(tmp_path, 3.0)) > 0
+    assert len(read_log(tmp_path)) == len(losses)
+
+
+@pytest.mark.parametrize("kind", ["layerwise", "layerwise-reverse", "global", "immediate", "never"])
+def test_strengths_are_drawn_for_every_schedule(kind: Any, tmp_path: Path) -> None:
+    """lambda.png has a visible line for each schedule, the layers of a layer-wise one apart."""
+    one = coloured(plot_strengths(tmp_path, strength_schedule(kind, 1, 1000, 0.5, 0.0), 1000))
+    three = coloured(plot_strengths(tmp_path, strength_schedule(kind, 3, 1000, 0.5, 0.0), 1000))
+    assert one > 100
+    if kind.startswith("layerwise"):
+        assert three > 1.5 * one  # the same ramp three times narrower, three times, and apart

@@ -1,0 +1,574 @@
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from trilobit.config.tune import TuneConfig
+from trilobit.errors import ConfigError, DataError, ModelError, NonFiniteError, OutputError, TrilobitError
+from trilobit.infer.load import load
+from trilobit.listener import Listener
+from trilobit.nn.ternary import ternary_modules
+from trilobit.train import tune as tune_module
+from trilobit.train.checkpoint import list_checkpoints
+from trilobit.train.loop import Interrupted
+from trilobit.train.tune import TuneResult, run
+
+VOCABULARY, STEPS, STEP_TOKENS = 300, 8, 64
+# transformers' bitnet classes compile a function, and importing the compiler of torch 2.13 warns of torch's own code
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")
+TIMES = {"seconds", "tokens_per_second"}
+WORDS = ["a", "the", "cat", "dog", "bird", "sees", "finds", "small", "large", "old", "red", "house", "tree", "and", "not"]
+
+
+def sentences(count: int, seed: int = 0) -> list[str]:
+    chosen = random.Random(seed)
+    return [" ".join(chosen.choices(WORDS, k=chosen.randint(5, 12))).capitalize() + "." for _ in range(count)]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A tiny random Llama with a tokenizer of its own, and text, on disk."""
+
+    model: Path
+    text: Path
+    cache: Path
+
+    def config(self, out: Path, **settings: Any) -> TuneConfig:
+        defaults: dict[str, Any] = {
+            "model": str(self.model), "data": str(self.text), "out": str(out), "cache_dir": str(self.cache),
+            "sequence_length": 16, "sequences": 2, "batch_tokens": STEP_TOKENS, "max_tokens": STEPS * STEP_TOKENS,
+            "eval_tokens": 64, "eval_every": 256, "checkpoint_every": 192, "precision": "fp32", "lr": 1e-2,
+            "ramp_fraction": 0.8, "store": "fp32", "device": "cpu",
+        }  # fmt: skip
+        return TuneConfig(**{**defaults, **settings})
+
+
+def write_model(path: Path, tokenizer: PreTrainedTokenizerFast, **settings: Any) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=32, initializer_range=0.1, eos_token_id=0, bos_token_id=0,
+        **{"tie_word_embeddings": False, **settings},
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=["<|end|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    backend.train_from_iterator(sentences(200), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", bos_token="<|end|>")
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Place:
+    folder = tmp_path_factory.mktemp("tune")
+    write_model(folder / "model", tokenizer)
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": s}) + "\n" for s in sentences(400)))
+    return Place(folder / "model", folder / "text.jsonl", folder / "cache")
+
+
+@pytest.fixture(scope="session")
+def whole(place: Place, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TuneResult]:
+    """The run that nothing interrupts, with the default settings of `Place.config`."""
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("whole") / "run"
+    return out, run(place.config(out))
+
+
+@pytest.fixture
+def no_writing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves out what follows the latents (model/ and the plots), for tests that look at training alone."""
+    agreement = tune_module.asdict
+    written = SimpleNamespace(path="", form="", reason="", bytes=0, agreement={})
+    for name in ("write_model", "write_full_precision"):
+        monkeypatch.setattr(tune_module, name, lambda *_, **__: written)
+    monkeypatch.setattr(tune_module, "asdict", lambda value: value if value == {} else agreement(value))
+    for name in ("plot_loss", "plot_strengths"):
+        monkeypatch.setattr(tune_module, name, lambda *_: None)
+
+
+class At(Listener):
+    """Does something when the row of a step is heard."""
+
+    def __init__(self, step: int, action: Callable[[], Any]):
+        self.step, self.action, self.rows = step, action, []
+
+    def row(self, row: dict[str, Any], max_tokens: int) -> None:
+        self.rows.append(row)
+        if row["step"] == self.step:
+            self.action()
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    lines = (out / "log.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+
+
+def latent(out: Path) -> bytes:
+    return (out / "latent" / "model.safetensors").read_bytes()
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert rows(a) == rows(b)
+    assert latent(a) == latent(b)
+
+
+def test_a_run_leaves_everything_in_its_directory(place: Place, whole: tuple[Path, TuneResult]) -> None:
+    """run.json, log.jsonl, the newest checkpoint, model/, latent/ and both pictures; nothing is a pickle or half-written."""
+    out, result = whole
+    names = {"run.json", "log.jsonl", "checkpoints", "model", "latent", "loss.png", "lambda.png"}
+    assert {path.name for path in out.iterdir()} == names
+    assert [path.name for path in list_checkpoints(out)] == ["step-8"]
+    suffixes = {path.suffix for path in out.rglob("*") if path.is_file()}
+    assert suffixes <= {".json", ".jsonl", ".safetensors", ".png", ".jinja"}
+    for name in ("loss.png", "lambda.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+        assert (out / name).stat().st_size > 5000
+    record = json.loads((out / "run.json").read_text())
+    assert {"command", "config", "argv", "started", "versions", "git", "data", "schedules", "plan", "result"} <= record.keys()
+    assert TuneConfig(**record["config"]) == place.config(out)
+    assert record["result"] == json.loads(json.dumps(result.__dict__))
+    assert (result.steps, result.tokens) == (STEPS, STEPS * STEP_TOKENS)
+    assert result.agreement["top1"] >= 0.985
+    assert result.model_bytes == (out / "model" / "model.safetensors").stat().st_size
+    assert abs(result.nats_per_token - rows(out)[-1]["heldout_nats"]) < 1e-4
+
+
+def test_both_models_load(whole: tuple[Path, TuneResult]) -> None:
+    """transformers alone loads model/, trilobit loads latent/ as trainable fp32 modules at λ = 1, and they agree."""
+    out, _ = whole
+    ids = torch.arange(10, 26)[None]
+    with torch.compiler.set_stance("force_eager"), torch.no_grad():
+        stock = AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.float32)(input_ids=ids).logits
+    loaded = load(out / "latent")
+    assert loaded.form == "latent"
+    assert all(p.dtype == torch.float32 and p.requires_grad for p in loaded.model.parameters())
+    assert len(ternary_modules(loaded.model)) == 14
+    assert torch.equal(loaded.model(input_ids=ids).logits.argmax(-1), stock.argmax(-1))
+
+
+def test_every_row_has_what_the_design_asks_for(whole: tuple[Path, TuneResult]) -> None:
+    """A row a step, each with step, tokens, loss, lr, lambda and tokens_per_second; λ rises from 0 to 1; the loss falls."""
+    out, _ = whole
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in lines] == list(range(1, STEPS + 1))
+    for row in lines:
+        assert {"step", "tokens", "loss", "lr", "lambda", "lambda_activations", "tokens_per_second"} <= row.keys()
+    strengths = [row["lambda"] for row in lines]
+    assert strengths == sorted(strengths)
+    assert (strengths[0], strengths[-1]) == (0, 1)
+    assert 0 < strengths[3] < 1
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert [row["step"] for row in lines if "heldout_nats" in row] == [4, 8]
+
+
+def test_equal_seeds_give_equal_runs(place: Place, whole: tuple[Path, TuneResult], tmp_path: Path, no_writing: None) -> None:
+    """The same settings give the same log and latents to the last bit, from any random state; another seed does not."""
+    torch.manual_seed(777)
+    run(place.config(tmp_path / "same"))
+    assert_same_run(whole[0], tmp_path / "same")
+    run(place.config(tmp_path / "other", seed=1))
+    assert latent(tmp_path / "other") != latent(whole[0])
+
+
+@pytest.mark.parametrize(("step", "number"), [(1, signal.SIGTERM), (3, signal.SIGINT), (5, signal.SIGTERM)])
+def test_an_interrupted_run_resumes_bit_exactly(
+    step: int, number: int, place: Place, whole: tuple[Path, TuneResult], tmp_path: Path, no_writing: None
+) -> None:
+    """Stopped by a signal early, half-way and late in the λ ramp, and continued in any random state, a run has the log and
+    latents of the run that was not stopped."""
+    config = place.config(tmp_path / "run")
+    with pytest.raises(Interrupted) as caught:
+        run(config, At(step, lambda: signal.raise_signal(number)))
+    assert caught.value.exit_code == 128 + number
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == [f"step-{step + 1}"]
+    assert not (tmp_path / "run" / "model").exists()
+    torch.manual_seed(step)
+    listener = At(0, lambda: None)
+    run(replace(config, resume=True), listener)
+    assert listener.rows[0]["step"] == step + 2
+    assert_same_run(whole[0], tmp_path / "run")
+
+
+HARD = [
+    {"precision": "bf16", "distill": "logits", "distill_weight": 0.5, "temperature": 2.0},
+    {"activation_checkpointing": True, "schedule": "layerwise-reverse", "activation_schedule": "global", "gain": "scalar"},
+    {"decay": "wsd", "weight_decay": 0.1, "cover": "+lm_head", "scale": "group-64", "placement": "output"},
+]
+
+
+@pytest.mark.parametrize("settings", HARD, ids=["bf16-distill", "checkpointing", "wsd-head"])
+def test_resuming_is_bit_exact_whatever_is_trained(
+    settings: dict[str, Any], place: Place, tmp_path: Path, no_writing: None, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Also with bf16, distillation, activation checkpointing, dropout, tied embeddings, other schedules, decays and covers."""
+    tied = "cover" not in settings
+    write_model(tmp_path / "model", tokenizer, tie_word_embeddings=tied, attention_dropout=0.2)
+    config = replace(place.config(tmp_path / "whole"), model=str(tmp_path / "model"), **settings)
+    run(config)
+    config = replace(config, out=str(tmp_path / "run"))
+    with pytest.raises(Interrupted):
+        run(config, At(4, lambda: signal.raise_signal(signal.SIGTERM)))
+    torch.manual_seed(5)
+    run(replace(config, resume=True))
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.parametrize("step", [1, 5])
+def test_a_killed_run_resumes_bit_exactly(
+    step: int, place: Place, whole: tuple[Path, TuneResult], tmp_path: Path, no_writing: None
+) -> None:
+    """A run that died without saving, before its first checkpoint or after it, is repeated from there to the same bits."""
+
+    class Killed(Exception):
+        pass
+
+    def die() -> None:
+        raise Killed
+
+    config = place.config(tmp_path / "run")
+    with pytest.raises(Killed):
+        run(config, At(step, die))
+    assert len(list_checkpoints(tmp_path / "run")) == (step > 3)
+    run(replace(config, resume=True))
+    assert_same_run(whole[0], tmp_path / "run")
+
+
+def test_a_run_that_stopped_while_writing_its_model_finishes(
+    place: Place, whole: tuple[Path, TuneResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped after the last step, --resume only writes what is missing."""
+    original = tune_module.write_latent
+
+    def write_and_stop(*arguments: Any) -> None:
+        original(*arguments)
+        signal.raise_signal(signal.SIGTERM)
+
+    config = place.config(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(tune_module, "write_latent", write_and_stop)
+        with pytest.raises(Interrupted):
+            run(config)
+    listener = At(0, lambda: None)
+    result = run(replace(config, resume=True), listener)
+    assert listener.rows == []
+    assert_same_run(whole[0], tmp_path / "run")
+    assert result.nats_per_token == whole[1].nats_per_token
+
+
+def command(config: TuneConfig, *more: str) -> list[str]:
+    default = TuneConfig(model="", data="")
+    flags = [
+        f"--{name.replace('_', '-')}={value}"
+        for name, value in vars(config).items()
+        if name != "model" and value != getattr(default, name)
+    ]
+    return [sys.executable, "-m", "trilobit.cli", "tune", config.model, *flags, *more]
+
+
+@pytest.mark.parametrize(("number", "code", "after"), [(signal.SIGTERM, 143, 1), (signal.SIGINT, 130, 4)])
+def test_the_command_saves_and_resumes(
+    number: int, code: int, after: int, place: Place, tmp_path: Path, no_writing: None
+) -> None:
+    """A real signal to the command ends it with 143 or 130 and a hint; --resume gives the bits of an undisturbed run."""
+    config = place.config(tmp_path / "run", max_tokens=60 * STEP_TOKENS, eval_every=600, checkpoint_every=10**6)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command(config), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "run" / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while process.poll() is None and (not log.exists() or log.read_text().count("\n") < after):
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == code, errors
+    assert output == ""
+    assert "Traceback" not in errors
+    assert "--resume" in errors.splitlines()[-1]
+    (saved,) = list_checkpoints(tmp_path / "run")
+    assert after <= int(saved.name.removeprefix("step-")) < 60
+    assert len(rows(tmp_path / "run")) == int(saved.name.removeprefix("step-"))
+    run(replace(config, resume=True))
+    run(replace(config, out=str(tmp_path / "undisturbed")))
+    assert_same_run(tmp_path / "undisturbed", tmp_path / "run")
+
+
+def interrupted(place: Place, out: Path, **settings: Any) -> TuneConfig:
+    config = place.config(out, **settings)
+    with pytest.raises(Interrupted):
+        run(config, At(1, lambda: signal.raise_signal(signal.SIGTERM)))
+    return config
+
+
+def test_resuming_with_other_settings_is_refused_by_name(place: Place, tmp_path: Path, no_writing: None) -> None:
+    """Each changed setting is named with both values and nothing is touched; where a run is kept and logged may change; its
+    text may not."""
+    config = replace(interrupted(place, tmp_path / "run"), resume=True)
+    before = (tmp_path / "run" / "run.json").read_bytes()
+    with pytest.raises(ConfigError, match=r"--batch-tokens was 64, is 128; --lr was 0\.01, is 0\.5\.") as caught:
+        run(replace(config, lr=0.5, batch_tokens=128))
+    assert "--seed" not in str(caught.value)
+    for name, value in {"seed": 1, "placement": "none", "precision": "bf16", "distill": "logits", "max_tokens": 1024}.items():
+        with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} was .*, is {value}"):
+            run(replace(config, **{name: value}))
+    changed = tmp_path / "text.jsonl"
+    shutil.copy(place.text, changed)
+    moved = replace(place, text=changed)
+    other = interrupted(moved, tmp_path / "other")
+    changed.write_text(changed.read_text().replace("cat", "cow"))
+    with pytest.raises(DataError, match="has changed since"):
+        run(replace(other, resume=True))
+    assert (tmp_path / "run" / "run.json").read_bytes() == before
+    run(replace(config, keep_checkpoints=3, checkpoint_every=64, cache_dir=str(tmp_path / "cache")))
+    assert [path.name for path in list_checkpoints(tmp_path / "run")][-1] == "step-8"
+
+
+def test_resuming_needs_an_unfinished_run(place: Place, whole: tuple[Path, TuneResult], tmp_path: Path) -> None:
+    """A finished run says so, a missing one too, and neither is touched."""
+    before = sorted((path, path.stat().st_mtime_ns) for path in whole[0].rglob("*"))
+    with pytest.raises(OutputError, match="has finished already"):
+        run(place.config(whole[0], resume=True))
+    with pytest.raises(OutputError, match="no run to resume"):
+        run(place.config(tmp_path / "none", resume=True))
+    with pytest.raises(OutputError, match=r"exists already.*--resume.*--out .*run-2"):
+        run(place.config(whole[0]))
+    assert sorted((path, path.stat().st_mtime_ns) for path in whole[0].rglob("*")) == before
+    assert list(tmp_path.iterdir()) == []
+
+
+def refuse(error: type[TrilobitError], message: str, config: TuneConfig) -> None:
+    """`config` is refused, and its directory does not appear."""
+    assert config.out is not None
+    with pytest.raises(error, match=message):
+        run(config)
+    assert not Path(config.out).exists()
+
+
+def test_bad_places_are_refused(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that cannot be made or written, and a disk too small for the run, are refused and nothing appears."""
+    (tmp_path / "file").write_text("")
+    refuse(OutputError, "is not a writable folder", place.config(tmp_path / "file" / "run"))
+    with monkeypatch.context() as patch:
+        patch.setattr("os.access", lambda *_: False)
+        refuse(OutputError, "is not a writable folder", place.config(tmp_path / "run"))
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+        refuse(OutputError, "needs .* GB under", place.config(tmp_path / "run"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+        refuse(OutputError, "Permission denied", place.config(tmp_path / "run"))
+
+
+def test_bad_models_and_data_are_refused(place: Place, tmp_path: Path) -> None:
+    """Missing, empty and truncated models, too few positions, missing and tiny text: an error that says so, and no run."""
+    out = tmp_path / "run"
+    refuse(ModelError, "there is no ", place.config(out, model=str(tmp_path / "none")))
+    (tmp_path / "empty").mkdir()
+    refuse(ModelError, "has no config.json", place.config(out, model=str(tmp_path / "empty")))
+    shutil.copytree(place.model, tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    refuse(ModelError, "damaged or truncated", place.config(out, model=str(tmp_path / "cut")))
+    long = place.config(out, sequence_length=33, max_tokens=999)
+    refuse(ModelError, "--sequence-length 33 is longer than the model's 32 positions", long)
+    refuse(DataError, "none.txt", place.config(out, data=str(tmp_path / "none.txt")))
+    (tmp_path / "tiny.txt").write_text("a cat")
+    refuse(DataError, "need a window of 17", place.config(out, data=str(tmp_path / "tiny.txt")))
+    refuse(DataError, "text", place.config(out, text_field="body"))
+
+
+@pytest.mark.parametrize("kind", ["tensorboard", "wandb", "trackio"])
+def test_a_missing_tracker_leaves_nothing(kind: str, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--track without its package is refused before anything is loaded or written."""
+    monkeypatch.setitem(sys.modules, tune_module.tracker.__globals__["PACKAGES"][kind], None)
+    monkeypatch.setattr(tune_module, "load_pretrained", None)
+    refuse(ConfigError, f"--track {kind}", place.config(tmp_path / "run", track=kind))
+
+
+def test_trackers_hear_every_row(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_writing: None) -> None:
+    """With --track, a session gets the run's configuration and each row's numbers."""
+    heard: list[int] = []
+    sessions: list[dict[str, Any]] = []
+
+    def init(**settings: Any) -> SimpleNamespace:
+        sessions.append(settings)
+        return SimpleNamespace(log=lambda values, step: heard.append(step))
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    run(place.config(tmp_path / "run", track="wandb"))
+    assert heard == list(range(1, STEPS + 1))
+    assert sessions[0]["config"]["lr"] == 1e-2
+
+
+def test_a_model_that_is_not_finite_is_refused(place: Place, tmp_path: Path) -> None:
+    """A checkpoint with an infinite weight is called damaged before anything is written."""
+    shutil.copytree(place.model, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"][-1] = float("inf")
+    save_file(tensors, file, {"format": "pt"})
+    config = place.config(tmp_path / "run", model=str(tmp_path / "model"), schedule="never")
+    refuse(ModelError, r"model itself has a loss of (inf|nan) .*weights are damaged", config)
+
+
+def test_a_rate_that_explodes_is_stopped(place: Place, tmp_path: Path) -> None:
+    """With an absurd learning rate the run stops with step, batch and advice, saves nothing, and writes no latents."""
+    with pytest.raises(NonFiniteError, match=r"step \d: the (loss|gradient) is not finite .*samples \d+ to \d+ .*lower --lr"):
+        run(place.config(tmp_path / "run", lr=1e38, checkpoint_every=10**6))
+    assert list_checkpoints(tmp_path / "run") == []
+    assert not (tmp_path / "run" / "latent").exists()
+    assert all(abs(row["loss"]) < float("inf") for row in rows(tmp_path / "run"))
+
+
+def test_a_run_that_explodes_keeps_its_last_good_checkpoint(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loss that becomes infinite in the middle of a run stops it there: the log ends with the step before."""
+    original, calls = tune_module.mixed_loss, []
+
+    def explode(*arguments: Any) -> Any:
+        losses = original(*arguments)
+        calls.append(1)
+        return replace(losses, total=losses.total * float("inf")) if len(calls) == 2 * 4 + 2 else losses
+
+    monkeypatch.setattr(tune_module, "mixed_loss", explode)
+    with pytest.raises(NonFiniteError, match=r"step 5: the loss is not finite .*lambda 0\..*samples 16 to 19"):
+        run(place.config(tmp_path / "run"))
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3, 4]
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-3"]
+
+
+def test_bf16_follows_fp32(place: Place, whole: tuple[Path, TuneResult], tmp_path: Path, no_writing: None) -> None:
+    """bf16 compute gives nearly the losses of fp32, and keeps fp32 latents."""
+    run(place.config(tmp_path / "run", precision="bf16"))
+    tensors = load_file(tmp_path / "run" / "latent" / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    assert latent(tmp_path / "run") != latent(whole[0])
+    for a, b in zip(rows(tmp_path / "run"), rows(whole[0]), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=0.03)
+
+
+def test_activation_checkpointing_changes_no_bit(
+    place: Place, whole: tuple[Path, TuneResult], tmp_path: Path, no_writing: None
+) -> None:
+    """Recomputed activations are the ones that were dropped."""
+    run(place.config(tmp_path / "run", activation_checkpointing=True))
+    assert_same_run(whole[0], tmp_path / "run")
+
+
+def test_accumulation_changes_only_rounding(
+    place: Place, whole: tuple[Path, TuneResult], tmp_path: Path, no_writing: None
+) -> None:
+    """One micro-batch of four sequences is two of two, until int8 rounding amplifies the last bits."""
+    run(place.config(tmp_path / "run", sequences=4))
+    for a, b in zip(rows(tmp_path / "run"), rows(whole[0]), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=0.01 if a["lambda"] else 1e-5)
+
+
+def test_distillation_comes_closer_to_the_original(place: Place, tmp_path: Path, no_writing: None) -> None:
+    """The logged divergence falls, the loss is the mixture of its parts, and a model that equals its teacher has none."""
+    config = place.config(
+        tmp_path / "run", distill="logits", schedule="immediate", lr=3e-3, max_tokens=30 * STEP_TOKENS,
+        eval_every=10**6, checkpoint_every=10**6,
+    )  # fmt: skip
+    run(config)
+    logged = [row["divergence"] for row in rows(tmp_path / "run")]
+    assert sum(logged[-5:]) < 0.7 * sum(logged[:5])
+    config = replace(config, max_tokens=2 * STEP_TOKENS, distill_weight=0.75, temperature=2.0)
+    run(replace(config, out=str(tmp_path / "mixed")))
+    for row in rows(tmp_path / "mixed"):
+        assert row["loss"] == pytest.approx(0.25 * row["cross_entropy"] + 0.75 * row["divergence"], rel=1e-5)
+    run(replace(config, out=str(tmp_path / "same"), schedule="never"))
+    assert abs(rows(tmp_path / "same")[0]["divergence"]) < 1e-5
+
+
+def test_never_leaves_a_full_precision_model(place: Place, tmp_path: Path) -> None:
+    """--schedule never trains the model as it is: ordinary modules, λ 0 in every row, an fp32 checkpoint, a lower loss."""
+    result = run(place.config(tmp_path / "run", schedule="never"))
+    assert result.form == "full precision"
+    assert result.ternary_parameters == 0
+    assert result.nats_per_token < result.base_nats_per_token
+    loaded = load(tmp_path / "run")
+    assert ternary_modules(loaded.model) == []
+    assert not (tmp_path / "run" / "model" / "config.json").read_text().count("quantization_config")
+    assert {row["lambda"] for row in rows(tmp_path / "run")} == {0.0}
+    assert latent(tmp_path / "run")[8:]  # latent/ is the same model
+    assert torch.equal(
+        load(tmp_path / "run" / "latent").model.lm_head.weight,
+        loaded.model.lm_head.weight,  # pyright: ignore
+    )
+
+
+def test_stable_decay_holds_the_peak(place: Place, tmp_path: Path, no_writing: None) -> None:
+    """wsd keeps the rate at its peak until the last fraction of the tokens."""
+    run(place.config(tmp_path / "run", decay="wsd", decay_fraction=0.5, warmup_fraction=0.1))
+    rates = [row["lr"] for row in rows(tmp_path / "run")]
+    assert rates == pytest.approx([1e-2] * 5 + [0.0075, 0.005, 0.0025])
+
+
+def test_a_model_can_be_its_own_text(place: Place, tmp_path: Path, no_writing: None) -> None:
+    """--data self samples once from the model, keeps the tokens, repeats itself, and does not depend on any file."""
+    config = place.config(tmp_path / "a", data="self", cache_dir=str(tmp_path / "cache"), max_tokens=2 * STEP_TOKENS)
+    notes: list[str] = []
+    listener = Listener()
+    listener.note = notes.append  # pyright: ignore[reportAttributeAccessIssue]
+    run(config, listener)
+    run(replace(config, out=str(tmp_path / "b")), listener)
+    said = [note for note in notes if note.startswith("data:")]
+    assert "kept in" in said[0]
+    assert "reused from" in said[1]
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_calibrated_gains_keep_more_of_the_function(place: Place, tmp_path: Path, no_writing: None) -> None:
+    """At λ = 0, a model whose inserted norms have calibrated gains is nearer to the original than one with gains of one."""
+    distances = {}
+    for start in ("calibrated", "ones"):
+        run(place.config(tmp_path / start, gain_init=start, max_tokens=STEP_TOKENS, distill="logits"))
+        distances[start] = rows(tmp_path / start)[0]["divergence"]
+        gains = json.loads((tmp_path / start / "run.json").read_text())["gains"]
+        assert len(gains) == (14 if start == "calibrated" else 0)
+    assert 0 < distances["calibrated"] < 0.5 * distances["ones"]
+
+
+def test_the_default_name_is_the_models(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_writing: None
+) -> None:
+    """Without --out a run goes to out/ and the model's name, also when the model is the current folder."""
+    shutil.copytree(place.model, tmp_path / "name")
+    monkeypatch.chdir(tmp_path / "name")
+    config = replace(place.config(tmp_path), out=None, model=".", max_tokens=STEP_TOKENS)
+    assert run(config).out == "out/name"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler warns of its own and transformers' code
+@pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_compiled_layers_train_alike(place: Place, whole: tuple[Path, TuneResult], tmp_path: Path) -> None:
+    """--compile gives the losses of the plain run up to rounding, through all states of λ."""
+    run(place.config(tmp_path / "run", compile=True))
+    for a, b in zip(rows(tmp_path / "run"), rows(whole[0]), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=0.02)
