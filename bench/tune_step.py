@@ -2,10 +2,11 @@
 
     python bench/tune_step.py out/smollm2-base [--precision bf16 fp32] [--rounds 7] [--compile]
 
-One run, one table: forward + backward + clip + AdamW on batch 4 × 256, steps of the variants interleaved, medians; the
-ratio is the median over rounds of variant / plain in the same round. Peak memory is that of a process of its own per
-variant (two steps), above the memory of the process before the model was loaded. TFLOP/s counts 6 · parameters · tokens
-of the matrices, against the bf16 or fp32 matrix product of this machine in the same run.
+λ rows are the whole of trilobit's step, its loss included; plain and the peer have torch's cross-entropy, as the loss of
+transformers has. One run, one table: forward + backward + clip + AdamW on batch 4 × 256, steps of the variants
+interleaved, medians; the ratio is the median over rounds of variant / plain in the same round. Peak memory is that of a
+process of its own per variant (two steps), above the memory of the process before the model was loaded. TFLOP/s counts
+6 · parameters · tokens of the matrices, against the bf16 or fp32 matrix product of this machine in the same run.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from transformers.integrations.bitnet import AutoBitLinear
 from trilobit.config.tune import TuneConfig
 from trilobit.surgery.roles import decoder_layers, vocabulary_size
 from trilobit.surgery.ternary import TernarySpec, set_strengths, ternarize
-from trilobit.train.distill import cross_entropy
+from trilobit.train.distill import cross_entropy, mixed_loss
 from trilobit.train.loop import autocast, make_optimizer
 
 BATCH, LENGTH = 4, 256
@@ -52,7 +53,7 @@ def make(variant: str, path: str, compiled: bool) -> nn.Module:
     return model.train()
 
 
-def stepper(model: nn.Module, precision: str) -> Callable[[], None]:
+def stepper(model: nn.Module, precision: str, ours: bool) -> Callable[[], None]:
     config = TuneConfig(model="", data="")
     optimizer = make_optimizer(model, 1e-5, config)
     vocabulary = vocabulary_size(model)
@@ -60,7 +61,8 @@ def stepper(model: nn.Module, precision: str) -> Callable[[], None]:
 
     def step() -> None:
         with autocast(precision, torch.device("cpu")):
-            loss = cross_entropy(model(input_ids=windows[:, :-1], use_cache=False).logits, windows[:, 1:])
+            logits = model(input_ids=windows[:, :-1], use_cache=False).logits
+            loss = mixed_loss(logits, windows[:, 1:], None, 0.0, 1.0).total if ours else cross_entropy(logits, windows[:, 1:])
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -71,7 +73,7 @@ def stepper(model: nn.Module, precision: str) -> Callable[[], None]:
 
 def peak_memory(variant: str, path: str, precision: str, compiled: bool) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step = stepper(make(variant, path, compiled), precision)
+    step = stepper(make(variant, path, compiled), precision, variant.startswith("λ"))
     step()
     step()
     print(json.dumps((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024))
@@ -106,7 +108,9 @@ def main() -> None:
     print(f"torch {torch.__version__}, {threads} threads, batch {BATCH} × {LENGTH}, compile {arguments.compile}")
     print(f"{'':<6}{'variant':<15}{'s/step':>8}{'tokens/s':>10}{'ratio':>8}{'TFLOP/s':>9}{'of roof':>9}{'GB':>7}{'ratio':>7}")
     for precision in arguments.precision:
-        steps = {v: stepper(make(v, arguments.model, arguments.compile), precision) for v in arguments.variants}
+        steps = {
+            v: stepper(make(v, arguments.model, arguments.compile), precision, v.startswith("λ")) for v in arguments.variants
+        }
         for step in steps.values():
             step()
         seconds: dict[str, list[float]] = {variant: [] for variant in steps}

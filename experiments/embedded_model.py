@@ -1,11 +1,12 @@
 """Train the checkpoint that ships inside the package, from scratch, on the standard library's text.
 
-    python experiments/embedded_model.py --out out/embedded [--epochs 9]
+    python experiments/embedded_model.py --out out/embedded [--epochs 4]
 
 A Llama of 2.8 M parameters and a byte-level BPE of 4,096 entries, both fitted on the training part of `--data stdlib`;
 the held-out part (by hash of the module's path) is never seen. Hidden matrices go to Muon, everything else to AdamW;
 the learning rate falls to zero, because a base model that still improves by itself would flatter the tuned one.
-Two CPU cores, bf16 autocast: about an hour. docs/LOG.md has the run that made the shipped file.
+Two CPU cores, bf16 autocast: half an hour. More epochs memorise: after nine the held-out loss is higher, and continuing
+at a high learning rate lowers it by 0.085 nats. docs/LOG.md has the run that made the shipped file.
 """
 
 import argparse
@@ -58,14 +59,15 @@ def loss_of(model: LlamaForCausalLM, windows: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def held_out_loss(model: LlamaForCausalLM, tokens: np.ndarray, length: int) -> float:
     count = min(128, (len(tokens) - 1) // length)
-    windows = torch.stack([torch.from_numpy(tokens[i * length : i * length + length + 1]) for i in range(count)])
+    starts = np.linspace(0, len(tokens) - length - 1, count).astype(int)  # spread: modules differ much in difficulty
+    windows = torch.stack([torch.from_numpy(tokens[i : i + length + 1]) for i in starts])
     return sum(loss_of(model, batch).item() * len(batch) for batch in windows.split(8)) / count
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--epochs", type=float, default=9.0)
+    parser.add_argument("--epochs", type=float, default=4.0)
     parser.add_argument("--lr", type=float, default=3e-3)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True)

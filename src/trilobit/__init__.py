@@ -22,7 +22,7 @@ _COMMANDS = {
     "generate": "trilobit.infer.generate",
 }
 
-__all__ = [*_PUBLIC, *_COMMANDS]
+__all__ = list(_PUBLIC) + list(_COMMANDS)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trilobit.train import distill
 from trilobit.train.distill import cross_entropy, divergence, mixed_loss
 
 B, T, V = 3, 5, 17
@@ -90,3 +91,53 @@ def test_without_a_teacher_it_is_cross_entropy() -> None:
     assert torch.equal(losses.total, losses.cross_entropy)
     assert losses.total.requires_grad
     assert losses.divergence is None
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0, None])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
+def test_one_pass_equals_the_composed_losses(weight: float | None, dtype: torch.dtype, bound: float) -> None:
+    """Value and gradient equal autograd through the composed losses in float64, whatever the block, for odd sizes.
+
+    bf16's bound is one rounding of the gradient to bf16 (2⁻⁸), fp32's eight of fp32.
+    """
+    generator = torch.Generator().manual_seed(3)
+    student, teacher = (torch.randn(2, 7, 1031, generator=generator).mul(4).to(dtype) for _ in range(2))
+    targets = torch.randint(0, 1031, (2, 7), generator=generator)
+    for block in (1, 3 * 1031, 1 << 20):
+        exact = student.double().clone().requires_grad_()
+        flat = exact.flatten(0, 1)
+        p, q = (teacher.double().flatten(0, 1) / 2.5).log_softmax(-1), (flat / 2.5).log_softmax(-1)
+        nats = F.nll_loss(flat.log_softmax(-1), targets.flatten())
+        distance = (p.exp() * (p - q)).sum() / 14 * 2.5**2
+        expected = nats if weight is None else (1 - weight) * nats + weight * distance
+        (expected / 3).backward()
+        found = student.clone().requires_grad_()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(distill.BLOCK_ELEMENTS, True, block)
+            losses = mixed_loss(found, targets, None if weight is None else teacher, weight or 0.0, 2.5)
+        (losses.total / 3).backward()
+        assert losses.total.item() == pytest.approx(
+            expected.item(), rel=max(bound / 10, 1e-6) if dtype != torch.float64 else bound
+        )
+        assert found.grad is not None
+        assert exact.grad is not None
+        assert found.grad.dtype == dtype
+        assert (found.grad.double() - exact.grad).norm() <= bound * exact.grad.norm()
+
+
+def test_the_gradient_survives_a_second_backward() -> None:
+    """Going backward twice through a retained graph gives the same gradient twice: nothing is scaled in place."""
+    logits = random_logits(1).requires_grad_()
+    loss = mixed_loss(logits, TARGETS, None, 0.0, 1.0).total * 5
+    first, second = (torch.autograd.grad(loss, logits, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    once = torch.autograd.grad(mixed_loss(logits, TARGETS, None, 0.0, 1.0).total, logits)[0]
+    assert torch.allclose(first, once * 5)
+
+
+def test_not_finite_logits_give_a_loss_that_is_not_finite() -> None:
+    """NaN and infinity reach the loss, where the loop can see them."""
+    for bad in (float("nan"), float("inf")):
+        logits = random_logits(1)
+        logits[1, 2, 3] = bad
+        assert not torch.isfinite(mixed_loss(logits, TARGETS, None, 0.0, 1.0).total)

@@ -129,6 +129,17 @@ def write_full_precision(model: PreTrainedModel, tokenizer: Any, target: Path, p
     return Written(str(target), "full precision", "no surgery was made", size, agreement)
 
 
+@torch.no_grad()
+def round_kept(model: PreTrainedModel, plan: Plan, store: Store) -> None:
+    """Round, in place, the matrices outside the ternary modules to the precision `write_model` will store them in.
+
+    Done before a finished model is measured, so that what is measured is what is stored.
+    """
+    parameters = dict(model.named_parameters())
+    for name, tensor in _kept_tensors(model, plan, store).items():
+        parameters[name].copy_(tensor)
+
+
 def write_latent(model: PreTrainedModel, plan: Plan | None, tokenizer: Any, target: Path) -> None:
     """Write the trainable fp32 latents: what `trilobit.load` gives back for more training."""
     with atomic_directory(target) as directory:

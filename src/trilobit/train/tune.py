@@ -29,7 +29,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from trilobit import __version__
 from trilobit.config.tune import TuneConfig
 from trilobit.errors import ConfigError, DataError, ModelError, OutputError
-from trilobit.export.hf import require_form, write_full_precision, write_latent, write_model
+from trilobit.export.hf import require_form, round_kept, write_full_precision, write_latent, write_model
 from trilobit.infer.generate import sample_documents
 from trilobit.infer.load import Loaded, load_pretrained, pick_device
 from trilobit.listener import SILENT, Listener
@@ -184,8 +184,10 @@ def _run(config: TuneConfig, listener: Listener, signals: Signals) -> TuneResult
         layers = len(schedules[0].starts)
         set_strengths(model, [1.0] * layers, [1.0] * layers)
     model.to("cpu")  # pyright: ignore[reportArgumentType]
-    total, count = nats(model, heldout, config.sequences)
     write_latent(model, plan, base.tokenizer, out / "latent")
+    if plan is not None:
+        round_kept(model, plan, config.store)
+    total, count = nats(model, heldout, config.sequences)
     signals.raise_if_set()
     if plan is None:
         written = write_full_precision(model, base.tokenizer, out / "model", heldout)
