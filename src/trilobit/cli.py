@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(name: str, rest: list[str]) -> int:
     command = COMMANDS[name]
-    config, as_json = parse(name, _attribute(command.config), rest)
+    config, as_json = parse(name, rest)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     module = import_module(command.module)
     listener = Console(sys.stderr if as_json else sys.stdout)
@@ -83,9 +83,11 @@ def _run(name: str, rest: list[str]) -> int:
     return 0
 
 
-def parse(name: str, config_type: Any, arguments: list[str]) -> tuple[Any, bool]:
+def parse(name: str, arguments: list[str]) -> tuple[Any, bool]:
     """Configuration from recipe < run.json < flags."""
     import tyro
+
+    config_type = _attribute(COMMANDS[name].config)
 
     general = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     general.add_argument("--json", action="store_true")
