@@ -197,8 +197,9 @@ def test_text_for_people_is_on_stdout(cli: Any) -> None:
 
 
 def test_interruptions_have_their_codes(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C exits 130; an exception with an exit code of its own exits with that and points to --resume."""
+    """Ctrl-C exits 130; an exception with an exit code of its own exits with that, pointing to --resume where there is one."""
     from trilobit.measure import perplexity
+    from trilobit.train import tune
 
     class Stopped(Exception):
         exit_code = 143
@@ -213,6 +214,11 @@ def test_interruptions_have_their_codes(cli: Any, monkeypatch: pytest.MonkeyPatc
     assert cli(*EVAL, "text.txt").code == 130
     monkeypatch.setattr(perplexity, "run", raising(Stopped("SIGTERM")))
     outcome = cli(*EVAL, "text.txt")
+    assert outcome.code == 143
+    assert "stopped by SIGTERM" in outcome.err
+    assert "--resume" not in outcome.err
+    monkeypatch.setattr(tune, "run", raising(Stopped("SIGTERM")))
+    outcome = cli("tune", "model", "--data", "text.txt")
     assert outcome.code == 143
     assert "stopped by SIGTERM; once training has begun, the same command and --resume continue it" in outcome.err
     monkeypatch.setattr(perplexity, "run", raising(ZeroDivisionError("ours")))

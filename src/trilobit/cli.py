@@ -73,7 +73,8 @@ def _run(name: str, rest: list[str]) -> int:
     except Exception as error:
         if (code := getattr(error, "exit_code", None)) is None:
             raise
-        listener.note(f"stopped by {error}; once training has begun, the same command and --resume continue it")
+        again = "; once training has begun, the same command and --resume continue it" if hasattr(config, "resume") else ""
+        listener.note(f"stopped by {error}{again}")
         return code
     listener.finish()
     if as_json:

@@ -178,7 +178,7 @@ def test_a_block_gain_of_one_is_refused_there(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(hf, "SMALL_GAIN", 1.0)
     model, plan = made("llama", placement="output", settings={"initializer_range": 0.02, "rms_norm_eps": 1e-4})
     with pytest.raises(VerificationError):
-        write(model, plan, tmp_path / "model")
+        write(model, plan, tmp_path / "model", "autobitlinear")
 
 
 def test_output_norms_without_block_norms_are_packed(tmp_path: Path) -> None:
@@ -265,7 +265,7 @@ def test_packed_can_be_asked_for_and_is_exact(tied: bool, tmp_path: Path) -> Non
 def test_what_a_bitnet_directory_holds(form: str, tied: bool, tmp_path: Path) -> None:
     """config.json, tensors and their meaning: class named, scale s or 1/s, bias/s or bias, gains per channel, head once."""
     model, plan = made("qwen2", tied=tied, gain="scalar")
-    written = write(model, plan, tmp_path / "model", form, "bf16")
+    write(model, plan, tmp_path / "model", form, "bf16")
     config = read(tmp_path / "model" / "config.json")
     assert config["quantization_config"] == {
         "quant_method": "bitnet", "linear_class": form, "quantization_mode": "offline", "use_rms_norm": True,
@@ -290,7 +290,7 @@ def test_what_a_bitnet_directory_holds(form: str, tied: bool, tmp_path: Path) ->
     bias = linear.bias.detach() / scale if multiplies else linear.bias.detach()
     assert torch.allclose(stored[f"{name}.bias"], bias, rtol=1e-6)
     assert torch.equal(stored[f"{name}.rms_norm.weight"], linear.rms_norm.weight.detach().expand(linear.in_features))
-    kept = torch.float32 if "fp32" in written.reason else torch.bfloat16
+    kept = torch.float32
     assert stored["model.embed_tokens.weight"].dtype == kept
     assert stored["model.norm.weight"].dtype == torch.float32
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
@@ -490,7 +490,7 @@ def test_a_failed_write_keeps_what_was_there(tmp_path: Path, monkeypatch: pytest
 
 def test_bf16_that_changes_too_much_is_stored_in_fp32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where bf16 embeddings fail the verification the writer takes fp32, says so, and the directory is right."""
-    right = hf._bitnet_tensors
+    right = hf._dense_tensors
 
     def coarse(model: PreTrainedModel, plan: Plan, form: str, store: hf.Store) -> dict[str, Any]:
         content = right(model, plan, form, store)
@@ -498,12 +498,33 @@ def test_bf16_that_changes_too_much_is_stored_in_fp32(tmp_path: Path, monkeypatc
             content["tensors"]["model.embed_tokens.weight"] = content["tensors"]["model.embed_tokens.weight"].sign()
         return content
 
-    monkeypatch.setattr(hf, "_bitnet_tensors", coarse)
-    model, plan = made("llama")
+    monkeypatch.setattr(hf, "_dense_tensors", coarse)
+    model, plan = made("llama", placement="none", activations="none")
     written = write(model, plan, tmp_path / "model", store="bf16")
     assert "stored in fp32" in written.reason
     assert tensors(tmp_path / "model")["model.embed_tokens.weight"].dtype == torch.float32
     agrees(model, stock(tmp_path / "model"))
+
+
+def test_a_form_that_transformers_reads_differently_gives_way_to_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run is not lost where stock software would read its model differently: it is stored packed, and the reason says why."""
+    right = hf.load_stock
+
+    def other(directory: Path) -> PreTrainedModel:
+        model = right(directory)
+        model.model.norm.weight.data.neg_()
+        return model
+
+    monkeypatch.setattr(hf, "load_stock", other)
+    model, plan = made("llama")
+    written = write(model, plan, tmp_path / "model")
+    assert written.form == "packed"
+    assert "transformers' reading" in written.reason
+    assert not (tmp_path / "model" / "model.safetensors").exists()
+    agrees(model, load(tmp_path / "model").model)
+    with pytest.raises(VerificationError):
+        write(model, plan, tmp_path / "asked", "autobitlinear")
+    assert not (tmp_path / "asked").exists()
 
 
 def test_an_unwritable_place_is_an_output_error(tmp_path: Path) -> None:

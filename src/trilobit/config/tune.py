@@ -52,7 +52,8 @@ class TuneConfig(TrainingConfig):
     model_format: Literal["auto", "autobitlinear", "bitlinear", "dense", "packed"] = "auto"
     """How model/ is stored. auto: what stock transformers loads where it can say it, else trilobit's packed form."""
     store: Literal["bf16", "fp32"] = "bf16"
-    """Precision of embeddings and head in model/ (and of dense weights)."""
+    """Precision of embeddings and head in model/ (and of dense weights), where the form allows a choice: transformers'
+    bitnet classes need fp32."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,6 +3,7 @@
 Codes are kept as int8 so that the integer product can read them directly; on disk they take two bits (formats.py).
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -41,6 +42,10 @@ class PackedLinear(nn.Module):
         return cls(codes, scale, bias, linear.rms_norm, rule.granularity, rule.int8_activations)
 
     def forward(self, input: Tensor) -> Tensor:
+        with torch.autocast(input.device.type, enabled=False):  # else it would round the integer sums to bf16
+            return self._forward(input)
+
+    def _forward(self, input: Tensor) -> Tensor:
         x = input if self.rms_norm is None else quant.rms_norm(input.float(), self.rms_norm.weight, self.rms_norm.eps)
         if not self.int8_activations:
             weight = quant.ternary_dequantize(self.codes, self.scale, self.granularity)

@@ -29,7 +29,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from trilobit import __version__
 from trilobit.config.tune import TuneConfig
 from trilobit.errors import ConfigError, DataError, ModelError, OutputError
-from trilobit.export.hf import require_form, round_kept, write_full_precision, write_latent, write_model
+from trilobit.export.hf import require_form, round_kept, stored_precision, write_full_precision, write_latent, write_model
 from trilobit.infer.generate import sample_documents
 from trilobit.infer.load import Loaded, load_pretrained, pick_device
 from trilobit.listener import SILENT, Listener
@@ -104,7 +104,7 @@ def _run(config: TuneConfig, listener: Listener, signals: Signals) -> TuneResult
     base_bytes = sum(p.numel() * 2 for p in model.parameters())  # as bf16, the way checkpoints are published
     signals.raise_if_set()
 
-    tokens = _tokens(config, base)
+    tokens = _tokens(config, base, signals)
     listener.note(f"data: {tokens.description}")
     windows = Windows(tokens.train, config.sequence_length, config.seed)
     heldout = evaluation_windows(tokens.heldout, config.sequence_length, config.eval_tokens)
@@ -120,8 +120,10 @@ def _run(config: TuneConfig, listener: Listener, signals: Signals) -> TuneResult
     teacher = None
     if config.distill == "logits":
         teacher = copy.deepcopy(model)
-        teacher.to(torch.bfloat16 if config.precision == "bf16" else torch.float32)  # pyright: ignore[reportArgumentType]
         teacher.requires_grad_(False).eval()
+        if config.precision == "bf16":  # parameters alone: .to() would round the buffers too, and with them RoPE's angles
+            for parameter in teacher.parameters():
+                parameter.data = parameter.data.to(torch.bfloat16)
     if record is None:
         base_nats = evaluate()["heldout_nats"]
         if not math.isfinite(base_nats):
@@ -186,7 +188,7 @@ def _run(config: TuneConfig, listener: Listener, signals: Signals) -> TuneResult
     model.to("cpu")  # pyright: ignore[reportArgumentType]
     write_latent(model, plan, base.tokenizer, out / "latent")
     if plan is not None:
-        round_kept(model, plan, config.store)
+        round_kept(model, plan, stored_precision(plan, model, config.model_format, config.store))
     total, count = nats(model, heldout, config.sequences)
     signals.raise_if_set()
     if plan is None:
@@ -223,7 +225,7 @@ def _schedules(config: TuneConfig, layers: int) -> list[StrengthSchedule]:
     return [weights, activations]
 
 
-def _tokens(config: TuneConfig, base: Loaded) -> Tokens:
+def _tokens(config: TuneConfig, base: Loaded, signals: Signals) -> Tokens:
     model, tokenizer = base.model, base.tokenizer
     vocabulary = vocabulary_size(model)
     cache = Path(config.cache_dir) if config.cache_dir else None
@@ -231,7 +233,7 @@ def _tokens(config: TuneConfig, base: Loaded) -> Tokens:
     if config.data != "self":
         return prepare(
             config.data, tokenizer, vocab_size=vocabulary, text_field=config.text_field, max_tokens=needed,
-            sequence_length=config.sequence_length, cache_dir=cache,
+            sequence_length=config.sequence_length, cache_dir=cache, progress=lambda size, count: signals.raise_if_set(),
         )  # fmt: skip
     end: Any = tokenizer.eos_token_id
     start: Any = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else end
@@ -241,7 +243,9 @@ def _tokens(config: TuneConfig, base: Loaded) -> Tokens:
     key = f"self {_weights_fingerprint(model)} {wanted} {config.sequence_length} {config.seed}"
 
     def make() -> Iterator[Any]:
-        return sample_documents(model, start, end, wanted, config.sequence_length, config.seed)
+        for document in sample_documents(model, start, end, wanted, config.sequence_length, config.seed):
+            signals.raise_if_set()
+            yield document
 
     return from_tokens(key, make, tokenizer, vocab_size=vocabulary, sequence_length=config.sequence_length, cache_dir=cache)
 
