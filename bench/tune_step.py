@@ -11,12 +11,12 @@ process of its own per variant (two steps), above the memory of the process befo
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -72,11 +72,17 @@ def stepper(model: nn.Module, precision: str, ours: bool) -> Callable[[], None]:
 
 
 def peak_memory(variant: str, path: str, precision: str, compiled: bool) -> None:
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = high_water()
     step = stepper(make(variant, path, compiled), precision, variant.startswith("λ"))
     step()
     step()
-    print(json.dumps((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024))
+    print(json.dumps(high_water() - before))
+
+
+def high_water() -> int:
+    """Largest resident size so far, in bytes (Linux). getrusage would count the parent's, from before exec."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
 
 
 def matrix_roof(precision: str) -> float:

@@ -107,7 +107,10 @@ def check_tokenizer(source: str | Path, model: PreTrainedModel, tokenizer: Any) 
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(f"{source} has no fast tokenizer (tokenizer.json).")
     vocabulary = vocabulary_size(model)
-    largest = max(tokenizer.get_vocab().values(), default=0)
+    # Added tokens beyond the embedding are common (Gemma 3, Code Llama) and harmless until a text contains one.
+    own = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False).values()
+    used = [i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None]
+    largest = max([*own, *used], default=0)
     if largest >= vocabulary:
         raise ModelError(
             f"the tokenizer of {source} does not match the model's vocabulary: it has an id {largest}, "

@@ -23,6 +23,7 @@ from trilobit.corpus import documents
 from trilobit.errors import DataError, ModelError
 from trilobit.infer.load import load, pick_device
 from trilobit.listener import SILENT, Listener
+from trilobit.surgery.roles import vocabulary_size
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,8 @@ def run(config: EvalConfig, listener: Listener = SILENT) -> EvalResult:
     bos = uses_bos(loaded.tokenizer, config.bos)
     limit = None if config.max_tokens is None else max(1, config.max_tokens // (config.sequence_length - 1))
     windows, sizes = text_windows(texts, loaded.tokenizer, config.sequence_length, bos, limit)
+    if int(windows.max()) >= vocabulary_size(loaded.model):
+        raise ModelError(f"the text has token {int(windows.max())}, beyond the model's embedding.")
     total, tokens = nats(loaded.model, windows, config.sequences, config.precision)
     return EvalResult(
         perplexity=math.exp(min(total / tokens, 700.0)),

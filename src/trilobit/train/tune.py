@@ -48,6 +48,7 @@ from trilobit.train.windows import Windows, evaluation_windows
 
 LR_TIMES_WIDTH = 0.4
 CALIBRATION_WINDOWS = 8
+HELDOUT_TOKENS = 262_144
 FREE_TO_CHANGE = frozenset(
     {"resume", "track", "keep_checkpoints", "checkpoint_every", "out", "cache_dir", "model_format", "store"}
 )
@@ -125,7 +126,8 @@ def _run(config: TuneConfig, listener: Listener, signals: Signals) -> TuneResult
             for parameter in teacher.parameters():
                 parameter.data = parameter.data.to(torch.bfloat16)
     if record is None:
-        base_nats = evaluate()["heldout_nats"]
+        total, count = nats(model, heldout, config.sequences)  # in fp32, like the final measurement
+        base_nats = total / count
         if not math.isfinite(base_nats):
             raise ModelError(f"{config.model} itself has a loss of {base_nats} on held-out text: its weights are damaged.")
         schedules = _schedules(config, len(_layers(model)))
@@ -233,7 +235,8 @@ def _tokens(config: TuneConfig, base: Loaded, signals: Signals) -> Tokens:
     if config.data != "self":
         return prepare(
             config.data, tokenizer, vocab_size=vocabulary, text_field=config.text_field, max_tokens=needed,
-            sequence_length=config.sequence_length, cache_dir=cache, progress=lambda size, count: signals.raise_if_set(),
+            sequence_length=config.sequence_length, heldout_tokens=max(HELDOUT_TOKENS, config.eval_tokens), cache_dir=cache,
+            progress=lambda size, count: signals.raise_if_set(),
         )  # fmt: skip
     end: Any = tokenizer.eos_token_id
     start: Any = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else end
