@@ -30,7 +30,7 @@ from trilobit.train.distill import cross_entropy, mixed_loss
 from trilobit.train.loop import autocast, make_optimizer
 
 BATCH, LENGTH = 4, 256
-VARIANTS = ("plain", "λ=0.5", "λ=1", "autobitlinear")
+VARIANTS = ("plain", "plain eager", "λ=0.5", "λ=1", "autobitlinear")
 
 
 def make(variant: str, path: str, compiled: bool) -> nn.Module:
@@ -47,7 +47,7 @@ def make(variant: str, path: str, compiled: bool) -> nn.Module:
                 peer = AutoBitLinear(linear.in_features, linear.out_features, bias, online_quant=True, use_rms_norm=True)
                 peer.load_state_dict(linear.state_dict(), strict=False)
                 model.set_submodule(name, peer)
-    if compiled:
+    if compiled and variant != "plain eager":
         for _, layer in decoder_layers(model):
             layer.compile()
     return model.train()
@@ -101,12 +101,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--precision", nargs="+", default=["bf16", "fp32"], choices=["bf16", "fp32"])
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--memory-of", nargs=2, metavar=("VARIANT", "PRECISION"), help=argparse.SUPPRESS)
     parser.add_argument("--no-memory", action="store_true")
     arguments = parser.parse_args()
+    if arguments.variants is None:  # without --compile the two plain ones are the same
+        arguments.variants = [v for v in VARIANTS if arguments.compile or v != "plain eager"]
     if arguments.memory_of:
         peak_memory(arguments.memory_of[0], arguments.model, arguments.memory_of[1], arguments.compile)
         return
