@@ -184,19 +184,21 @@ def _run(config: TuneConfig, listener: Listener, signals: Signals) -> TuneResult
     hooks.log += [track, lambda row: listener.row(row, config.max_tokens)]
     progress = fit(model, windows, objective, config, peak_lr, out, device, signals, hooks)
 
-    if plan is not None:
-        layers = len(schedules[0].starts)
-        set_strengths(model, [1.0] * layers, [1.0] * layers)
-    model.to("cpu")  # pyright: ignore[reportArgumentType]
-    write_latent(model, plan, base.tokenizer, out / "latent")
-    if plan is not None:
-        round_kept(model, plan, stored_precision(plan, model, config.model_format, config.store))
-    total, count = nats(model, heldout, config.sequences)
-    signals.raise_if_set()
-    if plan is None:
-        written = write_full_precision(model, base.tokenizer, out / "model", heldout)
-    else:
-        written = write_model(model, plan, base.tokenizer, out / "model", heldout, config.model_format, config.store)
+    # What was compiled for the training device must not be compiled again for the CPU that measures and writes.
+    with torch.compiler.set_stance("force_eager"):
+        if plan is not None:
+            layers = len(schedules[0].starts)
+            set_strengths(model, [1.0] * layers, [1.0] * layers)
+        model.to("cpu")  # pyright: ignore[reportArgumentType]
+        write_latent(model, plan, base.tokenizer, out / "latent")
+        if plan is not None:
+            round_kept(model, plan, stored_precision(plan, model, config.model_format, config.store))
+        total, count = nats(model, heldout, config.sequences)
+        signals.raise_if_set()
+        if plan is None:
+            written = write_full_precision(model, base.tokenizer, out / "model", heldout)
+        else:
+            written = write_model(model, plan, base.tokenizer, out / "model", heldout, config.model_format, config.store)
     plot_loss(out, base_nats)
     plot_strengths(out, schedules[0], config.max_tokens)
     result = TuneResult(
