@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--compile", choices=["auto", "yes", "no"], default="auto")
     parser.add_argument("--batch-tokens", type=parse_count, default=32_768)
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--sequences", type=int, default=64)

@@ -11,4 +11,4 @@ cd "$(dirname "$0")/.."
 model=$1 text=$2 out=${3:-out/proof}
 export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}"
 python3 -c 'import torch; assert torch.cuda.is_available(), "no CUDA device: this study needs one"'
-exec python3 experiments/proof.py "$model" --data "$text" --out "$out" --tokens 33M --minutes 9 --device cuda --compile
+exec python3 experiments/proof.py "$model" --data "$text" --out "$out" --tokens 33M --minutes 9 --device cuda --compile yes

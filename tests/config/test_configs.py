@@ -58,6 +58,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"distill_weight": 0.5}, "--distill-weight and --temperature need --distill logits"),
     ({"temperature": 2.0}, "--distill-weight and --temperature need --distill logits"),
     ({"activation_schedule": "never"}, "--activation-schedule never: .* --activations none"),
+    ({"activations": "none", "activation_schedule": "global"}, "--activation-schedule and .* need --activations int8"),
+    ({"activations": "none", "activation_ramp_fraction": 0.5}, "--activation-ramp-fraction need --activations int8"),
+    ({"schedule": "never", "activation_schedule": "global"}, "--schedule never leaves activations alone"),
     ({"max_tokens": 16_383}, "--max-tokens 16383 is less than one step of 16384 tokens"),
 ]  # fmt: skip
 

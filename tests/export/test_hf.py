@@ -192,6 +192,20 @@ def test_output_norms_without_block_norms_are_packed(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
 
 
+def test_output_norms_behind_layer_norms_are_packed(tmp_path: Path) -> None:
+    """A LayerNorm (StableLM's, with bias) has no gain that could move: `output` is packed by choice, not as the way out of
+    a bitnet form that fails, and --model-format bitlinear is refused before anything is trained or written."""
+    model, plan = made("stablelm", placement="output")
+    assert isinstance(model.get_submodule("model.layers.0.input_layernorm"), torch.nn.LayerNorm)
+    obstacle = "model.layers.0.input_layernorm is no RMSNorm whose gain could move into model.layers.0.self_attn.q_proj"
+    with pytest.raises(ConfigError, match=f"--model-format bitlinear cannot hold this model: .*{obstacle}"):
+        hf.require_form(plan, model, "bitlinear")
+    written = write(model, plan, tmp_path / "model")
+    assert written.form == "packed"
+    assert obstacle in written.reason
+    agrees(model, load(tmp_path / "model").model)
+
+
 @pytest.mark.parametrize(
     ("family", "tied", "scale", "cover"),
     [
@@ -355,6 +369,29 @@ def test_full_precision_is_an_ordinary_checkpoint(tied: bool, tmp_path: Path) ->
     assert written.agreement.top1 == 1
     for other in (stock(tmp_path / "model"), load(tmp_path / "model").model):
         assert torch.equal(logits(other, PROBE[:2, :-1]), logits(model, PROBE[:2, :-1]))
+
+
+def test_a_temperature_without_sampling_is_kept(tmp_path: Path) -> None:
+    """A generation_config that transformers reads but refuses to save, as published checkpoints have, is written as it is."""
+    model = build("llama")
+    model.generation_config.update(temperature=0.7, do_sample=False)
+    with pytest.raises(ValueError, match="do_sample"):
+        model.generation_config.save_pretrained(tmp_path)
+    hf.write_latent(model, None, TOKENIZER, tmp_path / "latent")
+    assert read(tmp_path / "latent" / "generation_config.json")["temperature"] == 0.7
+    assert load(tmp_path / "latent").model.generation_config.temperature == 0.7
+
+
+@pytest.mark.parametrize("form", ["autobitlinear", "packed", "latent"])
+def test_all_end_tokens_come_back(form: str, tmp_path: Path) -> None:
+    """End-of-text tokens that only generation_config.json names are read back (old code: config.json's alone)."""
+    model, plan = made("llama")
+    model.generation_config.eos_token_id = [5, 6]
+    if form == "latent":
+        hf.write_latent(model, plan, TOKENIZER, tmp_path / "model")
+    else:
+        write(model, plan, tmp_path / "model", form)
+    assert load(tmp_path / "model").model.generation_config.eos_token_id == [5, 6]
 
 
 @pytest.mark.parametrize("form", ["autobitlinear", "packed"])

@@ -15,7 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from infer.checkpoints import byte_model, byte_tokenizer, save
 from trilobit.errors import ModelError
-from trilobit.infer.load import load, load_pretrained, pick_device
+from trilobit.export.hf import write_model
+from trilobit.infer import load as load_module
+from trilobit.infer.load import check_tokenizer, load, load_pretrained, pick_device
+from trilobit.nn.packed import PackedLinear
+from trilobit.surgery.ternary import TernarySpec, ternarize
 
 WEIGHTS = "model.safetensors"
 DROPPED = "model.layers.1.mlp.up_proj.weight"
@@ -103,6 +107,22 @@ def test_damage_is_named(checkpoint: Path, tmp_path: Path, damage: Callable[[Pat
     assert "\n" not in str(caught.value)
 
 
+def test_only_added_tokens_may_lie_beyond_the_embedding() -> None:
+    """Added tokens the embedding lacks do not count (Gemma 3, Code Llama); an own one does, and so does one that ends texts."""
+    model = byte_model()
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<image>"])
+    assert tokenizer.convert_tokens_to_ids("<image>") == model.get_input_embeddings().num_embeddings == 259
+    check_tokenizer("here", model, tokenizer)
+    for role in ("eos_token", "bos_token"):
+        tokenizer = byte_tokenizer()
+        tokenizer.add_special_tokens({role: "<new>"})
+        with pytest.raises(ModelError, match="an id 259, but the embedding has 259"):
+            check_tokenizer("here", model, tokenizer)
+    with pytest.raises(ModelError, match="an id 259, but the embedding has 259"):
+        check_tokenizer("here", model, byte_tokenizer(merges=("a b",)))
+
+
 @pytest.mark.parametrize("source", ["/no/such/model", "./nothing", "a/b/c"])
 def test_a_missing_path_is_not_looked_up_on_the_hub(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What looks like a path and is not there is an error at once; the hub is not asked."""
@@ -127,9 +147,45 @@ def _response() -> Mock:
 )
 def test_what_the_hub_says_is_passed_on(error: Exception, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gated, unknown and unreachable hub models each say what to do, though transformers wraps the hub's errors."""
-    monkeypatch.setattr(transformers.utils.hub, "hf_hub_download", Mock(side_effect=error))
+    for module in (transformers.utils.hub, load_module):
+        monkeypatch.setattr(module, "hf_hub_download", Mock(side_effect=error))
     with pytest.raises(ModelError, match=says):
         load("someone/model")
+
+
+def test_a_hub_repository_that_trilobit_wrote_is_read_as_such(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hub id with trilobit.json gives the ternary model (old code: "a quantised checkpoint"); its files are checked."""
+    folder, loaded = tmp_path / "model", load_pretrained(str(checkpoint))
+    surgery = ternarize(loaded.model)
+    write_model(loaded.model, surgery.plan, loaded.tokenizer, folder, torch.randint(3, 200, (4, 17)))
+    monkeypatch.setattr(load_module, "hf_hub_download", lambda source, name: str(folder / name))
+    monkeypatch.setattr(load_module, "snapshot_download", lambda source: str(folder))
+    again = load("someone/ternary")
+    assert again.plan == surgery.plan
+    assert any(isinstance(module, PackedLinear) for module in again.model.modules())
+    _cut(folder)
+    with pytest.raises(ModelError, match="damaged"):
+        load("someone/ternary")
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")
+@pytest.mark.parametrize("settings", [{}, {"cover": "+embeddings"}, {"activations": "none", "placement": "none"}])
+def test_dtype_is_that_of_what_is_not_ternary(checkpoint: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+    """load(dtype=bf16) of a ternary model computes near the fp32 one; codes, scales and RoPE's angles keep their precision."""
+    folder, loaded = tmp_path / "model", load_pretrained(str(checkpoint))
+    surgery = ternarize(loaded.model, TernarySpec(**settings))
+    ids = torch.randint(3, 200, (4, 17))
+    write_model(loaded.model, surgery.plan, loaded.tokenizer, folder, ids)
+    exact, half = load(folder).model, load(folder, dtype=torch.bfloat16).model
+    kinds = {p.dtype for n, p in half.named_parameters() if "rms_norm" not in n}
+    assert kinds == {torch.bfloat16}
+    assert {b.dtype for b in half.buffers()} <= {torch.int8, torch.float32}
+    with torch.no_grad():
+        a, b = (model(input_ids=ids, use_cache=False).logits.float() for model in (exact, half))
+    assert not torch.equal(a, b)
+    assert (a - b).norm() <= 0.05 * a.norm()
 
 
 def test_an_unfinished_run_says_how_to_go_on(tmp_path: Path) -> None:
@@ -159,6 +215,9 @@ def test_devices() -> None:
     assert pick_device("cpu") == torch.device("cpu")
     with pytest.raises(ModelError, match="--device nosuch cannot be used here"):
         pick_device("nosuch")
+    for kind in ("meta", "mps"):
+        with pytest.raises(ModelError, match=f"--device {kind} cannot be used here: only cpu and cuda are supported"):
+            pick_device(kind)
     if not torch.cuda.is_available():
         with pytest.raises(ModelError, match="--device cuda cannot be used here"):
             pick_device("cuda")

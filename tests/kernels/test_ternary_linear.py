@@ -168,9 +168,9 @@ def test_bf16_autocast_is_as_near_to_the_truth_as_a_plain_bf16_linear(granularit
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("granularity", ["tensor", "row"])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_fully_quantised_forward_is_integer_linear(granularity: Granularity, norm: str | None) -> None:
-    """At λ = 1 with whole-row scales the forward has integer_linear's bits; under autocast, these rounded last."""
+    """At λ = 1 the forward has integer_linear's bits; under autocast, these rounded last."""
     for dtype, bias in product((torch.float32, torch.float64), (True, False)):
         o = operands(dtype, norm, (3, 4, 130), bias)
         h = quant.rms_norm(o["x"], o["gain"], EPS) if "gain" in o else o["x"]

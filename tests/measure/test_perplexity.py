@@ -13,6 +13,7 @@ from infer.checkpoints import byte_model, byte_tokenizer, save
 from trilobit.config.eval import EvalConfig
 from trilobit.corpus import documents
 from trilobit.errors import ConfigError, DataError, ModelError
+from trilobit.measure import perplexity as perplexity_module
 from trilobit.measure.perplexity import nats, run, text_windows, uses_bos
 
 TEXT = "Ein naïver Satz, ✓ geprüft 😀, und noch einer.\n" * 3
@@ -175,3 +176,16 @@ def test_stories260k_on_wikitext(stories260k: Path) -> None:
     result = run(EvalConfig(model=str(stories260k), data=str(data), sequence_length=256, max_tokens=4096, device="cpu"))
     assert (result.windows, result.tokens) == (16, 16 * 255)
     assert result.nats_per_token == pytest.approx(4.8779, abs=1e-3)
+
+
+def test_logits_are_made_fp32_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However small the blocks are in which logits become fp32, the nats are the same."""
+    model, windows = byte_model().eval(), torch.randint(3, 200, (3, 17))
+    whole = nats(model, windows, 3)
+    monkeypatch.setattr(perplexity_module, "BLOCK_ELEMENTS", 1000)
+    assert nats(model, windows, 3)[0] == pytest.approx(whole[0], rel=1e-6)
+
+
+def test_a_broken_model_is_a_large_number() -> None:
+    """More nats than a float's exponent holds are no crash (old code: OverflowError)."""
+    assert perplexity_module.perplexity(800.0) == perplexity_module.perplexity(700.0) > 1e300

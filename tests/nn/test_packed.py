@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trilobit import quant
+from trilobit.kernels import dispatch
 from trilobit.nn.packed import PackedEmbedding, PackedLinear
 from trilobit.nn.ternary import TernaryEmbedding, TernaryLinear
 from trilobit.quant import Granularity
@@ -89,6 +90,18 @@ def test_keeps_the_input_dtype_and_nothing_to_train(int8: bool) -> None:
     assert {name for name, p in packed.named_parameters() if p.requires_grad} <= {"rms_norm.weight"}
     assert packed.codes.dtype == torch.int8
     assert set(packed.codes.unique().tolist()) <= {-1, 0, 1}
+
+
+@pytest.mark.parametrize(("granularity", "int8"), [("tensor", True), ("row", False), ("group-64", True), ("group-64", False)])
+def test_autocast_changes_no_bit(granularity: Granularity, int8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under bf16 autocast every rule gives the bits it gives without, also where integer products are fp32 matmuls."""
+    monkeypatch.setattr(dispatch, "_has_vnni", lambda: False)
+    packed = PackedLinear.from_ternary(trained(8, 300, granularity=granularity, int8_activations=int8))
+    x = torch.randn(3, 300)
+    with torch.no_grad():
+        plain = packed(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(packed(x), plain)
 
 
 def test_frozen_does_not_follow_the_latents() -> None:

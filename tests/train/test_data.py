@@ -227,7 +227,8 @@ def test_too_short_is_said_in_numbers(build, tmp_path: Path) -> None:
 
 
 def test_ready_tokens_are_kept_under_their_name(tokenizer, tmp_path: Path) -> None:
-    """`from_tokens` calls `make` once per name, keeps the tokens as they are, and holds out the last 2 %."""
+    """`from_tokens` calls `make` once per name, keeps the tokens as they are, and holds out the first, or the last 2 %
+    where they are few."""
     calls = []
 
     def make() -> list[np.ndarray]:
@@ -240,6 +241,13 @@ def test_ready_tokens_are_kept_under_their_name(tokenizer, tmp_path: Path) -> No
         assert len(tokens.heldout) == 9
         assert tokens.heldout_bytes > 0
     assert len(calls) == 2
+    documents = [np.arange(3, 15), np.arange(20, 28), np.arange(100, 150)]
+    tokens = from_tokens(
+        "c", lambda: documents, tokenizer, vocab_size=VOCABULARY, heldout_tokens=15, sequence_length=8,
+        cache_dir=tmp_path / "cache",
+    )  # fmt: skip
+    assert [*tokens.heldout] == [*range(3, 15), *range(20, 28)], "whole documents, until there are 15 tokens"
+    assert [*tokens.train] == [*range(100, 150)]
 
 
 def with_added(tokenizer: Tokenizer, token: AddedToken) -> Tokenizer:
@@ -338,7 +346,7 @@ def test_samples_do_not_know_how_they_are_shared(start: int, sizes: list[int]) -
 def test_a_batch_is_windows_of_the_text() -> None:
     """A batch is int64 [size, length + 1], each row a window that starts at a multiple of the length."""
     windows = Windows(np.arange(1000, dtype=np.uint16), 13, 7)
-    batch = windows.batch(20, 4)
+    batch = windows.samples(80, 4)
     assert (batch.dtype, batch.shape) == (torch.int64, (4, 14))
     assert torch.equal(batch, windows.samples(80, 4))
     assert (batch[:, 0] % 13 == 0).all()

@@ -260,8 +260,11 @@ def test_updates_are_held_back_until_the_report(tmp_path: Path) -> None:
         assert torch.equal(p, old)
         assert torch.equal(optimizer.state[p]["exp_avg"], moment)
         assert optimizer.state[p]["step"] == 2
-    with pytest.raises(NonFiniteError, match="step 3: the loss is not finite"):
-        guard.check(windows(), CONFIG, {}, 0.1)
+    assert guard.noticed()
+    tokens = 2 * CONFIG.tokens_per_step
+    settings = f"lr {learning_rate(CONFIG, 0.1, tokens):.4g}, lambda {tokens / 1000:.4g}"  # of that step, not of a later one
+    said = str(guard.error(windows(), CONFIG, 0.1, lambda tokens: {"lambda": tokens / 1000}))
+    assert said.startswith(f"step 3: the loss is not finite (loss nan, gradient norm 1.0; {settings})")
 
 
 def test_latents_are_fp32(tmp_path: Path) -> None:

@@ -24,8 +24,8 @@ def fake(monkeypatch: pytest.MonkeyPatch, name: str, **content: Any) -> None:
 
 def test_none_is_nowhere(tmp_path: Path) -> None:
     """Without --track nothing is imported or written."""
-    log = tracker(None, tmp_path, {})
-    assert log(ROWS[0]) is None
+    with tracker(None, tmp_path, {}) as log:
+        log(ROWS[0])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -33,8 +33,9 @@ def test_none_is_nowhere(tmp_path: Path) -> None:
 def test_a_missing_package_is_said_at_once(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without its package, a tracker is a ConfigError that says what to install, before anything is written."""
     monkeypatch.setitem(sys.modules, PACKAGES[kind], None)
-    with pytest.raises(ConfigError, match=rf"--track {kind} needs a package.*pip install 'trilobit\[track\]'"):
-        tracker(kind, tmp_path, {})
+    match = rf"--track {kind} needs a package.*pip install 'trilobit\[track\]'"
+    with pytest.raises(ConfigError, match=match), tracker(kind, tmp_path, {}):
+        pass
     assert list(tmp_path.iterdir()) == []
 
 
@@ -52,20 +53,24 @@ def test_tensorboard_gets_numbers_by_tokens(tmp_path: Path, monkeypatch: pytest.
         def flush(self) -> None:
             written.append("flush")
 
+        def close(self) -> None:
+            written.append("close")
+
     fake(monkeypatch, "torch.utils.tensorboard", SummaryWriter=SummaryWriter)
-    log = tracker("tensorboard", tmp_path, {})
-    assert written == [], "nothing may be written before the first row"
-    for row in ROWS:
-        log(row)
+    with tracker("tensorboard", tmp_path, {}) as log:
+        assert written == [], "nothing may be written before the first row"
+        for row in ROWS:
+            log(row)
     first = [("step", 1, 64), ("tokens", 64, 64), ("loss", 2.5, 64), "flush"]
     second = [("step", 2, 128), ("tokens", 128, 128), ("loss", 2.25, 128), "flush"]
-    assert written == [str(tmp_path / "tensorboard"), *first, *second]
+    assert written == [str(tmp_path / "tensorboard"), *first, *second, "close"]
 
 
 def test_tensorboard_writes_event_files(tmp_path: Path) -> None:
     """The real package, where it is installed, leaves an event file."""
     pytest.importorskip("tensorboard")
-    tracker("tensorboard", tmp_path, {})(ROWS[0])
+    with tracker("tensorboard", tmp_path, {}) as log:
+        log(ROWS[0])
     assert list((tmp_path / "tensorboard").glob("events.out.*"))
 
 
@@ -73,7 +78,9 @@ def test_tensorboard_writes_event_files(tmp_path: Path) -> None:
 def test_sessions_are_opened_once_with_the_configuration(
     kind: str, on_session: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """W&B and trackio get one session, named after the run, and a call a row with its step, wherever `log` lives."""
+    """W&B and trackio get one session, named after the run, a call a row with its step, and an end even if training
+    fails, wherever their functions live."""
+    finished: list[str] = []
     sessions: list[dict[str, Any]] = []
     logged: list[tuple[dict[str, Any], int]] = []
 
@@ -82,12 +89,20 @@ def test_sessions_are_opened_once_with_the_configuration(
 
     def init(**settings: Any) -> SimpleNamespace:
         sessions.append(settings)
-        return SimpleNamespace(log=log) if on_session else SimpleNamespace()
+        return SimpleNamespace(**functions) if on_session else SimpleNamespace()
 
-    fake(monkeypatch, kind, init=init, **({} if on_session else {"log": log}))
-    track = tracker(kind, tmp_path / "name", {"lr": 1.0})
-    assert sessions == []
-    for row in ROWS:
-        track(row)
+    functions: dict[str, Any] = {"log": log, "finish": lambda: finished.append(kind)}
+    fake(monkeypatch, kind, init=init, **({} if on_session else functions))
+
+    def train() -> None:
+        with tracker(kind, tmp_path / "name", {"lr": 1.0}) as track:
+            assert sessions == []
+            for row in ROWS:
+                track(row)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        train()
+    assert finished == [kind]
     assert sessions == [{"project": "trilobit", "name": "name", "config": {"lr": 1.0}}]
     assert logged == [({"step": 1, "tokens": 64, "loss": 2.5}, 1), ({"step": 2, "tokens": 128, "loss": 2.25}, 2)]

@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import random
@@ -6,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,11 +23,15 @@ from trilobit.config.tune import TuneConfig
 from trilobit.errors import ConfigError, DataError, ModelError, NonFiniteError, OutputError, TrilobitError
 from trilobit.infer.load import load
 from trilobit.listener import Listener
+from trilobit.measure.perplexity import nats
 from trilobit.nn.ternary import ternary_modules
+from trilobit.train import data as data_module
+from trilobit.train import layers as layers_module
 from trilobit.train import tune as tune_module
 from trilobit.train.checkpoint import list_checkpoints
 from trilobit.train.loop import Interrupted
 from trilobit.train.tune import TuneResult, run
+from trilobit.train.windows import evaluation_windows
 
 VOCABULARY, STEPS, STEP_TOKENS = 300, 8, 64
 # transformers' bitnet classes compile a function, and importing the compiler of torch 2.13 warns of torch's own code
@@ -316,6 +321,33 @@ def test_the_command_saves_and_resumes(
     assert_same_run(tmp_path / "undisturbed", tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    ("data", "module", "source"),
+    [(None, data_module, "_tokenised"), ("self", tune_module, "sample_documents")],
+    ids=["file", "self"],
+)
+def test_a_signal_stops_the_tokenising(
+    data: str | None, module: Any, source: str, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal amid the documents, read or sampled, ends the run at the next one: no directory, no cached tokens."""
+    original, taken = getattr(module, source), []
+
+    def documents(*arguments: Any) -> Iterator[Any]:
+        for document in original(*arguments):
+            taken.append(document)
+            if len(taken) == 3:
+                signal.raise_signal(signal.SIGTERM)
+            yield document
+
+    monkeypatch.setattr(module, source, documents)
+    cache = tmp_path / "cache"
+    with pytest.raises(Interrupted):
+        run(place.config(tmp_path / "run", data=data or str(place.text), cache_dir=str(cache)))
+    assert len(taken) == 3
+    assert not (tmp_path / "run").exists()
+    assert list(cache.iterdir()) == []
+
+
 def interrupted(place: Place, out: Path, **settings: Any) -> TuneConfig:
     config = place.config(out, **settings)
     with pytest.raises(Interrupted):
@@ -341,9 +373,67 @@ def test_resuming_with_other_settings_is_refused_by_name(place: Place, tmp_path:
     changed.write_text(changed.read_text().replace("cat", "cow"))
     with pytest.raises(DataError, match="has changed since"):
         run(replace(other, resume=True))
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "run.json").write_text('{"name": "something else"}')
+    with pytest.raises(OutputError, match=r"was not written by this version: it lacks base, .*, config"):
+        run(replace(config, out=str(foreign)))
     assert (tmp_path / "run" / "run.json").read_bytes() == before
     run(replace(config, keep_checkpoints=3, checkpoint_every=64, cache_dir=str(tmp_path / "cache")))
     assert [path.name for path in list_checkpoints(tmp_path / "run")][-1] == "step-8"
+
+
+def test_resuming_needs_the_same_base(place: Place, tmp_path: Path, no_writing: None) -> None:
+    """A base checkpoint whose weights have changed since is refused: a teacher made of it would be another."""
+    base = tmp_path / "model"
+    shutil.copytree(place.model, base)
+    config = interrupted(replace(place, model=base), tmp_path / "run", distill="logits")
+    weights = load_file(base / "model.safetensors")
+    weights["model.norm.weight"][3] += 0.25
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"the weights of .* have changed since .*run began"):
+        run(replace(config, resume=True))
+
+
+@pytest.mark.parametrize("work", [0, 1e30])
+def test_compiling_is_decided_once_and_said(
+    work: float, place: Place, tmp_path: Path, no_writing: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """auto compiles if the run is long enough and a compiler is there; the decision is noted, kept in run.json and followed
+    on resume; asking for it without a compiler is an error, and so is resuming a compiled run without one."""
+    notes, decided = Notes(), []
+    monkeypatch.setitem(layers_module.REPAID_FLOPS, "cpu", work)
+    monkeypatch.setattr(tune_module, "prepare_layers", lambda model, config, compiled: decided.append(compiled))
+    monkeypatch.setattr(layers_module, "_compiler_obstacle", lambda device: None)
+    run(place.config(tmp_path / "run"), notes)
+    assert decided == [work == 0]
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["compiled"] == (work == 0)
+    assert any(("operations repay" if work == 0 else "too few to repay") in note for note in notes.heard)
+    monkeypatch.setattr(layers_module, "_compiler_obstacle", lambda device: "no compiler was found")
+    run(place.config(tmp_path / "other"), notes)
+    assert decided == [work == 0, False]
+    assert "not compiled: no compiler was found" in notes.heard
+
+
+def test_compiling_without_a_compiler_is_refused(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--compile yes without a compiler says what is missing and leaves nothing."""
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    refuse(ConfigError, r"--compile.*no C\+\+ compiler", place.config(tmp_path / "run", compile="yes"))
+
+
+def test_a_ramp_to_the_very_end_is_warned_of(place: Place, tmp_path: Path, no_writing: None) -> None:
+    """With --ramp-fraction 1 no step trains the model that is written, and the run says so."""
+    notes = Notes()
+    run(place.config(tmp_path / "run", ramp_fraction=1.0), notes)
+    assert any(note.startswith("--ramp-fraction 1:") for note in notes.heard)
+
+
+class Notes(Listener):
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.heard.append(text)
 
 
 def test_resuming_needs_an_unfinished_run(place: Place, whole: tuple[Path, TuneResult], tmp_path: Path) -> None:
@@ -471,6 +561,48 @@ def test_bf16_follows_fp32(place: Place, whole: tuple[Path, TuneResult], tmp_pat
         assert a["loss"] == pytest.approx(b["loss"], rel=0.03)
 
 
+def test_a_bf16_teacher_keeps_its_angles(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_writing: None
+) -> None:
+    """The teacher of a bf16 run has bf16 parameters, and the original's fp32 buffers (RoPE's angles) bit for bit."""
+    teachers: list[Any] = []
+
+    def copied(model: Any) -> Any:
+        teachers.append(copy.deepcopy(model))
+        return teachers[-1]
+
+    monkeypatch.setattr(tune_module, "copy", SimpleNamespace(deepcopy=copied))
+    run(place.config(tmp_path / "run", precision="bf16", distill="logits", max_tokens=STEP_TOKENS))
+    (teacher,) = teachers
+    assert {parameter.dtype for parameter in teacher.parameters()} == {torch.bfloat16}
+    expected = dict(load(place.model).model.named_buffers())
+    assert "model.rotary_emb.inv_freq" in expected
+    assert expected.keys() == dict(teacher.named_buffers()).keys()
+    for name, buffer in teacher.named_buffers():
+        assert buffer.dtype == expected[name].dtype, name
+        assert torch.equal(buffer, expected[name]), name
+
+
+def test_the_original_is_measured_in_fp32(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_writing: None
+) -> None:
+    """Also where a run computes in bf16, base_nats_per_token is the fp32 loss of the original on the held-out windows."""
+    windows: list[torch.Tensor] = []
+
+    def kept(*arguments: Any) -> torch.Tensor:
+        windows.append(evaluation_windows(*arguments))
+        return windows[-1]
+
+    monkeypatch.setattr(tune_module, "evaluation_windows", kept)
+    result = run(place.config(tmp_path / "run", precision="bf16", max_tokens=STEP_TOKENS))
+    (heldout,) = windows
+    original = load(place.model).model
+    fp32, bf16 = (nats(original, heldout, 2, precision) for precision in ("fp32", "bf16"))
+    assert fp32[0] != bf16[0]
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["base_nats_per_token"] == result.base_nats_per_token == fp32[0] / fp32[1]
+
+
 def test_activation_checkpointing_changes_no_bit(
     place: Place, whole: tuple[Path, TuneResult], tmp_path: Path, no_writing: None
 ) -> None:
@@ -543,6 +675,24 @@ def test_a_model_can_be_its_own_text(place: Place, tmp_path: Path, no_writing: N
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
+@pytest.mark.parametrize(("wanted", "held_out"), [(64, 262_144), (300_000, 300_000)])
+def test_as_much_is_held_out_as_is_measured(
+    wanted: int, held_out: int, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """262,144 tokens are held out, and more where --eval-tokens asks for more."""
+
+    class Prepared(Exception):
+        pass
+
+    def prepare(*_: Any, heldout_tokens: int, **__: Any) -> None:
+        assert heldout_tokens == held_out
+        raise Prepared
+
+    monkeypatch.setattr(tune_module, "prepare", prepare)
+    with pytest.raises(Prepared):
+        run(place.config(tmp_path / "run", eval_tokens=wanted))
+
+
 def test_calibrated_gains_keep_more_of_the_function(place: Place, tmp_path: Path, no_writing: None) -> None:
     """At λ = 0, a model whose inserted norms have calibrated gains is nearer to the original than one with gains of one."""
     distances = {}
@@ -568,7 +718,7 @@ def test_the_default_name_is_the_models(
 @pytest.mark.filterwarnings("ignore")  # the compiler warns of its own and transformers' code
 @pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_compiled_layers_train_alike(place: Place, whole: tuple[Path, TuneResult], tmp_path: Path) -> None:
-    """--compile gives the losses of the plain run up to rounding, through all states of λ."""
-    run(place.config(tmp_path / "run", compile=True))
+    """--compile yes gives the losses of the plain run up to rounding, through all states of λ."""
+    run(place.config(tmp_path / "run", compile="yes"))
     for a, b in zip(rows(tmp_path / "run"), rows(whole[0]), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=0.02)

@@ -47,8 +47,8 @@ class TrainingConfig:
     """Compute precision. Latent weights and optimizer state are fp32 always."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1`, …"""
-    compile: bool = False
-    """torch.compile each decoder layer (needs a C++ compiler on CPU)."""
+    compile: Literal["auto", "yes", "no"] = "auto"
+    """torch.compile each decoder layer. auto: where a compiler is found and the run is long enough to repay it."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward: less memory, about a third more time."""
     seed: int = 0

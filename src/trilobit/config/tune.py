@@ -68,5 +68,10 @@ class TuneConfig(TrainingConfig):
             raise ConfigError(f"--temperature is {self.temperature}; it must be above 0.")
         if self.activation_schedule == "never" and self.schedule != "never":
             raise ConfigError("--activation-schedule never: for full-precision activations say --activations none.")
+        if self.activation_schedule is not None or self.activation_ramp_fraction is not None:
+            if self.activations == "none":
+                raise ConfigError("--activation-schedule and --activation-ramp-fraction need --activations int8.")
+            if self.schedule == "never" and self.activation_schedule != "never":
+                raise ConfigError("--schedule never leaves activations alone: drop the activations' own schedule.")
         if self.distill == "none" and (self.distill_weight != 1.0 or self.temperature != 1.0):
             raise ConfigError("--distill-weight and --temperature need --distill logits.")

@@ -4,7 +4,6 @@ Whole models are compared by argmax, mean |Δ logit|, KL and perplexity, not by 
 are summed in another order elsewhere, and one flipped int8 code moves a single logit visibly.
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from trilobit.errors import VerificationError
 from trilobit.infer.load import quiet_transformers
+from trilobit.measure.perplexity import perplexity
 
 POSITIONS = 8192  # at 1,000 the perplexity of small models would move by most of its limit from int8 flips alone
 MIN_TOP1 = 0.985
@@ -42,16 +42,17 @@ class Agreement:
 
 @torch.no_grad()
 def compare(reference: nn.Module, other: nn.Module, windows: Tensor, positions: int = POSITIONS) -> Agreement:
-    """Compare logits in fp32 on the first `positions` of token windows [N, W + 1]."""
+    """Compare logits in fp32 on the first `positions` of token windows [N, W + 1], both models on the reference's device."""
     device = next(reference.parameters()).device
+    other.to(device)
     agree = difference = divergence = ours = theirs = 0.0
     seen = 0
     for window in windows:
         if seen >= positions:
             break
-        inputs, targets = window[None, :-1], window[1:]
+        inputs, targets = window[None, :-1].to(device), window[1:].to(device)
         with torch.autocast(device.type, enabled=False):
-            a = reference(input_ids=inputs.to(device), use_cache=False).logits[0].float().cpu()
+            a = reference(input_ids=inputs, use_cache=False).logits[0].float()
         with torch.compiler.set_stance("force_eager"):  # transformers' bitnet classes would want a C++ compiler
             b = other(input_ids=inputs, use_cache=False).logits[0].float()
         a, b, targets = a[: positions - seen], b[: positions - seen], targets[: positions - seen]
@@ -63,7 +64,7 @@ def compare(reference: nn.Module, other: nn.Module, windows: Tensor, positions: 
         theirs += F.nll_loss(q, targets, reduction="sum").item()
         seen += len(a)
     assert seen > 0, "no positions to compare"
-    ratio = math.exp((theirs - ours) / seen)
+    ratio = perplexity((theirs - ours) / seen)
     return Agreement(seen, agree / seen, difference / seen, divergence / seen, ratio)
 
 

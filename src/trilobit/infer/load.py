@@ -13,15 +13,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
+    EntryNotFoundError,
     GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )  # fmt: skip
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)  # fmt: skip
 from transformers.initialization import no_init_weights
 
 from trilobit.errors import ModelError, TrilobitError
@@ -47,12 +58,15 @@ class Loaded:
 
 
 def load(source: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Loaded:
-    """Load whatever `source` names: a run directory, its model/ or latent/, a checkpoint directory, or a hub id.
+    """Load whatever `source` names: a run directory, its model/ or latent/, a checkpoint directory, or a hub id of either.
 
-    latent/ gives trainable ternary modules; every other trilobit form gives frozen ones. Raises ModelError with what to
-    do when the source is missing, gated, damaged, or is no language model.
+    latent/ gives trainable ternary modules, fp32 always; every other trilobit form gives frozen ones. `dtype` is that of
+    the activations between modules and of what is not ternary; ternary modules compute in fp32. Raises ModelError with
+    what to do when the source is missing, gated, damaged, or is no language model.
     """
     path = Path(source)
+    if not path.exists() and (cached := _ours_on_hub(str(source))) is not None:
+        path = cached
     if (path / "run.json").exists():
         if not (path / "model" / CARD).exists():
             raise ModelError(f"{path} is a run that has not finished: continue it with --resume.")
@@ -60,10 +74,32 @@ def load(source: str | Path, *, device: str | torch.device = "cpu", dtype: torch
     if (path / CARD).exists():
         verify_manifest(path)
         loaded = read_ours(path)
+        if loaded.form != "latent":
+            _cast_unquantised(loaded.model, dtype)
     else:
         loaded = load_pretrained(str(source), dtype)
     loaded.model.to(device).eval()  # pyright: ignore[reportArgumentType]
     return loaded
+
+
+def _ours_on_hub(source: str) -> Path | None:
+    """The local copy of a hub repository that trilobit wrote; None if it is another, or none can be reached."""
+    if source.startswith((".", "/", "~")) or source.count("/") != 1:
+        return None
+    try:
+        hf_hub_download(source, CARD)
+    except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError):  # load_pretrained says what is wrong
+        return None
+    with _clear_errors(source):
+        return Path(snapshot_download(source))
+
+
+def _cast_unquantised(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast what is not part of a ternary module. Parameters only: buffers hold RoPE's angles."""
+    ternary = {id(p) for m in model.modules() if isinstance(m, PackedLinear | PackedEmbedding) for p in m.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in ternary:
+            parameter.data = parameter.data.to(dtype)
 
 
 def load_pretrained(source: str, dtype: torch.dtype = torch.float32) -> Loaded:
@@ -150,6 +186,8 @@ def read_ours(path: Path) -> Loaded:
             delattr(config, "quantization_config")
         with no_init_weights(), quiet_transformers():
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            if (path / "generation_config.json").exists():  # where some checkpoints keep further end-of-text tokens
+                model.generation_config = GenerationConfig.from_pretrained(path)
         model.tie_weights()
     if form != "latent" and card.get("norms") == "everywhere":
         plan = _with_every_norm(plan)
@@ -272,11 +310,13 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` → cuda where there is one, else cpu. Raises ModelError for a device that is not there."""
+    """`auto` → cuda where there is one, else cpu. Raises ModelError for a device that is not there, or of another kind."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):  # mps has no float64, which the scales are computed in; meta no numbers
+            raise RuntimeError("only cpu and cuda are supported")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         first = str(error).splitlines()[0]

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trilobit.quant import EXACT_IN_FP32
+from trilobit import quant
+from trilobit.quant import EXACT_IN_FP32, Granularity
 
 # torch._int_mm on CUDA (cuBLASLt) takes more than 16 rows, and widths that are multiples of 8.
 CUDA_MIN_TOKENS = 17
@@ -38,6 +39,25 @@ def int8_choice(device_type: str) -> Choice:
     if device_type == "cuda":
         return Choice("int8", "torch._int_mm: int8 tensor cores")
     return Choice("fp32", f"fp32 matmul on integer values: no int8 product is known for {device_type}")
+
+
+def integer_linear(
+    codes: Tensor, scale: Tensor, weight_codes: Tensor, weight_scale: Tensor, granularity: Granularity
+) -> Tensor:
+    """quant.integer_linear without a bias, on int8 instructions: the same numbers to the last bit.
+
+    codes: [T, K] int8, scale: [T, 1]; weight_codes: [O, K] int8, weight_scale as quant.absmean_scale. Returns [T, O] in
+    the dtype of `scale`.
+    """
+    group = quant.group_size(granularity)
+    if group is None:
+        return int8_matmul(codes, weight_codes).to(scale.dtype).mul_(scale * weight_scale.T)
+    y = torch.zeros(codes.shape[0], weight_codes.shape[0], dtype=scale.dtype, device=codes.device)
+    for index in range(weight_scale.shape[1]):
+        part = slice(index * group, (index + 1) * group)
+        sums = int8_matmul(codes[:, part].contiguous(), weight_codes[:, part].contiguous())
+        y += sums.to(scale.dtype).mul_(weight_scale[:, index])
+    return y.mul_(scale)
 
 
 def int8_matmul(codes: Tensor, weight_codes: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trilobit import quant
-from trilobit.kernels.dispatch import int8_matmul
+from trilobit.kernels.dispatch import integer_linear
 from trilobit.quant import Granularity
 
 Strength = float | Tensor
@@ -72,15 +72,14 @@ class _TernaryLinear(torch.autograd.Function):
         codes = scale = weight_codes = weight_scale = inputs = matrix = None
         if not _is(weights, 0):
             weight_scale = quant.absmean_scale(weight, rule.granularity)
-        if pure_weights:
-            assert weight_scale is not None
-            weight_codes = quant.ternary_codes(weight, weight_scale, rule.granularity)
 
-        if weight_codes is not None and weight_scale is not None and _is(activations, 1):
+        if weight_scale is not None and _is(weights, 1) and _is(activations, 1):
+            weight_codes = quant.ternary_codes(weight, weight_scale, rule.granularity)
             codes, scale = quant.int8_codes(normed)
-            y = int8_matmul(codes, weight_codes).to(scale.dtype).mul_(scale * weight_scale.T)
+            y = integer_linear(codes, scale, weight_codes, weight_scale, rule.granularity)
             y = y if bias is None else y.add_(bias)
-        elif weight_codes is not None and weight_scale is not None:
+        elif weight_scale is not None and pure_weights:
+            weight_codes = quant.ternary_codes(weight, weight_scale, rule.granularity)
             inputs, codes, scale = _make_inputs(normed, activations, compute)
             y = (inputs @ weight_codes.to(compute).T) * weight_scale.T
             y = y if bias is None else y.add_(bias)

@@ -25,6 +25,8 @@ from trilobit.infer.load import load, pick_device
 from trilobit.listener import SILENT, Listener
 from trilobit.surgery.roles import vocabulary_size
 
+BLOCK_ELEMENTS = 1 << 24  # of logits that are fp32 at once: 64 MB
+
 
 @dataclass(frozen=True)
 class EvalResult:
@@ -53,10 +55,23 @@ def nats(model: torch.nn.Module, windows: Tensor, sequences: int, precision: str
         batch = batch.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             logits = model(input_ids=batch[:, :-1], use_cache=False).logits
-        total += F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
+        total += _sum_nats(logits.flatten(0, 1), batch[:, 1:].flatten()).item()
         count += batch[:, 1:].numel()
     model.train(training)
     return total, count
+
+
+def perplexity(nats_per_token: float) -> float:
+    """exp(nats), held at the largest power that a float can hold: a broken model is a large number, not a crash."""
+    return math.exp(min(nats_per_token, 700.0))
+
+
+def _sum_nats(logits: Tensor, targets: Tensor) -> Tensor:
+    """Sum of nats in float64. logits: [N, V] in any dtype, made fp32 a block of rows at a time; targets: [N]."""
+    rows = max(1, BLOCK_ELEMENTS // logits.shape[1])
+    blocks = zip(logits.split(rows), targets.split(rows), strict=True)
+    parts = [F.cross_entropy(block.float(), labels, reduction="sum").double() for block, labels in blocks]
+    return torch.stack(parts).sum()
 
 
 def text_windows(
@@ -127,7 +142,7 @@ def run(config: EvalConfig, listener: Listener = SILENT) -> EvalResult:
         raise ModelError(f"the text has token {int(windows.max())}, beyond the model's embedding.")
     total, tokens = nats(loaded.model, windows, config.sequences, config.precision)
     return EvalResult(
-        perplexity=math.exp(min(total / tokens, 700.0)),
+        perplexity=perplexity(total / tokens),
         nats_per_token=total / tokens,
         bits_per_byte=total / math.log(2) / int(sizes.sum()),
         tokens=tokens,

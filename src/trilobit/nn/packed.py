@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trilobit import quant
-from trilobit.kernels.dispatch import int8_matmul
+from trilobit.kernels.dispatch import integer_linear
 from trilobit.nn.ternary import InputRMSNorm, TernaryEmbedding, TernaryLinear
 from trilobit.quant import Granularity
 
@@ -51,13 +51,10 @@ class PackedLinear(nn.Module):
             weight = quant.ternary_dequantize(self.codes, self.scale, self.granularity)
             return F.linear(x.float(), weight, self.bias).to(input.dtype)
         codes, scale = quant.int8_codes(x)
-        if quant.group_size(self.granularity) is not None:
-            y = quant.integer_linear(codes, scale, self.codes, self.scale, self.bias, self.granularity)
-        else:
-            sums = int8_matmul(codes.reshape(-1, self.in_features), self.codes).view(*codes.shape[:-1], self.out_features)
-            y = sums * (scale * self.scale.flatten())
-            y = y if self.bias is None else y + self.bias
-        return y.to(input.dtype)
+        rows, scales = codes.reshape(-1, self.in_features), scale.reshape(-1, 1)
+        y = integer_linear(rows, scales, self.codes, self.scale, self.granularity)
+        y = y if self.bias is None else y.add_(self.bias)
+        return y.to(input.dtype).view(*input.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, scale per {self.granularity}"

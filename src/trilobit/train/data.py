@@ -147,16 +147,20 @@ def from_tokens(
     """Cache the arrays of token ids that `make` yields, as they are, under `name_key` and the tokenizer.
 
     `name_key` must name everything that decides the tokens; `make` is called only if nothing is cached under it. The
-    last 2 % are held out, as in `prepare`. Bytes are those of the decoded text without special tokens.
+    first arrays are held out until there are `heldout_tokens`, or the last 2 % where that is too much, as in `prepare`.
+    Bytes are those of the decoded text without special tokens.
     """
     backend = _backend(tokenizer)
 
     def pieces() -> Iterator[tuple[bool, np.ndarray, int]]:
+        held = 0
         for array in make():
             ids = np.asarray(array).reshape(-1)
-            yield False, ids, _decoded_bytes(backend, ids)
+            held_out = held < heldout_tokens
+            held += len(ids) if held_out else 0
+            yield held_out, ids, _decoded_bytes(backend, ids)
 
-    key = _key("tokens", [RULE, name_key], backend)
+    key = _key("tokens", [RULE, name_key, heldout_tokens], backend)
     return _cached(key, pieces, backend, vocab_size, heldout_tokens, sequence_length, cache_dir)
 
 

@@ -131,7 +131,8 @@ def fit(
 
         now = time.perf_counter()
         if device.type == "cpu" or due or now - timed_at > LOG_SECONDS:
-            guard.check(windows, config, values, lr)
+            if guard.noticed():
+                raise guard.error(windows, config, peak_lr, hooks.before_step)
             now = time.perf_counter()
             row = {"step": progress.step, "tokens": progress.tokens, **{k: v.item() for k, v in losses.items()}}
             row |= {"lr": lr, **values, "gradient_norm": norm.item()}
@@ -178,6 +179,7 @@ def _accumulate(
     totals: dict[str, Tensor] = {}
     for micro in range(config.accumulation):
         batch = windows.samples(first + micro * config.sequences, config.sequences)
+        batch = batch.pin_memory() if device.type == "cuda" else batch  # else the copy would wait
         with autocast(config.precision, device):
             losses = objective(batch.to(device, non_blocking=True))
         (losses.total / config.accumulation).backward()
@@ -206,14 +208,21 @@ class _Guard:
         optimizer.grad_scale = None  # pyright: ignore[reportAttributeAccessIssue]
         optimizer.found_inf = (self.bad_step >= 0).float()  # pyright: ignore[reportAttributeAccessIssue]
 
-    def check(self, windows: Windows, config: TrainingConfig, values: dict[str, float], lr: float) -> None:
+    def noticed(self) -> bool:
+        """Whether any step was bad. Waits for the device."""
+        return bool(self.bad_step >= 0)
+
+    def error(
+        self, windows: Windows, config: TrainingConfig, peak_lr: float, settings: Callable[[int], dict[str, float]]
+    ) -> NonFiniteError:
+        """What was bad, with the settings of that step (on an accelerator it is noticed some steps later)."""
         step = int(self.bad_step)
-        if step < 0:
-            return
+        tokens = step * config.tokens_per_step
+        values = {"lr": learning_rate(config, peak_lr, tokens), **settings(tokens)}
         what = "loss" if not math.isfinite(self.loss.item()) else "gradient"
         first = step * config.accumulation * config.sequences
-        state = ", ".join(f"{name} {value:.4g}" for name, value in {"lr": lr, **values}.items())
-        raise NonFiniteError(
+        state = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        return NonFiniteError(
             f"step {step + 1}: the {what} is not finite (loss {self.loss.item()}, gradient norm {self.norm.item()}; {state}). "
             f"Its batch is samples {first} to {first + config.accumulation * config.sequences - 1} of the seed-"
             f"{config.seed} order ({windows.count} windows). The weights were not updated. Try a lower --lr."

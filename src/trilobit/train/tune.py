@@ -9,49 +9,40 @@ out/loss.png, out/lambda.png
 """
 
 import copy
-import hashlib
 import math
-import platform
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from trilobit import __version__
 from trilobit.config.tune import TuneConfig
 from trilobit.errors import ConfigError, DataError, ModelError, OutputError
 from trilobit.export.hf import require_form, round_kept, stored_precision, write_full_precision, write_latent, write_model
 from trilobit.infer.generate import sample_documents
 from trilobit.infer.load import Loaded, load_pretrained, pick_device
 from trilobit.listener import SILENT, Listener
-from trilobit.measure.perplexity import nats, require_positions
-from trilobit.storage import read_json, require_free_space, require_new_directory, write_json
+from trilobit.measure.perplexity import nats, perplexity, require_positions
+from trilobit.storage import require_free_space, require_new_directory, write_json
 from trilobit.surgery.roles import find_roles, vocabulary_size
 from trilobit.surgery.ternary import Plan, TernarySpec, apply_plan, make_plan, measure_rms, set_gains, set_strengths
 from trilobit.train.checkpoint import BYTES_PER_PARAMETER
 from trilobit.train.data import Tokens, from_tokens, prepare
 from trilobit.train.distill import Losses, mixed_loss
+from trilobit.train.layers import decide_compile, layers_of, prepare_layers
 from trilobit.train.loop import Hooks, Signals, autocast, fit
 from trilobit.train.plots import plot_loss, plot_strengths
+from trilobit.train.record import new_record, record_to_resume, weights_fingerprint
 from trilobit.train.schedule import StrengthSchedule, strength_schedule
-from trilobit.train.track import tracker
+from trilobit.train.track import Track, tracker
 from trilobit.train.windows import Windows, evaluation_windows
 
 LR_TIMES_WIDTH = 0.4
 CALIBRATION_WINDOWS = 8
 HELDOUT_TOKENS = 262_144
-FREE_TO_CHANGE = frozenset(
-    {"resume", "track", "keep_checkpoints", "checkpoint_every", "out", "cache_dir", "model_format", "store"}
-)
 
 
 @dataclass(frozen=True)
@@ -87,14 +78,20 @@ def run(config: TuneConfig, listener: Listener = SILENT) -> TuneResult:
 def _run(config: TuneConfig, listener: Listener, signals: Signals) -> TuneResult:
     device = pick_device(config.device)
     out = Path(config.out or f"out/{Path(config.model).absolute().name}")
-    record = _record_to_resume(out, config) if config.resume else None
+    record = record_to_resume(out, config) if config.resume else None
     if record is None:
         require_new_directory(out, f"Continue it with --resume, or choose another name with --out {out}-2.")
     elif "result" in record:
         raise OutputError(f"{out} has finished already; its model is in {out / 'model'}.")
 
-    track = tracker(config.track, out, asdict(config))
+    with tracker(config.track, out, asdict(config)) as track:
+        return _tune(config, listener, signals, track, device, out, record)
 
+
+def _tune(
+    config: TuneConfig, listener: Listener, signals: Signals, track: Track, device: torch.device, out: Path,
+    record: dict[str, Any] | None,
+) -> TuneResult:  # fmt: skip
     base = load_pretrained(config.model)
     model = base.model
     model.to(device)  # pyright: ignore[reportArgumentType]
@@ -103,6 +100,8 @@ def _run(config: TuneConfig, listener: Listener, signals: Signals) -> TuneResult
     if plan is not None:
         require_form(plan, model, config.model_format)
     base_bytes = sum(p.numel() * 2 for p in model.parameters())  # as bf16, the way checkpoints are published
+    if record is not None and record["base"] != weights_fingerprint(model):
+        raise ModelError(f"the weights of {config.model} have changed since {out} began; --resume needs the same ones.")
     signals.raise_if_set()
 
     tokens = _tokens(config, base, signals)
@@ -130,16 +129,19 @@ def _run(config: TuneConfig, listener: Listener, signals: Signals) -> TuneResult
         base_nats = total / count
         if not math.isfinite(base_nats):
             raise ModelError(f"{config.model} itself has a loss of {base_nats} on held-out text: its weights are damaged.")
-        schedules = _schedules(config, len(_layers(model)))
+        schedules = _schedules(config, len(layers_of(model)))
         rms = _calibrate(config, plan, model, windows, device)
-        record = _new_record(config, plan, schedules, rms, base_nats, tokens)
+        compiled, why = decide_compile(config, model, device)
+        if config.compile == "auto":
+            listener.note(f"{'compiled' if compiled else 'not compiled'}: {why}")
+        record = new_record(config, plan, schedules, rms, base_nats, tokens, weights_fingerprint(model), compiled)
     else:
-        if record.get("data_key", tokens.key) != tokens.key:
+        if record["data_key"] != tokens.key:
             raise DataError(f"the text of --data {config.data} has changed since {out} began; --resume needs the same text.")
-        base_nats, rms = record["base_nats_per_token"], record.get("gains", {})
+        base_nats, rms = record["base_nats_per_token"], record["gains"]
         schedules = [StrengthSchedule.from_json(value) for value in record["schedules"]]
     signals.raise_if_set()
-    listener.note(f"original model: {base_nats:.4f} nats per token held out (perplexity {math.exp(base_nats):.2f})")
+    listener.note(f"original model: {base_nats:.4f} nats per token held out (perplexity {perplexity(base_nats):.2f})")
 
     ternary_parameters = 0
     if plan is not None:
@@ -150,12 +152,14 @@ def _run(config: TuneConfig, listener: Listener, signals: Signals) -> TuneResult
         listener.note(f"weights: {schedules[0].describe()}")
         if schedules[1] != schedules[0] and config.activations == "int8":
             listener.note(f"activations: {schedules[1].describe()}")
+        if config.ramp_fraction == 1 and config.schedule not in ("immediate", "never"):
+            listener.note("--ramp-fraction 1: λ is 1 only after the last step, so the finished model is never itself trained")
     model.requires_grad_(True)
     parameters = sum(p.numel() for p in model.parameters())
     peak_lr = config.lr or LR_TIMES_WIDTH / model.config.get_text_config().hidden_size
     if config.lr is None:
         listener.note(f"learning rate {peak_lr:.2e}: {LR_TIMES_WIDTH} / hidden size (choose with --lr)")
-    _prepare_layers(model, config)
+    prepare_layers(model, config, record["compiled"])
 
     require_free_space(out, (config.keep_checkpoints + 1) * BYTES_PER_PARAMETER * parameters, "The run")
     try:
@@ -184,12 +188,11 @@ def _run(config: TuneConfig, listener: Listener, signals: Signals) -> TuneResult
     hooks.log += [track, lambda row: listener.row(row, config.max_tokens)]
     progress = fit(model, windows, objective, config, peak_lr, out, device, signals, hooks)
 
-    # What was compiled for the training device must not be compiled again for the CPU that measures and writes.
+    # What was compiled for training must not be compiled again for the batches that measure and compare.
     with torch.compiler.set_stance("force_eager"):
         if plan is not None:
             layers = len(schedules[0].starts)
             set_strengths(model, [1.0] * layers, [1.0] * layers)
-        model.to("cpu")  # pyright: ignore[reportArgumentType]
         write_latent(model, plan, base.tokenizer, out / "latent")
         if plan is not None:
             round_kept(model, plan, stored_precision(plan, model, config.model_format, config.store))
@@ -204,8 +207,8 @@ def _run(config: TuneConfig, listener: Listener, signals: Signals) -> TuneResult
     result = TuneResult(
         out=str(out), model=written.path, form=written.form, reason=written.reason, steps=progress.step,
         tokens=progress.tokens, seconds=progress.seconds, tokens_per_second=progress.tokens / progress.seconds,
-        base_nats_per_token=base_nats, nats_per_token=total / count, base_perplexity=math.exp(base_nats),
-        perplexity=math.exp(total / count), heldout_tokens=count, parameters=parameters,
+        base_nats_per_token=base_nats, nats_per_token=total / count, base_perplexity=perplexity(base_nats),
+        perplexity=perplexity(total / count), heldout_tokens=count, parameters=parameters,
         ternary_parameters=ternary_parameters, base_bytes=base_bytes, model_bytes=written.bytes,
         agreement=asdict(written.agreement),
     )  # fmt: skip
@@ -244,23 +247,18 @@ def _tokens(config: TuneConfig, base: Loaded, signals: Signals) -> Tokens:
     start: Any = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else end
     if start is None:
         raise ConfigError("--data self: this tokenizer has no beginning-of-text or end-of-text token to start from.")
-    wanted = needed + config.eval_tokens
-    key = f"self {_weights_fingerprint(model)} {wanted} {config.sequence_length} {config.seed}"
+    wanted = needed + config.eval_tokens + config.sequence_length  # the last document held out ends past eval_tokens
+    key = f"self {weights_fingerprint(model)} {wanted} {config.sequence_length} {config.seed}"
 
     def make() -> Iterator[Any]:
         for document in sample_documents(model, start, end, wanted, config.sequence_length, config.seed):
             signals.raise_if_set()
             yield document
 
-    return from_tokens(key, make, tokenizer, vocab_size=vocabulary, sequence_length=config.sequence_length, cache_dir=cache)
-
-
-def _weights_fingerprint(model: PreTrainedModel) -> str:
-    """Enough of the weights to tell one checkpoint from another: each parameter's name, shape, sum and absolute sum."""
-    parts = [
-        (name, tuple(p.shape), p.double().sum().item(), p.double().abs().sum().item()) for name, p in model.named_parameters()
-    ]
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
+    return from_tokens(
+        key, make, tokenizer, vocab_size=vocabulary, heldout_tokens=config.eval_tokens,
+        sequence_length=config.sequence_length, cache_dir=cache,
+    )  # fmt: skip
 
 
 def _calibrate(
@@ -273,64 +271,3 @@ def _calibrate(
     normed = [path for path, linear in plan.linears.items() if linear.normed]
     with autocast(config.precision, device):
         return measure_rms(model, normed, batch.split(2))
-
-
-def _layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-
-
-def _prepare_layers(model: PreTrainedModel, config: TuneConfig) -> None:
-    if config.activation_checkpointing:
-        # transformers 5 renamed it on the way and warns at the old name
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-    if config.compile:
-        for layer in _layers(model):  # one small graph for all layers, instead of one large one
-            layer.compile()
-
-
-def _new_record(
-    config: TuneConfig, plan: Plan | None, schedules: list[StrengthSchedule], gains: dict[str, float], base_nats: float,
-    tokens: Tokens,
-) -> dict[str, Any]:  # fmt: skip
-    return {
-        "command": "tune",
-        "config": asdict(config),
-        "argv": sys.argv[1:],
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {
-            "trilobit": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        "git": _git_revision(),
-        "data": tokens.description,
-        "data_key": tokens.key,
-        "base_nats_per_token": base_nats,
-        "schedules": [asdict(schedule) for schedule in schedules],
-        "gains": gains,
-        "plan": plan.to_json() if plan else None,
-    }  # fmt: skip
-
-
-def _record_to_resume(out: Path, config: TuneConfig) -> dict[str, Any]:
-    """run.json of the run to continue. Raises OutputError if there is none, ConfigError if the settings differ."""
-    if not (out / "run.json").exists():
-        raise OutputError(f"there is no run to resume in {out}: it has no run.json.")
-    record = read_json(out / "run.json")
-    now, then = asdict(config), record["config"]
-    changed = [
-        f"--{name.replace('_', '-')} was {then.get(name)}, is {now[name]}"
-        for name in now
-        if name not in FREE_TO_CHANGE and now[name] != then.get(name)
-    ]
-    if changed:
-        raise ConfigError("--resume continues a run with the settings it has: " + "; ".join(changed) + ".")
-    return record
-
-
-def _git_revision() -> str | None:
-    try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
-    except OSError:
-        return None
-    return done.stdout.strip() or None

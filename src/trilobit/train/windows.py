@@ -26,10 +26,6 @@ class Windows:
         self.count = _window_count(tokens, length)
         self.length, self._tokens, self._seed = length, tokens, seed
 
-    def batch(self, index: int, size: int) -> Tensor:
-        """Samples index·size … index·size + size − 1: int64 [size, length + 1]."""
-        return self.samples(index * size, size)
-
     def samples(self, start: int, number: int) -> Tensor:
         """Samples start … start + number − 1, counted from the beginning of training: int64 [number, length + 1]."""
         return _take(self._tokens, self.order(start, number), self.length)

@@ -1,0 +1,86 @@
+"""run.json: what made a run, written when it begins and read when it is resumed."""
+
+import hashlib
+import platform
+import subprocess
+import sys
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from trilobit import __version__
+from trilobit.config.tune import TuneConfig
+from trilobit.errors import ConfigError, OutputError
+from trilobit.storage import read_json
+from trilobit.surgery.ternary import Plan
+from trilobit.train.data import Tokens
+from trilobit.train.schedule import StrengthSchedule
+
+FREE_TO_CHANGE = frozenset(
+    {"resume", "track", "keep_checkpoints", "checkpoint_every", "out", "cache_dir", "model_format", "store"}
+)
+
+
+def new_record(
+    config: TuneConfig, plan: Plan | None, schedules: list[StrengthSchedule], gains: dict[str, float], base_nats: float,
+    tokens: Tokens, fingerprint: str, compiled: bool,
+) -> dict[str, Any]:  # fmt: skip
+    return {
+        "command": "tune",
+        "config": asdict(config),
+        "argv": sys.argv[1:],
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {
+            "trilobit": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "git": _git_revision(),
+        "data": tokens.description,
+        "data_key": tokens.key,
+        "base": fingerprint,
+        "compiled": compiled,
+        "base_nats_per_token": base_nats,
+        "schedules": [asdict(schedule) for schedule in schedules],
+        "gains": gains,
+        "plan": plan.to_json() if plan else None,
+    }  # fmt: skip
+
+
+def record_to_resume(out: Path, config: TuneConfig) -> dict[str, Any]:
+    """run.json of the run to continue. Raises OutputError if there is none, ConfigError if the settings differ."""
+    if not (out / "run.json").exists():
+        raise OutputError(f"there is no run to resume in {out}: it has no run.json.")
+    record = read_json(out / "run.json")
+    needed = {"config", "data_key", "base", "compiled", "base_nats_per_token", "gains", "schedules"}
+    if missing := sorted(needed - record.keys()):
+        raise OutputError(f"{out / 'run.json'} was not written by this version: it lacks {', '.join(missing)}.")
+    now, then = asdict(config), record["config"]
+    changed = [
+        f"--{name.replace('_', '-')} was {then.get(name)}, is {now[name]}"
+        for name in now
+        if name not in FREE_TO_CHANGE and now[name] != then.get(name)
+    ]
+    if changed:
+        raise ConfigError("--resume continues a run with the settings it has: " + "; ".join(changed) + ".")
+    return record
+
+
+def _git_revision() -> str | None:
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """Enough of the weights to tell one checkpoint from another: each parameter's name, shape, sum and absolute sum."""
+    parts = [
+        (name, tuple(p.shape), p.double().sum().item(), p.double().abs().sum().item()) for name, p in model.named_parameters()
+    ]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
