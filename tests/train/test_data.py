@@ -7,36 +7,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from train.byte_level import VOCABULARY, WORDS, byte_level, make_tokenizer
 from trilobit.errors import DataError, ModelError
 from trilobit.train import data as data_module
+from trilobit.train import encode as encode_module
 from trilobit.train.data import Tokens, from_tokens, prepare
 from trilobit.train.windows import Windows, evaluation_windows
-
-WORDS = "It isn't the  end:\n\n\tthey'll (perhaps) return 1984 times, naïvely…   and\n again\r\n"
-VOCABULARY = 300
-
-
-def make_tokenizer(pre_tokenizer: pre_tokenizers.PreTokenizer, text: str = WORDS * 3) -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizer
-    tokenizer.train_from_iterator(
-        [text],
-        trainers.BpeTrainer(
-            vocab_size=VOCABULARY,
-            special_tokens=["<|end|>"],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
-
-
-def byte_level(**options: bool) -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.ByteLevel(**{"add_prefix_space": False, **options})
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +65,7 @@ def test_tokens_give_the_text_back(tokenizer, corpus_file: Path, build) -> None:
 def test_a_second_call_does_not_tokenise(corpus_file: Path, build, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same text, tokenizer and options are found in the cache, even if the file has moved."""
     first = build(corpus_file)
-    monkeypatch.setattr(data_module, "_tokenised", None)
+    monkeypatch.setattr(data_module, "encode_documents", None)
     second = build(corpus_file.rename(corpus_file.with_name("moved.jsonl")), sequence_length=32)
     assert (second.train == first.train).all()
     assert second.key == first.key
@@ -127,8 +106,8 @@ def test_batches_and_truncation_leave_no_trace(
     """The tokens are the same however documents are batched and cut; a tokenizer set to truncate and pad neither
     truncates nor is changed."""
     expected = build(corpus_file)
-    monkeypatch.setattr(data_module, "BATCH_CHARACTERS", 50)
-    monkeypatch.setattr(data_module, "CUT_CHARACTERS", 20)
+    monkeypatch.setattr(encode_module, "BATCH_CHARACTERS", 50)
+    monkeypatch.setattr(encode_module, "CUT_CHARACTERS", 20)
     other = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()), eos_token="<|end|>"
     )
@@ -175,7 +154,7 @@ def test_a_stream_stops_at_max_tokens(build, monkeypatch: pytest.MonkeyPatch) ->
             yield {"text": f"{i} {WORDS}"}
 
     monkeypatch.setattr("datasets.load_dataset", load)
-    monkeypatch.setattr(data_module, "BATCH_CHARACTERS", 1000)
+    monkeypatch.setattr(encode_module, "BATCH_CHARACTERS", 1000)
     with pytest.raises(DataError, match="--max-tokens"):
         build("owner/name")
     tokens = build("owner/name", max_tokens=2000)
@@ -248,60 +227,6 @@ def test_ready_tokens_are_kept_under_their_name(tokenizer, tmp_path: Path) -> No
     )  # fmt: skip
     assert [*tokens.heldout] == [*range(3, 15), *range(20, 28)], "whole documents, until there are 15 tokens"
     assert [*tokens.train] == [*range(100, 150)]
-
-
-def with_added(tokenizer: Tokenizer, token: AddedToken) -> Tokenizer:
-    tokenizer.add_tokens([token])
-    return tokenizer
-
-
-def with_normalizer(tokenizer: Tokenizer, normalizer: normalizers.Normalizer) -> Tokenizer:
-    tokenizer.normalizer = normalizer
-    return tokenizer
-
-
-SAFE = [
-    make_tokenizer(byte_level()),
-    make_tokenizer(pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level()])),
-    with_added(with_normalizer(make_tokenizer(byte_level()), normalizers.NFC()), AddedToken("they", lstrip=True)),
-    with_added(make_tokenizer(byte_level()), AddedToken("the", single_word=True)),
-]
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.sampled_from([*"atsl' \n\t\r.19é\u0301\u00a0\u3000\x1c", "the", "they", "  ", "'ll"]), max_size=60))
-def test_cuts_change_no_token(pieces: list[str]) -> None:
-    """Where cuts are called safe, the parts are the text, and their tokens are the tokens of the whole text."""
-    text = "".join(pieces)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data_module, "CUT_CHARACTERS", 2)
-        parts = data_module._cut(text)
-    assert "".join(parts) == text
-    for tokenizer in SAFE:
-        whole = tokenizer.encode(text, add_special_tokens=False).ids
-        encoded = tokenizer.encode_batch_fast(parts, add_special_tokens=False)
-        assert [token for part in encoded for token in part.ids] == whole
-
-
-def test_cuts_are_made_only_where_they_are_proven() -> None:
-    """Every other kind of tokenizer sees documents whole; one of them shows that a cut would change its tokens."""
-    assert all(map(data_module._cuts_are_safe, SAFE))
-    prefixing = make_tokenizer(byte_level(add_prefix_space=True))
-    swallowing = with_added(make_tokenizer(byte_level()), AddedToken("end", rstrip=True))
-    unsafe = [
-        prefixing,
-        swallowing,
-        with_added(make_tokenizer(byte_level()), AddedToken("the end")),
-        make_tokenizer(byte_level(use_regex=False)),
-        make_tokenizer(pre_tokenizers.Metaspace()),
-        make_tokenizer(pre_tokenizers.Sequence([])),
-        with_normalizer(make_tokenizer(byte_level()), normalizers.NFKC()),
-        Tokenizer(models.BPE()),
-    ]
-    assert not any(map(data_module._cuts_are_safe, unsafe))
-    for tokenizer, parts in ((prefixing, ["the", "\nend"]), (swallowing, ["the end", " end"])):
-        cut = [token for part in parts for token in tokenizer.encode(part).ids]
-        assert cut != tokenizer.encode("".join(parts)).ids
 
 
 @given(count=st.integers(1, 700), seed=st.integers(-3, 2**64), epoch=st.integers(0, 5))

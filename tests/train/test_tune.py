@@ -323,7 +323,7 @@ def test_the_command_saves_and_resumes(
 
 @pytest.mark.parametrize(
     ("data", "module", "source"),
-    [(None, data_module, "_tokenised"), ("self", tune_module, "sample_documents")],
+    [(None, data_module, "encode_documents"), ("self", tune_module, "sample_documents")],
     ids=["file", "self"],
 )
 def test_a_signal_stops_the_tokenising(

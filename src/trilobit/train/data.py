@@ -3,14 +3,10 @@
 A corpus is tokenised once and kept as one flat array, `tokens.bin` (little-endian uint16, or uint32 where the
 vocabulary needs it), the training part first and the held-out part after it. The directory's name is a hash of what it
 was made from: the text, the tokenizer's whole definition, the options. Nothing is ever out of date, only unused.
-
-Long documents are cut before tokenising where that provably changes nothing, because the tokenizer works on documents
-in parallel and a 1 GB file is one document: see `_cuts_are_safe`.
 """
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +19,9 @@ from transformers import PreTrainedTokenizerBase
 from trilobit import corpus
 from trilobit.errors import DataError, ModelError, OutputError
 from trilobit.storage import atomic_directory, is_whole, read_json, write_json
+from trilobit.train.encode import encode_documents
 
 RULE = 1  # raised whenever the same text and tokenizer would give other tokens or another held-out part
-BATCH_CHARACTERS = 1 << 21
-CUT_CHARACTERS = 1 << 14
 
 Progress = Callable[[int, int], None]  # (bytes of text, tokens) done so far
 
@@ -122,7 +117,7 @@ def prepare(
 
     def pieces() -> Iterator[tuple[bool, np.ndarray, int]]:
         texts = train = total = 0
-        for document, ids in _tokenised(corpus.documents(data, text_field=text_field), backend, ends[0]):
+        for document, ids in encode_documents(corpus.documents(data, text_field=text_field), backend, ends[0]):
             yield document.held_out, ids, document.bytes
             texts, total = texts + document.bytes, total + len(ids)
             train += 0 if document.held_out else len(ids)
@@ -228,68 +223,3 @@ def _backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
 def _decoded_bytes(backend: Tokenizer, ids: np.ndarray) -> int:
     """Bytes of the text of `ids`, up to a character at either end."""
     return len(backend.decode(ids.tolist(), skip_special_tokens=True).encode())
-
-
-def _cuts_are_safe(backend: Tokenizer) -> bool:
-    """True if cutting a text between a letter and the blank after it is sure to leave its tokens as they were.
-
-    It is for GPT-2's pre-tokenizer (ByteLevel, also after Digits), with no or NFC normalisation. Its pattern,
-    's|'t|…| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+, has no branch with a blank after anything else,
-    so in the whole text a match ends at the cut too; it never looks back, so what follows matches alike; and only a run
-    of blanks looks ahead, at the one character after it, which lies before the cut. BPE works inside matches. Left to
-    exclude are added tokens that reach across: those with blanks inside, or that swallow the blanks after them.
-    """
-    spec = json.loads(backend.to_str())
-    steps = spec["pre_tokenizer"] or {}
-    steps = steps.get("pretokenizers", [steps])
-    return (
-        bool(steps)
-        and steps[-1].get("type") == "ByteLevel"
-        and steps[-1]["use_regex"]
-        and not steps[-1]["add_prefix_space"]
-        and all(step["type"] == "Digits" for step in steps[:-1])
-        and (spec["normalizer"] or {"type": "NFC"})["type"] == "NFC"
-        and spec["model"]["type"] == "BPE"
-        and not any(token["rstrip"] or re.search(r"\s", token["content"]) for token in spec["added_tokens"])
-    )
-
-
-def _cut(text: str) -> list[str]:
-    parts, start = [], 0
-    blank = re.compile(r"[A-Za-z](?=[ \n])")
-    while len(text) - start > CUT_CHARACTERS and (found := blank.search(text, start + CUT_CHARACTERS)):
-        parts.append(text[start : found.end()])
-        start = found.end()
-    return [*parts, text[start:]]
-
-
-def _batches(
-    documents: Iterable[corpus.Document], cut: Callable[[str], list[str]]
-) -> Iterator[list[tuple[str, corpus.Document | None]]]:
-    """Texts to encode together, each with the document that ends with it, or None if the document goes on."""
-    batch: list[tuple[str, corpus.Document | None]] = []
-    characters = 0
-    for document in documents:
-        *firsts, last = cut(document.text)
-        for text, ends in [*((first, None) for first in firsts), (last, document)]:
-            batch.append((text, ends))
-            characters += len(text)
-            if characters >= BATCH_CHARACTERS:
-                yield batch
-                batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-def _tokenised(
-    documents: Iterable[corpus.Document], backend: Tokenizer, end: int
-) -> Iterator[tuple[corpus.Document, np.ndarray]]:
-    """Each document and its tokens as uint32, `end` last. Holds one batch of encodings at a time."""
-    parts: list[np.ndarray] = []
-    for batch in _batches(documents, _cut if _cuts_are_safe(backend) else lambda text: [text]):
-        encodings = backend.encode_batch_fast([text for text, _ in batch], add_special_tokens=False)
-        for encoding, (_, document) in zip(encodings, batch, strict=True):
-            parts.append(np.array(encoding.ids, dtype=np.uint32))
-            if document is not None:
-                yield document, np.concatenate([*parts, np.array([end], dtype=np.uint32)])
-                parts = []
