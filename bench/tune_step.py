@@ -1,12 +1,13 @@
 """What making a model ternary costs per training step, against plain fine-tuning and transformers' AutoBitLinear.
 
-    python bench/tune_step.py out/smollm2-base [--precision bf16 fp32] [--rounds 7] [--compile]
+    python bench/tune_step.py out/smollm2-base [--precision bf16 fp32] [--rounds 7] [--compile] [--device cuda --batch 32]
 
 λ rows are the whole of trilobit's step, its loss included; plain and the peer have torch's cross-entropy, as the loss of
 transformers has. One run, one table: forward + backward + clip + AdamW on batch 4 × 256, steps of the variants
 interleaved, medians; the ratio is the median over rounds of variant / plain in the same round. Peak memory is that of a
-process of its own per variant (two steps), above the memory of the process before the model was loaded. TFLOP/s counts
-6 · parameters · tokens of the matrices, against the bf16 or fp32 matrix product of this machine in the same run.
+process of its own per variant (two steps), above the memory of the process before the model was loaded (on CUDA: what
+the allocator handed out at most). TFLOP/s counts 6 · parameters · tokens of the matrices, against the bf16 or fp32 matrix
+product of this machine in the same run. With --compile, "plain" is compiled too; "plain eager" is there to compare with.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -29,11 +31,26 @@ from trilobit.surgery.ternary import TernarySpec, set_strengths, ternarize
 from trilobit.train.distill import cross_entropy, mixed_loss
 from trilobit.train.loop import autocast, make_optimizer
 
-BATCH, LENGTH = 4, 256
+LENGTH = 256
 VARIANTS = ("plain", "plain eager", "λ=0.5", "λ=1", "autobitlinear")
 
 
-def make(variant: str, path: str, compiled: bool) -> nn.Module:
+@dataclass(frozen=True)
+class Setting:
+    """What all variants of a table share."""
+
+    path: str
+    compiled: bool
+    device: torch.device
+    batch: int
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def make(variant: str, setting: Setting) -> nn.Module:
+    path, compiled = setting.path, setting.compiled
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     if variant.startswith("λ"):
         ternarize(model, TernarySpec(placement="every", activations="int8"))
@@ -50,33 +67,37 @@ def make(variant: str, path: str, compiled: bool) -> nn.Module:
     if compiled and variant != "plain eager":
         for _, layer in decoder_layers(model):
             layer.compile()
-    return model.train()
+    return model.to(setting.device).train()
 
 
-def stepper(model: nn.Module, precision: str, ours: bool) -> Callable[[], None]:
+def stepper(variant: str, precision: str, setting: Setting) -> Callable[[], None]:
+    model, ours = make(variant, setting), variant.startswith("λ")
     config = TuneConfig(model="", data="")
     optimizer = make_optimizer(model, 1e-5, config)
     vocabulary = vocabulary_size(model)
-    windows = torch.randint(0, vocabulary, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    windows = torch.randint(0, vocabulary, (setting.batch, LENGTH + 1), generator=generator).to(setting.device)
 
     def step() -> None:
-        with autocast(precision, torch.device("cpu")):
+        with autocast(precision, setting.device):
             logits = model(input_ids=windows[:, :-1], use_cache=False).logits
             loss = mixed_loss(logits, windows[:, 1:], None, 0.0, 1.0).total if ours else cross_entropy(logits, windows[:, 1:])
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        setting.wait()
 
     return step
 
 
-def peak_memory(variant: str, path: str, precision: str, compiled: bool) -> None:
+def peak_memory(variant: str, precision: str, setting: Setting) -> None:
     before = high_water()
-    step = stepper(make(variant, path, compiled), precision, variant.startswith("λ"))
+    step = stepper(variant, precision, setting)
     step()
     step()
-    print(json.dumps(high_water() - before))
+    on_card = torch.cuda.max_memory_allocated() if setting.device.type == "cuda" else 0
+    print(json.dumps(on_card or high_water() - before))
 
 
 def high_water() -> int:
@@ -85,16 +106,20 @@ def high_water() -> int:
     return int(line.split()[1]) * 1024
 
 
-def matrix_roof(precision: str) -> float:
-    """TFLOP/s of a 1024 × 1536 × 576 product, the best of 20."""
+def matrix_roof(precision: str, setting: Setting) -> float:
+    """TFLOP/s of a matrix product, the best of 20: on a CPU with the shapes of SmolLM2's MLP, on a GPU a large one."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    a, b = torch.randn(1024, 576, dtype=dtype), torch.randn(576, 1536, dtype=dtype)
+    rows, inner, columns = (1024, 576, 1536) if setting.device.type == "cpu" else (8192, 8192, 8192)
+    a, b = torch.randn(rows, inner, dtype=dtype), torch.randn(inner, columns, dtype=dtype)
+    a, b = a.to(setting.device), b.to(setting.device)
     times = []
     for _ in range(20):
+        setting.wait()
         start = time.perf_counter()
         a @ b
+        setting.wait()
         times.append(time.perf_counter() - start)
-    return 2 * 1024 * 576 * 1536 / min(times) / 1e12
+    return 2 * rows * inner * columns / min(times) / 1e12
 
 
 def main() -> None:
@@ -104,22 +129,25 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch", type=int, default=4, help="windows of 256 tokens")
     parser.add_argument("--memory-of", nargs=2, metavar=("VARIANT", "PRECISION"), help=argparse.SUPPRESS)
     parser.add_argument("--no-memory", action="store_true")
     arguments = parser.parse_args()
     if arguments.variants is None:  # without --compile the two plain ones are the same
         arguments.variants = [v for v in VARIANTS if arguments.compile or v != "plain eager"]
+    setting = Setting(arguments.model, arguments.compile, torch.device(arguments.device), arguments.batch)
+    torch._dynamo.config.recompile_limit = 32  # five variants, one forward
     if arguments.memory_of:
-        peak_memory(arguments.memory_of[0], arguments.model, arguments.memory_of[1], arguments.compile)
+        peak_memory(*arguments.memory_of, setting)
         return
-    threads = torch.get_num_threads()
-    print(f"torch {torch.__version__}, {threads} threads, batch {BATCH} × {LENGTH}, compile {arguments.compile}")
+    on = torch.cuda.get_device_name() if setting.device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"torch {torch.__version__}, {on}, batch {setting.batch} × {LENGTH}, compile {setting.compiled}")
     print(f"{'':<6}{'variant':<15}{'s/step':>8}{'tokens/s':>10}{'ratio':>8}{'TFLOP/s':>9}{'of roof':>9}{'GB':>7}{'ratio':>7}")
     for precision in arguments.precision:
-        steps = {
-            v: stepper(make(v, arguments.model, arguments.compile), precision, v.startswith("λ")) for v in arguments.variants
-        }
+        steps = {variant: stepper(variant, precision, setting) for variant in arguments.variants}
         for step in steps.values():
+            step()
             step()
         seconds: dict[str, list[float]] = {variant: [] for variant in steps}
         for _ in range(arguments.rounds):
@@ -128,21 +156,22 @@ def main() -> None:
                 step()
                 seconds[variant].append(time.perf_counter() - start)
         del steps
-        roof = matrix_roof(precision)
+        roof = matrix_roof(precision, setting)
         memory: dict[str, int] = {}
         for variant in [] if arguments.no_memory else arguments.variants:
             command = [sys.executable, __file__, arguments.model, "--memory-of", variant, precision]
-            command += ["--compile"] if arguments.compile else []
+            command += ["--device", arguments.device, "--batch", str(setting.batch), *["--compile"] * arguments.compile]
             memory[variant] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
         matrices = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(arguments.model).parameters() if p.ndim > 1)
         for variant, times in seconds.items():
             median = statistics.median(times)
             ratio = statistics.median(a / b for a, b in zip(times, seconds["plain"], strict=True))
-            flops = 6 * matrices * BATCH * LENGTH / median / 1e12
+            tokens = setting.batch * LENGTH
+            flops = 6 * matrices * tokens / median / 1e12
             peak = memory.get(variant, 0)
             relative = peak / memory["plain"] if memory else 0.0
             print(
-                f"{precision:<6}{variant:<15}{median:>8.2f}{BATCH * LENGTH / median:>10.0f}{ratio:>8.3f}{flops:>9.3f}"
+                f"{precision:<6}{variant:<15}{median:>8.2f}{tokens / median:>10.0f}{ratio:>8.3f}{flops:>9.3f}"
                 f"{flops / roof:>9.0%}{peak / 1e9:>7.2f}{relative:>7.3f}",
                 flush=True,
             )

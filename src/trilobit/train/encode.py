@@ -1,43 +1,65 @@
 """Documents to tokens, in batches.
 
-The library encodes the texts of a batch in parallel, so long documents are cut where that provably changes nothing: a
-1 GB file is one document. On few cores encoding by distinct words (words.py) is faster, where the tokenizer allows it.
+Where the tokenizer allows it they are encoded by distinct words (words.py), several times as fast as by the library, and
+much text on all cores (workers.py). Long documents are cut where that provably changes nothing, because batches are what
+is encoded in parallel and a 1 GB file is one document.
 """
 
 import json
-import os
 import re
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from trilobit import corpus
 from trilobit.train.words import WordEncoder
+from trilobit.train.workers import available_cores, encode_in_processes
 
-BATCH_CHARACTERS = 1 << 21
+BATCH_CHARACTERS = 1 << 20
 CUT_CHARACTERS = 1 << 14
-CORES_FOR_LIBRARY = 8  # from which on the library, at some 2 MB/s a core, overtakes one core of words.py
+FEW_BATCHES = 4  # encoded where they are: as long as starting processes would take
+MOST_WORKERS = 16  # reading and parsing feed no more
+
+_Batch = list[tuple[str, corpus.Document | None]]
 
 
 def encode_documents(
     documents: Iterable[corpus.Document], backend: Tokenizer, end: int
 ) -> Iterator[tuple[corpus.Document, np.ndarray]]:
-    """Each document and its tokens as uint32, `end` last. Holds one batch of texts and tokens at a time."""
-    words = WordEncoder.of(backend) if (os.cpu_count() or 1) < CORES_FOR_LIBRARY else None
+    """Each document and its tokens as uint32, `end` last. Holds few batches of texts and tokens at a time."""
+    batches: deque[_Batch] = deque()  # that are being encoded
+
+    def texts() -> Iterator[list[str]]:
+        for batch in _batches(documents, _cut if _cuts_are_safe(backend) else lambda text: [text]):
+            batches.append(batch)
+            yield [text for text, _ in batch]
+
     parts: list[np.ndarray] = []
-    for batch in _batches(documents, _cut if _cuts_are_safe(backend) else lambda text: [text]):
-        texts = [text for text, _ in batch]
-        if words is not None:
-            encoded = words.encode(texts)
-        else:
-            encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
-            encoded = [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
-        for ids, (_, document) in zip(encoded, batch, strict=True):
+    for encoded in _encode(texts(), backend):
+        for ids, (_, document) in zip(encoded, batches.popleft(), strict=True):
             parts.append(ids)
             if document is not None:
                 yield document, np.concatenate([*parts, np.array([end], dtype=np.uint32)])
                 parts = []
+
+
+def _encode(batches: Iterator[list[str]], backend: Tokenizer) -> Iterator[list[np.ndarray]]:
+    """The ids of each batch, in order."""
+    words = WordEncoder.of(backend)
+    if words is None:
+        for texts in batches:
+            encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
+            yield [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+        return
+    yield from map(words.encode, islice(batches, FEW_BATCHES))
+    cores = min(available_cores(), MOST_WORKERS)
+    if cores == 1:
+        yield from map(words.encode, batches)
+    elif (more := next(batches, None)) is not None:
+        yield from encode_in_processes(chain([more], batches), backend, cores)
 
 
 def _cuts_are_safe(backend: Tokenizer) -> bool:
@@ -63,11 +85,9 @@ def _cut(text: str) -> list[str]:
     return [*parts, text[start:]]
 
 
-def _batches(
-    documents: Iterable[corpus.Document], cut: Callable[[str], list[str]]
-) -> Iterator[list[tuple[str, corpus.Document | None]]]:
+def _batches(documents: Iterable[corpus.Document], cut: Callable[[str], list[str]]) -> Iterator[_Batch]:
     """Texts to encode together, each with the document that ends with it, or None if the document goes on."""
-    batch: list[tuple[str, corpus.Document | None]] = []
+    batch: _Batch = []
     characters = 0
     for document in documents:
         *firsts, last = cut(document.text)

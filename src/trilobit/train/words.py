@@ -20,9 +20,10 @@ import regex
 from tokenizers import Tokenizer
 
 CONTRACTIONS = "'s|'t|'re|'ve|'m|'ll|'d"
-WORDS = rf"{CONTRACTIONS}| ?\p{{L}}+| ?\p{{N}}+| ?[^\s\p{{L}}\p{{N}}]+|\s+(?!\S)|\s+"
+# GPT-2's, with the commonest kinds first: letters and numbers cannot begin a contraction.
+WORDS = rf" ?\p{{L}}+| ?\p{{N}}+|{CONTRACTIONS}| ?[^\s\p{{L}}\p{{N}}]+|\s+(?!\S)|\s+"
 # Where numbers were cut out first (the pre-tokenizer Digits), they stand alone, and a text ends before each.
-WORDS_AND_DIGITS = rf"{CONTRACTIONS}| ?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+|\s+(?![^\s\p{{N}}])|\s+"
+WORDS_AND_DIGITS = rf" ?\p{{L}}+|\p{{N}}|{CONTRACTIONS}| ?[^\s\p{{L}}\p{{N}}]+|\s+(?![^\s\p{{N}}])|\s+"
 WORDS_AND_NUMBERS = WORDS_AND_DIGITS.replace(r"|\p{N}|", r"|\p{N}+|")
 MOST_WORDS = 1 << 19  # remembered at once (some 100 MB); then all are forgotten
 
