@@ -1,0 +1,60 @@
+"""Decoding through transformers: tokens per second of a model as it is and of its ternary form, interleaved.
+
+    python bench/decode.py MODEL [--run RUN] [--device cuda] [--tokens 64] [--batch 1]
+
+MODEL: a checkpoint directory. RUN: a finished run of `trilobit tune` on it; without one MODEL is made ternary untrained,
+which costs the same. GB/s counts the bytes of all weights once a token, as they lie in memory (codes are one byte here).
+"""
+
+import argparse
+import statistics
+import time
+
+import torch
+from torch import nn
+
+from trilobit.infer.generate import continue_tokens
+from trilobit.infer.load import freeze, load
+from trilobit.surgery.ternary import ternarize
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--run")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    models = {"original, bf16": load(arguments.model, device=arguments.device, dtype=torch.bfloat16).model}
+    if arguments.run:
+        models["ternary"] = load(arguments.run, device=arguments.device, dtype=torch.bfloat16).model
+    else:
+        untrained = load(arguments.model)
+        ternarize(untrained.model)
+        models["ternary, untrained"] = freeze(untrained.model).to(arguments.device)  # pyright: ignore
+    prompt = torch.full((arguments.batch, 8), 7, device=arguments.device)
+    rates: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(arguments.rounds + 1):
+        for name, model in models.items():
+            model.generation_config.eos_token_id = None  # pyright: ignore[reportOptionalMemberAccess]
+            start = time.perf_counter()
+            output = continue_tokens(model, prompt, arguments.tokens)
+            output.cpu()
+            rates[name].append(arguments.tokens * arguments.batch / (time.perf_counter() - start))
+    for name, values in rates.items():
+        size = weight_bytes(models[name])
+        rate = statistics.median(values[1:])
+        steps = rate / arguments.batch
+        print(f"{name:<20}{rate:>10.1f} tokens/s{size / 1e6:>10.1f} MB{steps * size / 1e9:>8.2f} GB/s", flush=True)
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of parameters and buffers, each storage once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+if __name__ == "__main__":
+    main()

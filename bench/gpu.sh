@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Everything a GPU has to show, in one call of at most ten minutes: are the kernels right, what do they cost, what does a
+# training step cost, how fast does it decode. Each part is kept in OUT and not run again.
+#
+#   bench/gpu.sh MODEL [OUT]
+#
+# MODEL: a checkpoint directory (experiments/smollm2.py makes one). Not yet run on a GPU: docs/LOG.md says what has been seen.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+model=$1 out=${2:-out/gpu}
+device=${DEVICE:-cuda}
+export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+mkdir -p "$out"
+if [ "$device" = cuda ]; then
+    python3 -c 'import torch; assert torch.cuda.is_available(), "no CUDA device: these tables need one"'
+fi
+
+part() { # part NAME COMMAND…: run it once, keep what it prints
+    local name=$1
+    shift
+    if [ ! -e "$out/$name.txt" ]; then
+        timeout 240 "$@" > "$out/$name.partial" 2> "$out/$name.err" || { tail -n 5 "$out/$name.err"; return 0; }
+        mv "$out/$name.partial" "$out/$name.txt"
+    fi
+}
+
+part kernels python3 bench/kernels.py --device "$device" ${KERNELS:-}
+part kernels-compiled python3 bench/kernels.py --device "$device" --compile ${KERNELS:-}
+part step-compiled python3 bench/tune_step.py "$model" --device "$device" --batch "${BATCH:-32}" --compile --precision bf16 ${STEP:-}
+part step python3 bench/tune_step.py "$model" --device "$device" --batch "${BATCH:-32}" --precision bf16 ${STEP:-}
+part decode python3 bench/decode.py "$model" --device "$device" ${DECODE:-}
+part decode-batch python3 bench/decode.py "$model" --device "$device" --batch 32 ${DECODE:-}
+
+git rev-parse HEAD 2> /dev/null || true
+for file in "$out"/*.txt; do
+    echo "── $(basename "$file" .txt)"
+    cat "$file"
+done
