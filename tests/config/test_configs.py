@@ -61,6 +61,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"activations": "none", "activation_schedule": "global"}, "--activation-schedule and .* need --activations int8"),
     ({"activations": "none", "activation_ramp_fraction": 0.5}, "--activation-ramp-fraction need --activations int8"),
     ({"schedule": "never", "activation_schedule": "global"}, "--schedule never leaves activations alone"),
+    ({"self_tokens": 10}, "--self-tokens needs --data self"),
+    ({"data": "self", "self_tokens": 0}, "--self-tokens is 0"),
     ({"max_tokens": 16_383}, "--max-tokens 16383 is less than one step of 16384 tokens"),
 ]  # fmt: skip
 

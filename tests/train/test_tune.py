@@ -1,5 +1,6 @@
 import copy
 import json
+import math
 import os
 import random
 import shutil
@@ -673,6 +674,20 @@ def test_a_model_can_be_its_own_text(place: Place, tmp_path: Path, no_writing: N
     assert "kept in" in said[0]
     assert "reused from" in said[1]
     assert_same_run(tmp_path / "a", tmp_path / "b")
+    run(replace(config, out=str(tmp_path / "c"), self_tokens=64, seed=1), listener)
+    run(replace(config, out=str(tmp_path / "d"), self_tokens=64, seed=2, max_tokens=3 * STEP_TOKENS), listener)
+    assert [note for note in notes if note.startswith("data:")][3].count("reused from") == 1, "no seed, no budget"
+
+
+def test_a_run_without_model_keeps_its_latents(place: Place, tmp_path: Path) -> None:
+    """--model-format none leaves latent/ alone, and load gives that, fully quantised, with the nats that were measured."""
+    result = run(place.config(tmp_path / "run", model_format="none"))
+    assert not (tmp_path / "run" / "model").exists()
+    loaded = load(tmp_path / "run")
+    assert (loaded.form, result.form, result.agreement, result.model_bytes) == ("latent", "latent", {}, 0)
+    assert all(module.weight_strength == 1 for _, module in ternary_modules(loaded.model))
+    assert result.model == str(tmp_path / "run" / "latent")
+    assert math.isfinite(result.nats_per_token)
 
 
 @pytest.mark.parametrize(("wanted", "held_out"), [(64, 262_144), (300_000, 300_000)])

@@ -16,6 +16,8 @@ class TrainingConfig:
     `stdlib` (the running Python's standard library), or `self` (text sampled from the model itself)."""
     text_field: str = "text"
     """Field that holds the text in .jsonl, .parquet and hub data."""
+    self_tokens: Count | None = None
+    """Tokens to sample for --data self; a longer run sees them again. Default: as many as it trains on."""
     out: str | None = None
     """Run directory. Default: out/ and the model's name."""
     resume: bool = False
@@ -52,7 +54,7 @@ class TrainingConfig:
     activation_checkpointing: bool = False
     """Recompute activations in the backward: less memory, about a third more time."""
     seed: int = 0
-    """Seed of data order and sampling. Equal seeds give equal runs."""
+    """Seed of the order of the data, and of dropout where a model has it. Equal seeds give equal runs."""
 
     eval_every: Count | None = None
     """Tokens between evaluations. Default: a tenth of --max-tokens."""
@@ -70,7 +72,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         positive = (
             "sequence_length", "sequences", "keep_checkpoints", "clip", "max_tokens", "batch_tokens", "eval_tokens",
-            "eval_every", "checkpoint_every",
+            "eval_every", "checkpoint_every", "self_tokens",
         )  # fmt: skip
         for name in positive:
             value = getattr(self, name)
@@ -83,6 +85,8 @@ class TrainingConfig:
         for name in ("warmup_fraction", "decay_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be from 0 to 1.")
+        if self.self_tokens is not None and self.data != "self":
+            raise ConfigError("--self-tokens needs --data self.")
         if self.max_tokens < self.tokens_per_step:
             raise ConfigError(
                 f"--max-tokens {self.max_tokens} is less than one step of {self.tokens_per_step} tokens "

@@ -49,8 +49,9 @@ class TuneConfig(TrainingConfig):
     temperature: float = 1.0
     """T of the distillation loss."""
 
-    model_format: Literal["auto", "autobitlinear", "bitlinear", "dense", "packed"] = "auto"
-    """How model/ is stored. auto: what stock transformers loads where it can say it, else trilobit's packed form."""
+    model_format: Literal["auto", "autobitlinear", "bitlinear", "dense", "packed", "none"] = "auto"
+    """How model/ is stored. auto: what stock transformers loads where it can say it, else trilobit's packed form. none:
+    only latent/ is kept."""
     store: Literal["bf16", "fp32"] = "bf16"
     """Precision of embeddings and head in model/ (and of dense weights), where the form allows a choice: transformers'
     bitnet classes need fp32."""

@@ -102,7 +102,7 @@ def _generate(
 
 
 def sample_documents(
-    model: PreTrainedModel, start_token: int, end_token: int | None, tokens: int, length: int, seed: int, rows: int = 32
+    model: PreTrainedModel, start_token: int, end_token: int | None, tokens: int, length: int, seed: int, rows: int = 64
 ) -> Iterator[np.ndarray]:
     """Yield documents sampled from the model itself at temperature 1, until they hold `tokens` tokens.
 

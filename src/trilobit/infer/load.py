@@ -68,9 +68,9 @@ def load(source: str | Path, *, device: str | torch.device = "cpu", dtype: torch
     if not path.exists() and (cached := _ours_on_hub(str(source))) is not None:
         path = cached
     if (path / "run.json").exists():
-        if not (path / "model" / CARD).exists():
+        if "result" not in read_json(path / "run.json"):
             raise ModelError(f"{path} is a run that has not finished: continue it with --resume.")
-        path = path / "model"
+        path = next((path / name for name in ("model", "latent") if (path / name / CARD).exists()), path / "model")
     if (path / CARD).exists():
         verify_manifest(path)
         loaded = read_ours(path)

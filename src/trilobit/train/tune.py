@@ -194,23 +194,26 @@ def _tune(
             layers = len(schedules[0].starts)
             set_strengths(model, [1.0] * layers, [1.0] * layers)
         write_latent(model, plan, base.tokenizer, out / "latent")
-        if plan is not None:
+        if plan is not None and config.model_format != "none":
             round_kept(model, plan, stored_precision(plan, model, config.model_format, config.store))
         total, count = nats(model, heldout, config.sequences)
         signals.raise_if_set()
-        if plan is None:
+        if config.model_format == "none":
+            written = None
+        elif plan is None:
             written = write_full_precision(model, base.tokenizer, out / "model", heldout)
         else:
             written = write_model(model, plan, base.tokenizer, out / "model", heldout, config.model_format, config.store)
     plot_loss(out, base_nats)
     plot_strengths(out, schedules[0], config.max_tokens)
     result = TuneResult(
-        out=str(out), model=written.path, form=written.form, reason=written.reason, steps=progress.step,
+        out=str(out), model=written.path if written else str(out / "latent"), form=written.form if written else "latent",
+        reason=written.reason if written else "as asked", steps=progress.step,
         tokens=progress.tokens, seconds=progress.seconds, tokens_per_second=progress.tokens / progress.seconds,
         base_nats_per_token=base_nats, nats_per_token=total / count, base_perplexity=perplexity(base_nats),
         perplexity=perplexity(total / count), heldout_tokens=count, parameters=parameters,
-        ternary_parameters=ternary_parameters, base_bytes=base_bytes, model_bytes=written.bytes,
-        agreement=asdict(written.agreement),
+        ternary_parameters=ternary_parameters, base_bytes=base_bytes, model_bytes=written.bytes if written else 0,
+        agreement=asdict(written.agreement) if written else {},
     )  # fmt: skip
     write_json(out / "run.json", record | {"result": asdict(result)})
     return result
@@ -247,11 +250,12 @@ def _tokens(config: TuneConfig, base: Loaded, signals: Signals) -> Tokens:
     start: Any = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else end
     if start is None:
         raise ConfigError("--data self: this tokenizer has no beginning-of-text or end-of-text token to start from.")
-    wanted = needed + config.eval_tokens + config.sequence_length  # the last document held out ends past eval_tokens
-    key = f"self {weights_fingerprint(model)} {wanted} {config.sequence_length} {config.seed}"
+    # the last document held out ends past eval_tokens
+    wanted = (config.self_tokens or needed) + config.eval_tokens + config.sequence_length
+    key = f"self {weights_fingerprint(model)} {wanted} {config.sequence_length}"
 
     def make() -> Iterator[Any]:
-        for document in sample_documents(model, start, end, wanted, config.sequence_length, config.seed):
+        for document in sample_documents(model, start, end, wanted, config.sequence_length, 0):
             signals.raise_if_set()
             yield document
 
