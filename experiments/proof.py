@@ -1,111 +1,285 @@
-"""Arms of the comparison "is an extra RMSNorm all you need?", one after another in one process, resumable.
+"""Is an extra RMSNorm all you need? Every arm of proof_arms.py on equal terms, by successive halving, resumable.
 
-    python experiments/proof.py MODEL --data TEXT --out out/proof [--tokens 33M] [--minutes 9] [--arms NAME …] [-- FLAGS]
+    python experiments/proof.py STUDY MODEL --data TEXT [--report TEXT] [--other TEXT] [--minutes 9] [--share 1/2] [--table]
 
-Every arm is `trilobit tune` with its own flags on the same tokens in the same order; FLAGS go to all. Finished arms are
-skipped, an interrupted one continues bit for bit. When the minutes are over, the running arm saves itself; the table of
-what is known comes last.
+A trial is one `trilobit tune` of an arm at a budget, a learning rate and a seed. Which trials are wanted follows from
+those that are done (`wanted`), so that this can be stopped and called again, or called several times at once with
+--share: each process takes its share of every rung and waits for the others before the next.
+
+    rung 1   budget B       every arm, all learning rates                    ranks learning rates, kills nobody
+    rung 2   budget 4·B     every arm, its two best rates                    ranks arms
+    rung 3   budget 16·B    the best third and all references, best rate, three seeds
+    rung 4   B and 4·B      the same arms, the other two seeds: every claim has three seeds at three budgets
+
+Rates and arms are chosen by held-out loss; what is reported is the loss on other text (--report; for --data self, other
+samples). One line a trial goes to docs/data/proof/STUDY/ARM.jsonl, curve included; a rate that diverges is a line, too.
 """
 
 import argparse
 import json
 import os
+import shutil
 import signal
 import threading
-from dataclasses import replace
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from proof_arms import ALWAYS, ARMS
+
 from trilobit.config.fields import parse_count
 from trilobit.config.tune import TuneConfig
+from trilobit.corpus import documents
+from trilobit.errors import NonFiniteError
+from trilobit.infer.generate import sample_documents
+from trilobit.infer.load import load, load_pretrained
 from trilobit.listener import Listener
+from trilobit.measure.perplexity import nats, text_windows
+from trilobit.surgery.roles import vocabulary_size
 from trilobit.train import tune
+from trilobit.train.data import from_tokens
 from trilobit.train.loop import Interrupted
+from trilobit.train.plots import read_log
+from trilobit.train.record import weights_fingerprint
+from trilobit.train.windows import evaluation_windows
 
-ARMS: dict[str, dict[str, Any]] = {
-    "full-precision": {"schedule": "never"},
-    "none-immediate-ce": {"placement": "none", "schedule": "immediate"},
-    "every-ones-immediate-ce": {"placement": "every", "gain_init": "ones", "schedule": "immediate"},
-    "every-calibrated-layerwise-ce": {"placement": "every", "gain_init": "calibrated", "schedule": "layerwise"},
-    "output-calibrated-layerwise-ce": {"placement": "output", "gain_init": "calibrated", "schedule": "layerwise"},
-    "none-global-ce": {"placement": "none", "schedule": "global"},
-    "none-immediate-kl": {"placement": "none", "schedule": "immediate", "distill": "logits"},
-    "every-calibrated-layerwise-kl": {"placement": "every", "schedule": "layerwise", "distill": "logits"},
-}
+RECORDS = Path(__file__).parents[1] / "docs" / "data" / "proof"
+SEEDS = (0, 1, 2)
+REPORT_TOKENS = 131_072
 
 
-class Lines(Listener):
-    """A line at every evaluation."""
+@dataclass(frozen=True)
+class Study:
+    """A model's size decides its budgets and the learning rates worth trying."""
 
-    def note(self, text: str) -> None:
-        print(text, flush=True)
+    budget: int
+    rates: tuple[float, ...]
+    settings: dict[str, Any]
+    """Of TuneConfig, for every arm."""
+    one_rung: bool = False
+    """Every arm at one budget, and no more."""
 
-    def row(self, row: dict[str, Any], max_tokens: int) -> None:
-        if "heldout_nats" in row:
-            speed = row["tokens_per_second"]
-            print(f"  {row['tokens']:>12,} tokens  held out {row['heldout_nats']:.4f}  {speed:,.0f} tokens/s", flush=True)
+    @property
+    def budgets(self) -> tuple[int, int, int]:
+        return self.budget, 4 * self.budget, 16 * self.budget
 
 
-def run_arm(config: TuneConfig) -> bool:
-    """Run or continue one arm. False if the time was over before it ended."""
-    record = Path(config.out or "") / "run.json"
-    if record.exists():
-        if "result" in json.loads(record.read_text()):
-            return True
-        config = replace(config, resume=True)
+SMALL = {"sequence_length": 256, "batch_tokens": 4096, "sequences": 16, "precision": "fp32", "compile": "no"}
+STUDIES = {
+    "stories260k": Study(409_600, (2.5e-3, 5e-3, 1e-2, 2e-2), SMALL | {"self_tokens": 2_000_000, "eval_tokens": 65_536}),
+    "embedded": Study(1_228_800, (1e-3, 2e-3, 4e-3, 8e-3), SMALL | {"eval_tokens": 65_536}),
+    "smollm2": Study(
+        2_097_152, (2e-4, 4e-4, 8e-4, 1.6e-3),
+        {"sequence_length": 512, "batch_tokens": 32_768, "sequences": 64, "compile": "yes", "eval_tokens": 131_072},
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, order=True)
+class Trial:
+    arm: str
+    budget: int
+    rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}/{self.budget}-{self.rate:g}-{self.seed}"
+
+
+Records = dict[Trial, dict[str, Any]]
+
+
+def read_records(folder: Path) -> Records:
+    """Every trial that is done, diverged ones among them."""
+    found: Records = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        for line in path.read_text().splitlines():
+            row = json.loads(line)
+            found[Trial(row["arm"], row["budget"], row["rate"], row["seed"])] = row
+    return found
+
+
+def score(records: Records, trial: Trial) -> float:
+    """Held-out nats at the end; infinite for what diverged or is not known."""
+    row = records.get(trial)
+    return row["nats"] if row is not None and not row["diverged"] else float("inf")
+
+
+def best_rates(records: Records, study: Study, arm: str, budget: int) -> list[float]:
+    """Rates by held-out nats at a budget, best first, among those that were tried."""
+    tried = [rate for rate in study.rates if Trial(arm, budget, rate, 0) in records]
+    return sorted(tried, key=lambda rate: score(records, Trial(arm, budget, rate, 0)))
+
+
+def wanted(records: Records, study: Study, arms: list[str]) -> list[list[Trial]]:
+    """The trials of each rung that can be named so far; the last one may be unfinished."""
+    small, middle, large = study.budgets
+    rungs = [[Trial(arm, small, rate, 0) for arm in arms for rate in study.rates]]
+    if study.one_rung or not set(rungs[-1]) <= records.keys():
+        return rungs
+    rungs.append([Trial(arm, middle, rate, 0) for arm in arms for rate in best_rates(records, study, arm, small)[:2]])
+    if not set(rungs[-1]) <= records.keys():
+        return rungs
+    rate = {arm: best_rates(records, study, arm, middle)[0] for arm in arms}
+    ranked = sorted(arms, key=lambda arm: score(records, Trial(arm, middle, rate[arm], 0)))
+    finalists = [arm for arm in arms if arm in ranked[: max(1, len(arms) // 3)] or arm in ALWAYS]
+    rungs.append([Trial(arm, large, rate[arm], seed) for arm in finalists for seed in SEEDS])
+    if not set(rungs[-1]) <= records.keys():
+        return rungs
+    at = {
+        (arm, budget): best_rates(records, study, arm, budget)[0]
+        for arm in finalists for budget in (small, middle)
+    }  # fmt: skip
+    rungs.append([Trial(arm, budget, rate, seed) for (arm, budget), rate in at.items() for seed in SEEDS[1:]])
+    return rungs
+
+
+class Quiet(Listener):
+    """Says nothing; a line a trial is enough."""
+
+
+def run_trial(trial: Trial, study: Study, arguments: argparse.Namespace, report: Callable[[Path], dict[str, float]]) -> None:
+    """Run or continue one trial and write its line. Raises Interrupted when the time is over."""
+    out = arguments.out / arguments.study / trial.name
+    settings = {**study.settings, **ARMS[trial.arm]}
+    if arguments.data != "self":
+        settings.pop("self_tokens", None)
+    config = TuneConfig(
+        **{
+            **settings, "model": arguments.model, "data": arguments.data, "out": str(out), "max_tokens": trial.budget,
+            "lr": trial.rate, "seed": trial.seed, "device": arguments.device, "model_format": "none",
+            "eval_every": max(trial.budget // 16, 1), "cache_dir": str(arguments.out / "tokens"),
+        }
+    )  # fmt: skip
+    row: dict[str, Any] = {**asdict(trial), "diverged": False}
+    begun = json.loads((out / "run.json").read_text()) if (out / "run.json").exists() else None
     try:
-        tune.run(config, Lines())
-    except Interrupted:
-        return False
-    return True
+        if begun is None or "result" not in begun:
+            tune.run(replace(config, resume=begun is not None), Quiet())
+        result = json.loads((out / "run.json").read_text())["result"]
+    except NonFiniteError as error:
+        row |= {"diverged": True, "why": str(error)}
+    else:
+        row |= {"nats": result["nats_per_token"], "base_nats": result["base_nats_per_token"], **report(out)}
+        row |= {"seconds": round(result["seconds"], 1), "tokens": result["tokens"]}
+    rows = read_log(out) if (out / "log.jsonl").exists() else []
+    row["curve"] = [(r["tokens"], round(r["heldout_nats"], 4)) for r in rows if "heldout_nats" in r]
+    row["spikes"] = spikes([r["cross_entropy"] for r in rows])
+    folder = RECORDS / arguments.study
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{trial.arm}.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    shutil.rmtree(out, ignore_errors=True)
+    shown = "diverged" if row["diverged"] else f"{row['nats'] - row['base_nats']:.4f} above the original, {row['seconds']} s"
+    print(f"{trial.name:<56} {shown}", flush=True)
 
 
-def table(out: Path) -> str:
-    lines = [f"{'arm':<34}{'tokens':>12}{'original':>10}{'held out':>10}{'gap':>8}{'tokens/s':>10}"]
-    for record in sorted(out.glob("*/run.json")):
-        known = json.loads(record.read_text())
-        rows = [json.loads(line) for line in (record.parent / "log.jsonl").read_text().splitlines()]
-        measured = [row for row in rows if "heldout_nats" in row]
-        if measured:
-            last, base = measured[-1], known["base_nats_per_token"]
-            speed = sorted(row["tokens_per_second"] for row in rows)[len(rows) // 2]
-            done = "" if "result" in known else "  (unfinished)"
-            lines.append(
-                f"{record.parent.name:<34}{last['tokens']:>12,}{base:>10.4f}{last['heldout_nats']:>10.4f}"
-                f"{last['heldout_nats'] - base:>8.4f}{speed:>10,.0f}{done}"
-            )
-    return "\n".join(lines)
+def spikes(losses: list[float]) -> int:
+    """Steps whose training loss is 0.5 nats above the median of the 20 before."""
+    return sum(losses[i] > float(np.median(losses[i - 20 : i])) + 0.5 for i in range(20, len(losses)))
+
+
+def reporter(arguments: argparse.Namespace, study: Study) -> Callable[[Path], dict[str, float]]:
+    """Measures a finished trial on text that chose nothing: nats above the original, in and out of domain."""
+    base = load_pretrained(arguments.model)
+    base.model.to(arguments.device)
+    length = study.settings["sequence_length"]
+    sets: dict[str, Any] = {}
+    if arguments.data == "self":
+        ends: Any = base.tokenizer.eos_token_id
+        start: Any = base.tokenizer.bos_token_id if base.tokenizer.bos_token_id is not None else ends
+        sampled = from_tokens(
+            f"report {weights_fingerprint(base.model)} {length}",
+            lambda: sample_documents(base.model, start, ends, REPORT_TOKENS * 11 // 10, length, 1_000_003),
+            base.tokenizer, vocab_size=vocabulary_size(base.model), heldout_tokens=1, sequence_length=length,
+            cache_dir=arguments.out / "tokens",
+        )  # fmt: skip
+        sets["report"] = evaluation_windows(sampled.train, length, REPORT_TOKENS)
+    for name, path in (("report", arguments.report), ("other", arguments.other)):
+        if path:
+            texts = (document.text for document in documents(path))
+            sets[name], _ = text_windows(texts, base.tokenizer, length + 1, False, max(1, REPORT_TOKENS // length))
+    base_nats = {name: nats(base.model, windows, 16) for name, windows in sets.items()}
+
+    def report(out: Path) -> dict[str, float]:
+        model = load(out, device=arguments.device).model
+        found = {name: nats(model, windows, 16) for name, windows in sets.items()}
+        return {f"{name}_gap": a / n - base_nats[name][0] / base_nats[name][1] for name, (a, n) in found.items()}
+
+    return report
+
+
+def table(records: Records, study: Study) -> str:
+    """Nats above the original on the report text, at each budget with its best rate: mean and spread over seeds."""
+    measure = "report_gap" if any("report_gap" in row for row in records.values()) else None
+    lines = [f"{'arm':<28}" + "".join(f"{budget / 1e6:>14.1f} M" for budget in study.budgets) + f"{'rate':>10}{'spikes':>8}"]
+    rows = []
+    for arm in sorted({trial.arm for trial in records}):
+        cells, last, rate, bumps = "", float("inf"), None, 0
+        for budget in study.budgets:
+            best = best_rates(records, study, arm, budget)
+            found = [records[t] for s in SEEDS if best and (t := Trial(arm, budget, best[0], s)) in records]
+            gaps = [r[measure] if measure else r["nats"] - r["base_nats"] for r in found if not r["diverged"]]
+            if gaps:
+                last, rate, bumps = float(np.mean(gaps)), best[0], sum(r["spikes"] for r in found)
+                spread = f" ±{max(gaps) - min(gaps):.3f}" if len(gaps) > 1 else ""
+                cells += f"{f'{last:.4f}{spread}':>16}"
+            else:
+                cells += f"{'diverged' if found else '':>16}"
+        rows.append((len(cells.split()), last, f"{arm:<28}{cells}{rate or 0:>10g}{bumps:>8}"))
+    rows.sort(key=lambda row: row[1])
+    return "\n".join([*lines, *(row[2] for row in rows)])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("study", choices=list(STUDIES))
     parser.add_argument("model")
     parser.add_argument("--data", required=True)
+    parser.add_argument("--report", help="text to report on: the same kind, but seen by nothing")
+    parser.add_argument("--other", help="text of another kind to report on")
     parser.add_argument("--out", type=Path, default=Path("out/proof"))
-    parser.add_argument("--tokens", type=parse_count, default=33_000_000)
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--share", default="1/1", help="i/n: the i-th of n processes that work at once")
+    parser.add_argument("--budget", type=parse_count, help="smallest budget in tokens, instead of the study's")
+    parser.add_argument("--rates", nargs="+", type=float, help="learning rates, instead of the study's")
+    parser.add_argument("--one-rung", action="store_true", help="every arm at --budget, and no more")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--compile", choices=["auto", "yes", "no"], default="auto")
-    parser.add_argument("--batch-tokens", type=parse_count, default=32_768)
-    parser.add_argument("--sequence-length", type=int, default=512)
-    parser.add_argument("--sequences", type=int, default=64)
+    parser.add_argument("--table", action="store_true", help="only print what is known")
     arguments = parser.parse_args()
-    timer = threading.Timer(60 * arguments.minutes, os.kill, (os.getpid(), signal.SIGTERM))
-    timer.daemon = True
-    timer.start()
-    for name in arguments.arms:
-        print(f"── {name}", flush=True)
-        config = TuneConfig(
-            model=arguments.model, data=arguments.data, out=str(arguments.out / name), max_tokens=arguments.tokens,
-            batch_tokens=arguments.batch_tokens, sequence_length=arguments.sequence_length,
-            sequences=arguments.sequences, device=arguments.device, compile=arguments.compile,
-            cache_dir=str(arguments.out / "tokens"), **ARMS[name],
-        )  # fmt: skip
-        if not run_arm(config):
-            break
-    timer.cancel()
-    print(table(arguments.out), flush=True)
+    study = STUDIES[arguments.study]
+    rates = tuple(arguments.rates or study.rates)
+    study = replace(study, budget=arguments.budget or study.budget, rates=rates, one_rung=arguments.one_rung)
+    folder = RECORDS / arguments.study
+    if not arguments.table:
+        end = time.monotonic() + 60 * arguments.minutes
+        timer = threading.Timer(60 * arguments.minutes, os.kill, (os.getpid(), signal.SIGTERM))
+        timer.daemon = True
+        timer.start()
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # between trials; within one it saves and stops
+        report = reporter(arguments, study)
+        mine, of = map(int, arguments.share.split("/"))
+        try:
+            while time.monotonic() < end:
+                records = read_records(folder)
+                rung = wanted(records, study, arguments.arms)[-1]
+                open_trials = [trial for trial in rung if trial not in records]
+                if not open_trials:
+                    break
+                share = [trial for i, trial in enumerate(rung) if i % of == mine - 1 and trial not in records]
+                if share:
+                    run_trial(share[0], study, arguments, report)
+                else:
+                    time.sleep(2)
+        except (Interrupted, KeyboardInterrupt):
+            pass
+        timer.cancel()
+    print(table(read_records(folder), study), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,62 @@
+"""The arms of the proof study: what is compared, as settings of `trilobit tune`.
+
+Not a cube. A star around the two ends of the question (no norm, quantised at once · norms everywhere, layer by layer):
+placement × schedule × {cross-entropy, KL} in full, with what else is claimed to matter varied at those ends; then scale,
+activations, cover and gain; then other people's recipes as they define them.
+"""
+
+from typing import Any
+
+from trilobit.recipes import RECIPES
+
+Settings = dict[str, Any]
+
+CE: Settings = {"distill": "none"}
+KL: Settings = {"distill": "logits"}
+MIX: Settings = {"distill": "logits", "distill_weight": 0.5}
+EVERY: Settings = {"placement": "every", "gain_init": "calibrated"}
+NONE: Settings = {"placement": "none"}
+
+
+def _star() -> dict[str, Settings]:
+    arms: dict[str, Settings] = {}
+    for placement in ("none", "output", "every"):
+        for schedule in ("immediate", "global", "layerwise"):
+            for loss, settings in (("ce", CE), ("kl", KL)):
+                arms[f"{placement}-{schedule}-{loss}"] = {"placement": placement, "schedule": schedule, **settings}
+    for placement in ("output", "every"):
+        for schedule in ("immediate", "layerwise"):
+            arms[f"{placement}-ones-{schedule}-ce"] = {"placement": placement, "gain_init": "ones", "schedule": schedule}
+    for loss, settings in (("ce", CE), ("kl", KL)):
+        arms[f"every-reverse-{loss}"] = {**EVERY, "schedule": "layerwise-reverse", **settings}
+    for schedule in ("immediate", "layerwise"):
+        arms[f"none-{schedule}-mix"] = {**NONE, "schedule": schedule, **MIX}
+        arms[f"every-{schedule}-mix"] = {**EVERY, "schedule": schedule, **MIX}
+    return arms
+
+
+def _around() -> dict[str, Settings]:
+    """One setting changed, at either end."""
+    ends = {"every": {**EVERY, "schedule": "layerwise"}, "none": {**NONE, "schedule": "immediate"}}
+    arms: dict[str, Settings] = {}
+    for end, settings in ends.items():
+        for scale in ("row", "group-64", "group-128"):
+            arms[f"{end}-{scale}"] = {**settings, "scale": scale}
+        arms[f"{end}-weights-only"] = {**settings, "activations": "none"}
+        arms[f"{end}-embeddings"] = {**settings, "cover": "+embeddings"}
+    arms["every-scalar"] = {**ends["every"], "gain": "scalar"}
+    return arms
+
+
+ARMS: dict[str, Settings] = {
+    "full-precision": {"schedule": "never"},
+    **_star(),
+    **_around(),
+    "recipe-hf-blog": RECIPES["hf-blog"](),
+    "recipe-weights-only": RECIPES["weights-only"](),
+}
+CONTROL = "full-precision"
+"""Fine-tuned equally, never quantised: what the text alone is worth."""
+
+ALWAYS = (CONTROL, "none-immediate-ce", "every-ones-immediate-ce", "none-immediate-kl", "recipe-hf-blog", "every-layerwise-ce")
+"""Arms that claims are made against: they go through every budget. every-ones-immediate-ce is AutoBitLinear's way."""
