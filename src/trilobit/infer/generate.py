@@ -101,16 +101,29 @@ def _generate(
     return output
 
 
+SAMPLING_CACHE_BYTES = 1 << 30
+
+
+def _cache_bytes(model: PreTrainedModel) -> int:
+    """Bytes of keys and values a token takes, in the model's dtype."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
+
+
 def sample_documents(
-    model: PreTrainedModel, start_token: int, end_token: int | None, tokens: int, length: int, seed: int, rows: int = 64
+    model: PreTrainedModel, start_token: int, end_token: int | None, tokens: int, length: int, seed: int, rows: int | None = None
 ) -> Iterator[np.ndarray]:
     """Yield documents sampled from the model itself at temperature 1, until they hold `tokens` tokens.
 
     Each starts from `start_token` (not yielded), is at most `length` tokens long, and ends with the first end-of-text
-    token it has: `end_token` or one of the checkpoint's own.
+    token it has: `end_token` or one of the checkpoint's own. `rows` are sampled at once: by default, as many as keep the
+    keys and values in 1 GB, 8 at least and 256 at most.
     Tuning on them needs no data, and the loss gap is then a KL divergence to the original.
     """
     model.eval()
+    rows = rows or max(8, min(256, SAMPLING_CACHE_BYTES // (length * _cache_bytes(model))))
     stops = end_tokens(model) + ([] if end_token is None else [end_token])
     done = 0
     while done < tokens:
