@@ -113,8 +113,9 @@ def _cache_bytes(model: PreTrainedModel) -> int:
 
 
 def sample_documents(
-    model: PreTrainedModel, start_token: int, end_token: int | None, tokens: int, length: int, seed: int, rows: int | None = None
-) -> Iterator[np.ndarray]:
+    model: PreTrainedModel, start_token: int, end_token: int | None, tokens: int, length: int, seed: int,
+    rows: int | None = None,
+) -> Iterator[np.ndarray]:  # fmt: skip
     """Yield documents sampled from the model itself at temperature 1, until they hold `tokens` tokens.
 
     Each starts from `start_token` (not yielded), is at most `length` tokens long, and ends with the first end-of-text
