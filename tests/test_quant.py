@@ -412,3 +412,38 @@ def test_int8_codes_multiply_by_the_reciprocal_times_127() -> None:
     expected = np.rint(x.numpy() * (one / absmax.numpy() * whole))
     assert np.array_equal(quant.int8_codes(x)[0].numpy(), expected)
     assert not np.array_equal(np.rint(x.numpy() * (whole / absmax.numpy())), expected)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "row", "group-64"])
+def test_the_dead_zone_is_what_quantises_to_zero(granularity: Granularity) -> None:
+    """dead_zone_sum adds the weights whose code is zero, row by row, and only these have a gradient, which is one."""
+    weight = torch.randn(5, 130, dtype=torch.float64).requires_grad_()
+    codes = quant.ternary_codes(weight, quant.absmean_scale(weight, granularity), granularity)
+    found = quant.dead_zone_sum(weight, granularity)
+    expected = [sum(w for w, c in zip(row, code, strict=True) if c == 0) for row, code in zip(weight, codes, strict=True)]
+    torch.testing.assert_close(found, torch.stack([torch.as_tensor(v) for v in expected]))
+    (gradient,) = torch.autograd.grad(found.sum(), weight)
+    assert torch.equal(gradient, (codes == 0).double())
+
+
+def test_learned_ranges_follow_their_formula() -> None:
+    """Values are α · {−2/3, 0, 2/3} with thresholds at α/3; gradients are those of the docstring, entry by entry."""
+    weight = torch.tensor([[-2.0, -0.9, -0.34, -0.3, 0.0, 0.32, 0.34, 0.9, 1.1], [0.1] * 9], dtype=torch.float64)
+    weight.requires_grad_()
+    ranges = torch.tensor([[1.0], [0.2]], dtype=torch.float64, requires_grad=True)
+    found = quant.learned_quantize(weight, ranges)
+    expected = torch.tensor([[-1, -1, -1, 0, 0, 0, 1, 1, 1], [1] * 9]) * ranges.detach() * (2 / 3)
+    torch.testing.assert_close(found, expected)
+    upstream = torch.randn(2, 9, dtype=torch.float64)
+    dweight, dranges = torch.autograd.grad(found, (weight, ranges), upstream)
+    for row in range(2):
+        total = 0.0
+        for column in range(9):
+            r = (weight[row, column] / ranges[row, 0]).item()
+            code = round(found[row, column].item() / (ranges[row, 0].item() * 2 / 3))
+            inside = abs(r) <= 1
+            total += upstream[row, column].item() * (code * 2 / 3 - r if inside else (1.0 if r > 0 else -1.0))
+            assert dweight[row, column] == (upstream[row, column] if inside else 0.0)
+        assert dranges[row, 0].item() == pytest.approx(total / 18**0.5)
+    tiny = quant.learned_quantize(weight, torch.zeros(2, 1, dtype=torch.float64))
+    assert tiny.isfinite().all(), "a range that learned its way to zero is clamped"

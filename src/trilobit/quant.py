@@ -96,6 +96,52 @@ def ternary_quantize(weight: Tensor, granularity: Granularity = "tensor") -> Ten
     return ternary_levels(weight, scale, granularity).mul_(spread_scale(scale, weight.shape[1], granularity))
 
 
+def dead_zone_sum(weight: Tensor, granularity: Granularity) -> Tensor:
+    """Sum over each row of the weights whose code is 0, [O]; their gradient is one, the others' zero.
+
+    Tequila (arXiv 2509.23809) adds a small multiple of it to the output: weights that quantise to zero are heard again.
+    """
+    codes = ternary_levels(weight, absmean_scale(weight, granularity), granularity)
+    return (weight * (codes == 0)).sum(dim=1)
+
+
+LEARNED_STEPS = 1.5
+"""ParetoQ's ternary levels are −2/3, 0, 2/3 of its range α: the scale is α / 1.5."""
+
+
+def learned_quantize(weight: Tensor, ranges: Tensor) -> Tensor:
+    """ParetoQ's ternary weight, arXiv 2502.02631 (stretched elastic quantisation): α · 2/3 · code, [O, K].
+
+    weight: [O, K]; ranges: [O, 1], the learnable α of each row, clamped at 1e-5. The code is that of scale α / 1.5. With
+    r = W/α, the weight's gradient passes where |r| ≤ 1, and ∂Q/∂α = 2/3 · code − r there, sign(r) beyond, times
+    1/√(O·K), as in LSQ (arXiv 1902.08153).
+    """
+    return _LearnedQuantize.apply(weight, ranges)
+
+
+class _LearnedQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, ranges: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, ranges)
+        scale = learned_scale(ranges)
+        return ternary_levels(weight, scale, "row").mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        weight, ranges = ctx.saved_tensors
+        (gradient,) = gradients
+        scale = learned_scale(ranges)
+        ratio = weight / (scale * LEARNED_STEPS)
+        inside = ratio.abs() <= 1
+        slope = torch.where(inside, ternary_levels(weight, scale, "row") / LEARNED_STEPS - ratio, ratio.sign())
+        return gradient * inside, (gradient * slope).sum(dim=1, keepdim=True) / weight.numel() ** 0.5
+
+
+def learned_scale(ranges: Tensor) -> Tensor:
+    """s = α / 1.5 of each row, [O, 1]."""
+    return ranges.detach().clamp(min=FLOOR) / LEARNED_STEPS
+
+
 def int8_levels(x: Tensor) -> tuple[Tensor, Tensor]:
     """Codes of `x` [..., K] and the scale of each token [..., 1], both fp32 (float64 for float64).
 

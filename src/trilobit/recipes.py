@@ -35,10 +35,32 @@ def weights_only() -> dict[str, Any]:
     return {"placement": "none", "activations": "none", "scale": "group-128", "cover": "+embeddings"}
 
 
+def tequila() -> dict[str, Any]:
+    """arXiv 2509.23809: weights only in groups of 128, quantised at once, dead-zone weights as a bias with ε = 1e-3.
+
+    From the authors' code: absmean scale and threshold, straight-through gradient, ε and group size of their 1 B run, lr
+    1e-3 with warm-up over 61 % of it. Not known: which of their several variants the paper's tables used.
+    """
+    return {
+        "placement": "none", "activations": "none", "scale": "group-128", "schedule": "immediate", "dead_zone_bias": 1e-3,
+    }  # fmt: skip
+
+
+def paretoq() -> dict[str, Any]:
+    """arXiv 2502.02631: weights only, a learned range per row that starts at the row's largest weight, quantised at once.
+
+    Their 30 B tokens at lr 2e-5 are not a setting for smaller budgets: choose --lr. Not known: whether their loss had a
+    teacher; here it has none.
+    """
+    return {"placement": "none", "activations": "none", "scale": "row", "schedule": "immediate", "learned_ranges": True}
+
+
 RECIPES: dict[str, Callable[[], dict[str, Any]]] = {
     "paper": paper,
     "autobitlinear": autobitlinear,
     "hf-blog": hf_blog,
     "distill": distill,
     "weights-only": weights_only,
+    "tequila": tequila,
+    "paretoq": paretoq,
 }

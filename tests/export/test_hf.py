@@ -207,16 +207,18 @@ def test_output_norms_behind_layer_norms_are_packed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "tied", "scale", "cover"),
+    ("family", "tied", "scale", "cover", "learned"),
     [
-        ("llama", False, "tensor", "projections"), ("qwen2", True, "group-64", "+embeddings"),
-        ("phi3", False, "row", "+lm_head"), ("gemma3_text", True, "row", "projections"),
-        ("olmo2", False, "group-128", "+embeddings"), ("smollm3", True, "tensor", "+lm_head"),
+        ("llama", False, "tensor", "projections", False), ("qwen2", True, "group-64", "+embeddings", False),
+        ("phi3", False, "row", "+lm_head", False), ("gemma3_text", True, "row", "projections", False),
+        ("olmo2", False, "group-128", "+embeddings", False), ("smollm3", True, "tensor", "+lm_head", False),
+        ("qwen2", True, "row", "projections", True),
     ],
 )  # fmt: skip
-def test_dense(family: str, tied: bool, scale: Granularity, cover: Cover, tmp_path: Path) -> None:
+def test_dense(family: str, tied: bool, scale: Granularity, cover: Cover, learned: bool, tmp_path: Path) -> None:
     """Weights-only models without norms are ordinary checkpoints: no quantization_config, code · s as weights."""
-    model, plan = made(family, tied=tied, placement="none", activations="none", scale=scale, cover=cover)
+    spec = {"placement": "none", "activations": "none", "scale": scale, "cover": cover, "learned_ranges": learned}
+    model, plan = made(family, tied=tied, **spec)
     written = write(model, plan, tmp_path / "model", store="bf16")
     assert written.form == "dense"
     config = read(tmp_path / "model" / "config.json")
@@ -242,6 +244,9 @@ PACKED = [
     ("olmo2", True, {"scale": "group-256", "cover": "+lm_head", "placement": "none"}),
     ("smollm3", False, {"cover": "+embeddings", "scale": "row", "activations": "none"}),
     ("mistral", True, {"placement": "output", "activations": "none"}),
+    ("qwen2", False, {"placement": "none", "activations": "none", "dead_zone_bias": 1e-2}),
+    ("llama", True, {"placement": "none", "dead_zone_bias": 1e-2}),
+    ("llama", True, {"scale": "row", "learned_ranges": True}),
 ]
 
 

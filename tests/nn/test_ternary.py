@@ -1,6 +1,7 @@
 """The ternary modules: names, strengths, shared storage, and what they compute."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from trilobit import quant
+from trilobit.nn.packed import PackedLinear
 from trilobit.nn.ternary import InputRMSNorm, TernaryEmbedding, TernaryLinear, ternary_modules
 from trilobit.quant import Granularity
 
@@ -176,3 +178,32 @@ def test_changing_a_blending_strength_does_not_recompile() -> None:
     torch.testing.assert_close(compiled(x), linear(x))
     assert traced == 2
     torch.compiler.reset()
+
+
+OTHERS = {"dead_zone_bias": 1e-2, "granularity": "group-64"}, {"learned_ranges": True, "granularity": "row"}
+
+
+@pytest.mark.parametrize("options", OTHERS, ids=["tequila", "paretoq"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_other_quantisers_fade_in_and_freeze(options: dict[str, Any], bias: bool) -> None:
+    """Other people's quantisers are the plain linear at λ = 0, differ from ours at λ = 1, are halfway between at λ = ½, train
+    every parameter, and PackedLinear freezes the function they have at λ = 1."""
+    torch.manual_seed(0)
+    plain, x = nn.Linear(130, 7, bias=bias), torch.randn(3, 130)
+    linear = TernaryLinear.from_linear(plain, int8_activations=False, norm=None, **options)
+    ours = TernaryLinear.from_linear(plain, int8_activations=False, norm=None, granularity=options["granularity"])
+    outputs = []
+    for strength in (0.0, 0.5, 1.0):
+        linear.set_strength(strength, 0.0)
+        outputs.append(linear(x))
+    assert torch.equal(outputs[0], plain(x))
+    torch.testing.assert_close(outputs[1], (outputs[0] + outputs[2]) / 2)
+    assert not torch.allclose(outputs[2], ours(x), rtol=1e-3)
+    outputs[2].square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in linear.parameters())
+    torch.testing.assert_close(PackedLinear.from_ternary(linear)(x), outputs[2], rtol=1e-5, atol=1e-6)
+    if "dead_zone_bias" in options:
+        added = quant.dead_zone_sum(plain.weight, "group-64") * 1e-2
+        torch.testing.assert_close(outputs[2], ours(x) + added)
+    else:
+        assert torch.equal(linear.ranges, plain.weight.abs().amax(dim=1, keepdim=True))

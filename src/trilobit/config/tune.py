@@ -29,6 +29,10 @@ class TuneConfig(TrainingConfig):
     """What one weight scale covers."""
     cover: Literal["projections", "+lm_head", "+embeddings"] = "projections"
     """What becomes ternary besides the decoder's projections. A tied head implies both."""
+    dead_zone_bias: float | None = None
+    """Tequila's ε: weights that quantise to zero add ε · their sum to the output, as a bias. The authors use 1e-3."""
+    learned_ranges: bool = False
+    """ParetoQ's quantiser: each row's scale is learned instead of taken from its weights. Needs --scale row."""
 
     schedule: ScheduleKind = "layerwise"
     """How λ goes from 0 to 1: layer after layer (first to last, or reverse), all layers at once, from the first step, or
@@ -74,5 +78,9 @@ class TuneConfig(TrainingConfig):
                 raise ConfigError("--activation-schedule and --activation-ramp-fraction need --activations int8.")
             if self.schedule == "never" and self.activation_schedule != "never":
                 raise ConfigError("--schedule never leaves activations alone: drop the activations' own schedule.")
+        if self.dead_zone_bias is not None and not 0 < self.dead_zone_bias < float("inf"):
+            raise ConfigError(f"--dead-zone-bias is {self.dead_zone_bias}; it must be above 0.")
+        if self.learned_ranges and (self.scale != "row" or self.cover != "projections" or self.dead_zone_bias):
+            raise ConfigError("--learned-ranges needs --scale row, --cover projections and no --dead-zone-bias.")
         if self.distill == "none" and (self.distill_weight != 1.0 or self.temperature != 1.0):
             raise ConfigError("--distill-weight and --temperature need --distill logits.")

@@ -56,7 +56,8 @@ def choose_form(plan: Plan, model: nn.Module) -> tuple[Form, str]:
     obstacle = bitnet_obstacle(plan, model)
     if obstacle is None:
         return "autobitlinear", "stock transformers holds it exactly"
-    if plan.spec.activations == "none" and not any(linear.normed for linear in plan.linears.values()):
+    normed = any(linear.normed for linear in plan.linears.values())
+    if plan.spec.activations == "none" and not normed and not plan.spec.dead_zone_bias:
         return "dense", "weights only and no inserted norms: stock transformers runs it as an ordinary model"
     return "packed", f"stock transformers has no words for it: {obstacle}"
 
@@ -70,6 +71,8 @@ def bitnet_obstacle(plan: Plan, model: nn.Module) -> str | None:
         return "activations are int8 always, this model's are not quantised"
     if plan.head is not None or plan.embedding is not None:
         return "embeddings and lm_head cannot be ternary"
+    if spec.dead_zone_bias:
+        return "the dead zone adds a bias to every linear"
     for path in plan.linears:
         outputs = model.get_submodule(path).out_features
         if not Bitnet.fits(outputs):  # pyright: ignore[reportArgumentType]
@@ -242,8 +245,11 @@ def _dense_tensors(model: PreTrainedModel, plan: Plan, form: str, store: Store) 
     tensors = _kept_tensors(model, plan, store)
     for name, module in model.named_modules():
         if isinstance(module, TernaryLinear | TernaryEmbedding) and not (name == plan.head and plan.tied):
-            granularity = module.rule.granularity if isinstance(module, TernaryLinear) else module.granularity
-            tensors[f"{name}.weight"] = quant.ternary_quantize(module.weight, granularity).to(DTYPES[store])
+            if isinstance(module, TernaryLinear):
+                weight = quant.ternary_dequantize(*module.quantized(), module.rule.granularity)
+            else:
+                weight = quant.ternary_quantize(module.weight, module.granularity)
+            tensors[f"{name}.weight"] = weight.to(DTYPES[store])
             if isinstance(module, TernaryLinear) and module.bias is not None:
                 tensors[f"{name}.bias"] = module.bias.detach()
     return {"tensors": tensors, "dtype": "bfloat16" if store == "bf16" else "float32"}
@@ -253,16 +259,16 @@ def _packed_tensors(model: PreTrainedModel, plan: Plan, form: str, store: Store)
     tensors = _kept_tensors(model, plan, store)
     for name, module in model.named_modules():
         if isinstance(module, TernaryLinear):
+            packed = PackedLinear.from_ternary(module)
             if not (name == plan.head and plan.tied):
-                packed = ternary_tensors(PackedLinear.from_ternary(module))
-                tensors |= {f"{name}.{key}": value for key, value in packed.items()}
-            if module.bias is not None:
-                tensors[f"{name}.bias"] = module.bias.detach()
+                tensors |= {f"{name}.{key}": value for key, value in ternary_tensors(packed).items()}
+            if packed.bias is not None:
+                tensors[f"{name}.bias"] = packed.bias
             if module.rms_norm is not None:
                 tensors[f"{name}.rms_norm.weight"] = module.rms_norm.weight.detach()
         elif isinstance(module, TernaryEmbedding):
-            packed = ternary_tensors(PackedEmbedding.from_ternary(module))
-            tensors |= {f"{name}.{key}": value for key, value in packed.items()}
+            embedding = PackedEmbedding.from_ternary(module)
+            tensors |= {f"{name}.{key}": value for key, value in ternary_tensors(embedding).items()}
     return {"tensors": tensors, "dtype": "float32"}
 
 

@@ -35,10 +35,8 @@ class PackedLinear(nn.Module):
     @classmethod
     def from_ternary(cls, linear: TernaryLinear) -> "PackedLinear":
         """Freeze a trained linear: quantise its latent weight once."""
-        rule = linear.rule
-        scale = quant.absmean_scale(linear.weight, rule.granularity)
-        codes = quant.ternary_codes(linear.weight, scale, rule.granularity)
-        bias = None if linear.bias is None else linear.bias.detach()
+        rule, (codes, scale), bias = linear.rule, linear.quantized(), linear.total_bias()
+        bias = None if bias is None else bias.detach()
         return cls(codes, scale, bias, linear.rms_norm, rule.granularity, rule.int8_activations)
 
     def forward(self, input: Tensor) -> Tensor:

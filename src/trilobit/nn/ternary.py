@@ -58,7 +58,8 @@ class TernaryLinear(nn.Linear, TernaryModule):
 
     Shapes as nn.Linear: [..., in_features] → [..., out_features]. `granularity` is that of quant.absmean_scale;
     `int8_activations=False` quantises weights only; `norm` adds a learnable RMSNorm of the module's own in front, with
-    one gain per channel or (`"scalar"`) a single one. Starts at λ = 1.
+    one gain per channel or (`"scalar"`) a single one. Other people's quantisers: `dead_zone_bias` is Tequila's ε
+    (quant.dead_zone_sum), `learned_ranges` ParetoQ's (quant.learned_quantize; granularity "row"). Starts at λ = 1.
     """
 
     def __init__(
@@ -71,11 +72,16 @@ class TernaryLinear(nn.Linear, TernaryModule):
         int8_activations: bool = True,
         norm: str | None = "vector",
         eps: float = 1e-6,
+        dead_zone_bias: float = 0.0,
+        learned_ranges: bool = False,
         device: torch.device | str | None = None,
     ):
         assert norm in ("vector", "scalar", None), norm
+        assert not learned_ranges or granularity == "row", granularity
         super().__init__(in_features, out_features, bias, device=device, dtype=torch.float32)
         self.rule = Rule(granularity, int8_activations, eps)
+        self.dead_zone_bias = dead_zone_bias
+        self.ranges = nn.Parameter(torch.ones(out_features, 1, device=device)) if learned_ranges else None
         self.rms_norm = None
         if norm is not None:
             self.rms_norm = InputRMSNorm(in_features, scalar=norm == "scalar", eps=eps).to(device)
@@ -91,15 +97,43 @@ class TernaryLinear(nn.Linear, TernaryModule):
         ternary.weight = nn.Parameter(linear.weight.detach().float())
         if linear.bias is not None:
             ternary.bias = nn.Parameter(linear.bias.detach().float())
+        if ternary.ranges is not None:  # they start at each row's largest weight
+            ternary.ranges = nn.Parameter(linear.weight.detach().float().abs().amax(dim=1, keepdim=True))
         return ternary
 
     def forward(self, input: Tensor) -> Tensor:
         gain = None if self.rms_norm is None else self.rms_norm.weight
-        return ternary_linear(input, self.weight, self.bias, gain, self.rule, self.weight_strength, self.activation_strength)
+        weight, strength = self.weight, self.weight_strength
+        if self.ranges is not None:
+            faded = _mix(weight, quant.learned_quantize(weight, self.ranges), strength)
+            weight, strength = faded, 0.0  # what follows multiplies by it as it is
+        bias = self.total_bias(self.weight_strength)
+        return ternary_linear(input, weight, bias, gain, self.rule, strength, self.activation_strength)
+
+    def total_bias(self, strength: Strength = 1.0) -> Tensor | None:
+        """The bias, [O], with what the dead zone adds to it at a strength; None if there is neither."""
+        if self.dead_zone_bias == 0 or (not isinstance(strength, Tensor) and strength == 0):
+            return self.bias
+        added = quant.dead_zone_sum(self.weight, self.rule.granularity) * (strength * self.dead_zone_bias)
+        return added if self.bias is None else self.bias + added
+
+    @torch.no_grad()
+    def quantized(self) -> tuple[Tensor, Tensor]:
+        """Codes [O, K] int8 and scale (as quant.absmean_scale) of the latent weight."""
+        granularity = self.rule.granularity
+        scale = quant.absmean_scale(self.weight, granularity) if self.ranges is None else quant.learned_scale(self.ranges)
+        return quant.ternary_codes(self.weight, scale, granularity), scale
 
     def extra_repr(self) -> str:
         activations = "int8" if self.rule.int8_activations else "full-precision"
         return f"{super().extra_repr()}, scale per {self.rule.granularity}, {activations} activations"
+
+
+def _mix(x: Tensor, quantized: Tensor, strength: Strength) -> Tensor:
+    """x + λ (Q − x) with both gradients; the ends are exact."""
+    if isinstance(strength, Tensor):
+        return torch.lerp(x, quantized, strength)
+    return quantized if strength == 1 else x
 
 
 class TernaryEmbedding(nn.Embedding, TernaryModule):

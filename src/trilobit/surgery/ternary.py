@@ -36,6 +36,8 @@ class TernarySpec:
     activations: Activations = "int8"
     scale: Granularity = "tensor"
     cover: Cover = "projections"
+    dead_zone_bias: float = 0.0
+    learned_ranges: bool = False
     eps: float = NORM_EPS
 
 
@@ -205,11 +207,15 @@ def _refuse_foreign_cover(model: PreTrainedModel, plan: Plan) -> None:
 
 
 def _options(spec: TernarySpec, norm: Gain | None) -> dict[str, object]:
-    return {"granularity": spec.scale, "int8_activations": spec.activations == "int8", "norm": norm, "eps": spec.eps}
+    return {
+        "granularity": spec.scale, "int8_activations": spec.activations == "int8", "norm": norm, "eps": spec.eps,
+        "dead_zone_bias": spec.dead_zone_bias, "learned_ranges": spec.learned_ranges,
+    }  # fmt: skip
 
 
 def _became(spec: TernarySpec, norm: Gain | None) -> str:
-    parts = [f"ternary, scale per {spec.scale}", "int8 activations" if spec.activations == "int8" else "weights only"]
+    learned = "learned " if spec.learned_ranges else ""
+    parts = [f"ternary, {learned}scale per {spec.scale}", "int8 activations" if spec.activations == "int8" else "weights only"]
     return ", ".join(parts + (["own RMSNorm"] if norm else []))
 
 

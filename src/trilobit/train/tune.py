@@ -221,8 +221,9 @@ def _tune(
 
 def _spec(config: TuneConfig) -> TernarySpec:
     return TernarySpec(
-        placement=config.placement, gain=config.gain, activations=config.activations, scale=config.scale, cover=config.cover
-    )
+        placement=config.placement, gain=config.gain, activations=config.activations, scale=config.scale,
+        cover=config.cover, dead_zone_bias=config.dead_zone_bias or 0.0, learned_ranges=config.learned_ranges,
+    )  # fmt: skip
 
 
 def _schedules(config: TuneConfig, layers: int) -> list[StrengthSchedule]:
