@@ -54,6 +54,7 @@ ARMS: dict[str, Settings] = {
     **_around(),
     "recipe-hf-blog": RECIPES["hf-blog"](),
     "recipe-weights-only": RECIPES["weights-only"](),
+    **{f"recipe-{name}": RECIPES[name]() for name in ("tequila", "paretoq", "bitdistill", "bitdistill-normalised")},
 }
 CONTROL = "full-precision"
 """Fine-tuned equally, never quantised: what the text alone is worth."""

@@ -52,6 +52,10 @@ class TuneConfig(TrainingConfig):
     """Share w of the distillation loss: (1 − w) · cross-entropy + w · KL."""
     temperature: float = 1.0
     """T of the distillation loss."""
+    distill_attention: float | None = None
+    """Weight of a further loss: how tokens relate in one attention layer's queries, keys and values (BitDistill)."""
+    distill_attention_layer: int | None = None
+    """That layer, 0 the first. Default: seven eighths of the way."""
 
     model_format: Literal["auto", "autobitlinear", "bitlinear", "dense", "packed", "none"] = "auto"
     """How model/ is stored. auto: what stock transformers loads where it can say it, else trilobit's packed form. none:
@@ -82,5 +86,11 @@ class TuneConfig(TrainingConfig):
             raise ConfigError(f"--dead-zone-bias is {self.dead_zone_bias}; it must be above 0.")
         if self.learned_ranges and (self.scale != "row" or self.cover != "projections" or self.dead_zone_bias):
             raise ConfigError("--learned-ranges needs --scale row, --cover projections and no --dead-zone-bias.")
+        if self.distill_attention is not None and not 0 < self.distill_attention < float("inf"):
+            raise ConfigError(f"--distill-attention is {self.distill_attention}; it must be above 0.")
+        if self.distill_attention_layer is not None and self.distill_attention is None:
+            raise ConfigError("--distill-attention-layer needs --distill-attention.")
+        if self.distill == "none" and self.distill_attention is not None:
+            raise ConfigError("--distill-attention needs --distill logits.")
         if self.distill == "none" and (self.distill_weight != 1.0 or self.temperature != 1.0):
             raise ConfigError("--distill-weight and --temperature need --distill logits.")

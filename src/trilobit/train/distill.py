@@ -27,6 +27,7 @@ class Losses:
     total: Tensor
     cross_entropy: Tensor
     divergence: Tensor | None = None
+    relations: Tensor | None = None
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ from trilobit.train.layers import decide_compile, layers_of, prepare_layers
 from trilobit.train.loop import Hooks, Signals, autocast, fit
 from trilobit.train.plots import plot_loss, plot_strengths
 from trilobit.train.record import new_record, record_to_resume, weights_fingerprint
+from trilobit.train.relations import Recorder, relation_divergence
 from trilobit.train.schedule import StrengthSchedule, strength_schedule
 from trilobit.train.track import Track, tracker
 from trilobit.train.windows import Windows, evaluation_windows
@@ -175,6 +176,12 @@ def _tune(
         set_strengths(model, weights, activations)
         return {"lambda": sum(weights) / len(weights), "lambda_activations": sum(activations) / len(activations)}
 
+    recorders: list[Recorder] = []  # of the student and its teacher
+    if teacher is not None and config.distill_attention is not None:
+        chosen = config.distill_attention_layer
+        layer = len(layers_of(model)) * 7 // 8 if chosen is None else chosen
+        recorders = [Recorder(model, layer), Recorder(teacher, layer)]
+
     def objective(batch: Tensor) -> Losses:
         inputs, targets = batch[:, :-1], batch[:, 1:]
         logits = model(input_ids=inputs, use_cache=False).logits
@@ -182,12 +189,20 @@ def _tune(
         if teacher is not None:
             with torch.no_grad():
                 target_logits = teacher(input_ids=inputs, use_cache=False).logits
-        return mixed_loss(logits, targets, target_logits, config.distill_weight, config.temperature)
+        losses = mixed_loss(logits, targets, target_logits, config.distill_weight, config.temperature)
+        if recorders and config.distill_attention is not None:
+            student, original = (recorder.take() for recorder in recorders)
+            losses.relations = relation_divergence(student, original)
+            losses.total = losses.total + config.distill_attention * losses.relations
+            losses.relations = losses.relations.detach()
+        return losses
 
     hooks = Hooks(before_step, evaluate)
     hooks.log += [track, lambda row: listener.row(row, config.max_tokens)]
     progress = fit(model, windows, objective, config, peak_lr, out, device, signals, hooks)
 
+    for recorder in recorders:
+        recorder.close()
     # What was compiled for training must not be compiled again for the batches that measure and compare.
     with torch.compiler.set_stance("force_eager"):
         if plan is not None:
