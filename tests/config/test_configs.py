@@ -67,6 +67,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"distill": "logits", "distill_attention": 0.0}, "--distill-attention is 0.0"),
     ({"distill_attention": 1.0}, "--distill-attention needs --distill logits"),
     ({"distill_attention_layer": 1}, "--distill-attention-layer needs --distill-attention"),
+    ({"reconstruct_tokens": 16_384}, "--reconstruct-tokens .* needs --schedule immediate, not layerwise"),
+    ({"reconstruct_tokens": 100, "schedule": "immediate"}, "--reconstruct-tokens 100 is less than one micro-batch"),
     ({"self_tokens": 10}, "--self-tokens needs --data self"),
     ({"data": "self", "self_tokens": 0}, "--self-tokens is 0"),
     ({"max_tokens": 16_383}, "--max-tokens 16383 is less than one step of 16384 tokens"),

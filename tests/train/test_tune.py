@@ -638,6 +638,23 @@ def test_distillation_comes_closer_to_the_original(place: Place, tmp_path: Path,
     assert abs(rows(tmp_path / "same")[0]["divergence"]) < 1e-5
 
 
+def test_a_warm_start_is_made_once(place: Place, tmp_path: Path, no_writing: None) -> None:
+    """--reconstruct-tokens lowers the loss of the first step, is noted layer by layer, and a resumed run is bit-exact."""
+    settings = {"schedule": "immediate", "reconstruct_tokens": 2048, "lr": 3e-3}
+    notes = Notes()
+    run(place.config(tmp_path / "warm", **settings), notes)
+    assert sum("relative error of its output" in note for note in notes.heard) == 2
+    run(place.config(tmp_path / "cold", **{**settings, "reconstruct_tokens": None}))
+    original = json.loads((tmp_path / "cold" / "run.json").read_text())["base_nats_per_token"]
+    cold, warm = (rows(tmp_path / name)[0]["loss"] for name in ("cold", "warm"))
+    assert abs(warm - original) < abs(cold - original)
+    config = interrupted(place, tmp_path / "resumed", **settings)
+    again = Notes()
+    run(replace(config, resume=True), again)
+    assert not any("relative error" in note for note in again.heard)
+    assert_same_run(tmp_path / "resumed", tmp_path / "warm")
+
+
 def test_relations_are_learned_too(place: Place, tmp_path: Path, no_writing: None) -> None:
     """With --distill-attention the relations of a layer are part of the loss, are logged, and come nearer the original's; a
     run resumes with them bit-exactly."""

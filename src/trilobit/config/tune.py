@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from trilobit.config.fields import ModelPath
+from trilobit.config.fields import Count, ModelPath
 from trilobit.config.training import TrainingConfig
 from trilobit.errors import ConfigError
 
@@ -46,6 +46,10 @@ class TuneConfig(TrainingConfig):
     activation_ramp_fraction: float | None = None
     """Ramp of activations, where it differs from that of weights."""
 
+    reconstruct_tokens: Count | None = None
+    """Tokens on which each layer first learns the original layer's output, one after the other: a warm start at λ = 1. Needs
+    --schedule immediate."""
+
     distill: Literal["none", "logits"] = "none"
     """Also learn from the original model's logits: KL(original ‖ student) · T²."""
     distill_weight: float = 1.0
@@ -82,6 +86,11 @@ class TuneConfig(TrainingConfig):
                 raise ConfigError("--activation-schedule and --activation-ramp-fraction need --activations int8.")
             if self.schedule == "never" and self.activation_schedule != "never":
                 raise ConfigError("--schedule never leaves activations alone: drop the activations' own schedule.")
+        if self.reconstruct_tokens is not None:
+            if self.schedule != "immediate":
+                raise ConfigError(f"--reconstruct-tokens ends at λ = 1: it needs --schedule immediate, not {self.schedule}.")
+            if self.reconstruct_tokens < self.sequence_length * self.sequences:
+                raise ConfigError(f"--reconstruct-tokens {self.reconstruct_tokens} is less than one micro-batch.")
         if self.dead_zone_bias is not None and not 0 < self.dead_zone_bias < float("inf"):
             raise ConfigError(f"--dead-zone-bias is {self.dead_zone_bias}; it must be above 0.")
         if self.learned_ranges and (self.scale != "row" or self.cover != "projections" or self.dead_zone_bias):

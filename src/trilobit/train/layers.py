@@ -9,19 +9,15 @@ from importlib.util import find_spec
 
 import torch
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trilobit.config.training import TrainingConfig
 from trilobit.errors import ConfigError
+from trilobit.surgery.roles import decoder_layers
 
 RECOMPILE_LIMIT = 32
 # 6 · parameters · tokens from which compiling pays. CPU: it takes a minute or two and saves a fifth of some 0.4 TFLOP/s.
 # CUDA: not measured yet; the same reasoning at 100 TFLOP/s.
 REPAID_FLOPS = {"cpu": 3e14, "cuda": 2e16}
-
-
-def layers_of(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def decide_compile(config: TrainingConfig, model: PreTrainedModel, device: torch.device) -> tuple[bool, str]:
@@ -54,5 +50,5 @@ def prepare_layers(model: PreTrainedModel, config: TrainingConfig, compiled: boo
         # Each state of λ, training and evaluating, has a graph of its own; beyond the limit dynamo quietly stops compiling.
         torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
         torch.compiler.reset()  # graphs of an earlier run in this process count against the limit, too
-        for layer in layers_of(model):  # one small graph for all layers, instead of one large one
+        for _, layer in decoder_layers(model):  # one small graph for all layers, instead of one large one
             layer.compile()

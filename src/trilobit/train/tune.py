@@ -27,14 +27,15 @@ from trilobit.infer.load import Loaded, load_pretrained, pick_device
 from trilobit.listener import SILENT, Listener
 from trilobit.measure.perplexity import nats, perplexity, require_positions
 from trilobit.storage import require_free_space, require_new_directory, write_json
-from trilobit.surgery.roles import find_roles, vocabulary_size
+from trilobit.surgery.roles import decoder_layers, find_roles, vocabulary_size
 from trilobit.surgery.ternary import Plan, TernarySpec, apply_plan, make_plan, measure_rms, set_gains, set_strengths
-from trilobit.train.checkpoint import BYTES_PER_PARAMETER
+from trilobit.train.checkpoint import BYTES_PER_PARAMETER, list_checkpoints
 from trilobit.train.data import Tokens, from_tokens, prepare
 from trilobit.train.distill import Losses, mixed_loss
-from trilobit.train.layers import decide_compile, layers_of, prepare_layers
+from trilobit.train.layers import decide_compile, prepare_layers
 from trilobit.train.loop import Hooks, Signals, autocast, fit
 from trilobit.train.plots import plot_loss, plot_strengths
+from trilobit.train.reconstruct import reconstruct
 from trilobit.train.record import new_record, record_to_resume, weights_fingerprint
 from trilobit.train.relations import Recorder, relation_divergence
 from trilobit.train.schedule import StrengthSchedule, strength_schedule
@@ -119,7 +120,7 @@ def _tune(
         return {"heldout_nats": total / count}
 
     teacher = None
-    if config.distill == "logits":
+    if config.distill == "logits" or config.reconstruct_tokens is not None:
         teacher = copy.deepcopy(model)
         teacher.requires_grad_(False).eval()
         if config.precision == "bf16":  # parameters alone: .to() would round the buffers too, and with them RoPE's angles
@@ -130,7 +131,7 @@ def _tune(
         base_nats = total / count
         if not math.isfinite(base_nats):
             raise ModelError(f"{config.model} itself has a loss of {base_nats} on held-out text: its weights are damaged.")
-        schedules = _schedules(config, len(layers_of(model)))
+        schedules = _schedules(config, len(decoder_layers(model)))
         rms = _calibrate(config, plan, model, windows, device)
         compiled, why = decide_compile(config, model, device)
         if config.compile == "auto":
@@ -155,11 +156,11 @@ def _tune(
             listener.note(f"activations: {schedules[1].describe()}")
         if config.ramp_fraction == 1 and config.schedule not in ("immediate", "never"):
             listener.note("--ramp-fraction 1: λ is 1 only after the last step, so the finished model is never itself trained")
-    model.requires_grad_(True)
     parameters = sum(p.numel() for p in model.parameters())
     peak_lr = config.lr or LR_TIMES_WIDTH / model.config.get_text_config().hidden_size
     if config.lr is None:
         listener.note(f"learning rate {peak_lr:.2e}: {LR_TIMES_WIDTH} / hidden size (choose with --lr)")
+    model.requires_grad_(True)
     prepare_layers(model, config, record["compiled"])
 
     require_free_space(out, (config.keep_checkpoints + 1) * BYTES_PER_PARAMETER * parameters, "The run")
@@ -168,6 +169,11 @@ def _tune(
     except OSError as error:
         raise OutputError(f"cannot write {out}: {error.strerror or error}.") from error
     write_json(out / "run.json", record)
+
+    if config.reconstruct_tokens is not None and teacher is not None and not list_checkpoints(out):
+        _reconstruct(config, model, teacher, windows, peak_lr, signals, listener)
+    if config.distill == "none":
+        teacher = None
 
     def before_step(seen: int) -> dict[str, float]:
         if plan is None:
@@ -179,7 +185,7 @@ def _tune(
     recorders: list[Recorder] = []  # of the student and its teacher
     if teacher is not None and config.distill_attention is not None:
         chosen = config.distill_attention_layer
-        layer = len(layers_of(model)) * 7 // 8 if chosen is None else chosen
+        layer = len(decoder_layers(model)) * 7 // 8 if chosen is None else chosen
         recorders = [Recorder(model, layer), Recorder(teacher, layer)]
 
     def objective(batch: Tensor) -> Losses:
@@ -279,6 +285,23 @@ def _tokens(config: TuneConfig, base: Loaded, signals: Signals) -> Tokens:
         key, make, tokenizer, vocab_size=vocabulary, heldout_tokens=config.eval_tokens,
         sequence_length=config.sequence_length, cache_dir=cache,
     )  # fmt: skip
+
+
+def _reconstruct(
+    config: TuneConfig, model: PreTrainedModel, teacher: PreTrainedModel, windows: Windows, lr: float, signals: Signals,
+    listener: Listener,
+) -> None:  # fmt: skip
+    """The warm start, on the first windows of the training order."""
+    assert config.reconstruct_tokens is not None
+
+    def after_layer(layer: int, before: float, after: float) -> None:
+        listener.note(f"layer {layer}: relative error of its output {before:.4f} → {after:.4f}")
+        signals.raise_if_set()
+
+    count = config.reconstruct_tokens // (config.sequences * config.sequence_length)
+    samples = [windows.samples(index * config.sequences, config.sequences)[:, :-1] for index in range(count)]
+    model.train()
+    reconstruct(model, teacher, samples, lr, config.precision, after_layer)
 
 
 def _calibrate(

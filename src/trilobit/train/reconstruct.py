@@ -1,0 +1,127 @@
+"""A warm start: each decoder layer, one after the other, learns to give the original layer's output.
+
+Layer l of the student gets what the student's layers before it make of a text, already quantised, and is trained at λ = 1
+towards what the original's layer l makes of the same text, so that each layer also mends what went wrong before it:
+
+    L_l = mean over tokens of ‖f_l(x) − f*_l(x*)‖² / ‖f*_l(x*)‖²        x: student's hidden states, x*: the original's
+
+Relative per token, because a few tokens have hidden states a thousand times the others'. Every token goes forward and
+back once through each layer, as in a training step, but nothing goes through the head, only one layer has gradients and
+optimizer state at a time, and the original is used one layer at a time. Close to block-wise reconstruction in
+post-training quantisation (BRECQ, arXiv 2102.05426; CAT-Q's windows), but with straight-through latents.
+
+Letters: N sequences, T positions, D width.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from trilobit.surgery.roles import decoder_layers
+from trilobit.train.loop import BETAS, autocast
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """How far each layer's output was from the original's, relative to it: before and after its training."""
+
+    before: list[float]
+    after: list[float]
+
+
+def reconstruct(
+    model: PreTrainedModel, original: PreTrainedModel, batches: Sequence[Tensor], lr: float, precision: str,
+    after_layer: Callable[[int, float, float], None] = lambda layer, before, after: None,
+) -> Reconstruction:  # fmt: skip
+    """Train the decoder layers of `model` (ternary, at the λ it has), in place, against those of `original`.
+
+    batches: token ids [N, T], all of one shape, each seen once by every layer; the rate falls linearly from `lr` to 0 over
+    each layer's batches. Holds the hidden states of all batches, twice, in bf16 or fp32 as `precision` says. `after_layer`
+    hears of each layer: its index, the relative error of its first and its last eighth of batches.
+    """
+    device = next(model.parameters()).device
+    states, targets, call = _inputs(model, batches, precision), _inputs(original, batches, precision), _calls(model, batches[0])
+    found = Reconstruction([], [])
+    for index, ((_, layer), (_, reference)) in enumerate(zip(decoder_layers(model), decoder_layers(original), strict=True)):
+        optimizer = torch.optim.AdamW(layer.parameters(), lr=lr, betas=BETAS, weight_decay=0.0, fused=True)
+        errors = []
+        for step, (x, target) in enumerate(zip(states, targets, strict=True)):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * (1 - step / len(batches))
+            with autocast(precision, device):
+                with torch.no_grad():
+                    wanted = _hidden(reference(target.to(device), **call[index]))
+                error = _relative_error(_hidden(layer(x.to(device), **call[index])), wanted)
+            error.backward()
+            nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            targets[step] = wanted.to(target.dtype)
+            errors.append(error.detach())
+        part = max(1, len(errors) // 8)
+        found.before.append(torch.stack(errors[:part]).mean().item())
+        found.after.append(torch.stack(errors[-part:]).mean().item())
+        with torch.no_grad(), autocast(precision, device):
+            for step, x in enumerate(states):
+                states[step] = _hidden(layer(x.to(device), **call[index])).to(x.dtype)
+        after_layer(index, found.before[-1], found.after[-1])
+    return found
+
+
+def _relative_error(output: Tensor, wanted: Tensor) -> Tensor:
+    """Mean over tokens of ‖o − w‖² / ‖w‖². Both [N, T, D]."""
+    output, wanted = output.float(), wanted.float()
+    return ((output - wanted).square().sum(dim=-1) / wanted.square().sum(dim=-1).clamp(min=1e-6)).mean()
+
+
+class _Stop(Exception):
+    pass
+
+
+@torch.no_grad()
+def _inputs(model: PreTrainedModel, batches: Sequence[Tensor], precision: str) -> list[Tensor]:
+    """What the first decoder layer gets, for each batch: [N, T, D]."""
+    device, dtype = next(model.parameters()).device, torch.bfloat16 if precision == "bf16" else torch.float32
+    found: list[Tensor] = []
+
+    def stop(module: nn.Module, arguments: tuple[Tensor, ...], options: dict[str, Any]) -> None:
+        found.append((arguments[0] if arguments else options["hidden_states"]).to(dtype))
+        raise _Stop
+
+    handle = decoder_layers(model)[0][1].register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        for batch in batches:
+            try:
+                with autocast(precision, device):
+                    model(input_ids=batch.to(device), use_cache=False)
+            except _Stop:
+                pass
+    finally:
+        handle.remove()
+    return found
+
+
+@torch.no_grad()
+def _calls(model: PreTrainedModel, batch: Tensor) -> list[dict[str, Any]]:
+    """What else each decoder layer gets (masks, positions), which is the same for every batch of one shape."""
+    found: list[dict[str, Any]] = []
+
+    def note(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        assert len(arguments) <= 1, "decoder layers get all but the hidden states by name"
+        found.append({name: value for name, value in options.items() if name != "hidden_states"})
+
+    handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for _, layer in decoder_layers(model)]
+    try:
+        model(input_ids=batch.to(next(model.parameters()).device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _hidden(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
