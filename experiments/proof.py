@@ -69,8 +69,8 @@ class Study:
 
 SMALL = {"sequence_length": 256, "batch_tokens": 4096, "sequences": 16, "precision": "fp32", "compile": "no"}
 STUDIES = {
-    "stories260k": Study(409_600, (2.5e-3, 5e-3, 1e-2, 2e-2), SMALL | {"self_tokens": 2_000_000, "eval_tokens": 65_536}),
-    "embedded": Study(1_228_800, (1e-3, 2e-3, 4e-3, 8e-3), SMALL | {"eval_tokens": 65_536}),
+    "stories260k": Study(409_600, (2.5e-3, 5e-3, 1e-2, 2e-2), SMALL | {"self_tokens": 2_000_000, "eval_tokens": 32_768}),
+    "embedded": Study(1_228_800, (1e-3, 2e-3, 4e-3, 8e-3), SMALL | {"eval_tokens": 32_768}),
     "smollm2": Study(
         2_097_152, (2e-4, 4e-4, 8e-4, 1.6e-3),
         {"sequence_length": 512, "batch_tokens": 32_768, "sequences": 64, "compile": "yes", "eval_tokens": 131_072},
@@ -152,7 +152,7 @@ def run_trial(trial: Trial, study: Study, arguments: argparse.Namespace, report:
         **{
             **settings, "model": arguments.model, "data": arguments.data, "out": str(out), "max_tokens": trial.budget,
             "lr": trial.rate, "seed": trial.seed, "device": arguments.device, "model_format": "none",
-            "eval_every": max(trial.budget // 16, 1), "cache_dir": str(arguments.out / "tokens"),
+            "eval_every": max(trial.budget // 16, study.budget // 4), "cache_dir": str(arguments.out / "tokens"),
         }
     )  # fmt: skip
     row: dict[str, Any] = {**asdict(trial), "diverged": False}

@@ -48,10 +48,20 @@ def _around() -> dict[str, Settings]:
     return arms
 
 
+def _warm() -> dict[str, Settings]:
+    """Reconstructed layer by layer first, on an eighth of the smallest budget's tokens; then as the arm of that name."""
+    start: Settings = {"reconstruct_tokens": 51_200, "schedule": "immediate"}
+    return {
+        "warm-every-ce": {**EVERY, **start}, "warm-every-kl": {**EVERY, **start, **KL},
+        "warm-none-ce": {**NONE, **start}, "warm-none-kl": {**NONE, **start, **KL},
+    }  # fmt: skip
+
+
 ARMS: dict[str, Settings] = {
     "full-precision": {"schedule": "never"},
     **_star(),
     **_around(),
+    **_warm(),
     "recipe-hf-blog": RECIPES["hf-blog"](),
     "recipe-weights-only": RECIPES["weights-only"](),
     **{f"recipe-{name}": RECIPES[name]() for name in ("tequila", "paretoq", "bitdistill", "bitdistill-normalised")},
