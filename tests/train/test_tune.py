@@ -28,9 +28,11 @@ from trilobit.measure.perplexity import nats
 from trilobit.nn.ternary import ternary_modules
 from trilobit.train import data as data_module
 from trilobit.train import layers as layers_module
+from trilobit.train import objective as objective_module
 from trilobit.train import tune as tune_module
 from trilobit.train.checkpoint import list_checkpoints
 from trilobit.train.loop import Interrupted
+from trilobit.train.track import PACKAGES
 from trilobit.train.tune import TuneResult, run
 from trilobit.train.windows import evaluation_windows
 
@@ -107,11 +109,9 @@ def whole(place: Place, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
 @pytest.fixture
 def no_writing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves out what follows the latents (model/ and the plots), for tests that look at training alone."""
-    agreement = tune_module.asdict
     written = SimpleNamespace(path="", form="", reason="", bytes=0, agreement={})
     for name in ("write_model", "write_full_precision"):
         monkeypatch.setattr(tune_module, name, lambda *_, **__: written)
-    monkeypatch.setattr(tune_module, "asdict", lambda value: value if value == {} else agreement(value))
     for name in ("plot_loss", "plot_strengths"):
         monkeypatch.setattr(tune_module, name, lambda *_: None)
 
@@ -494,7 +494,7 @@ def test_bad_models_and_data_are_refused(place: Place, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["tensorboard", "wandb", "trackio"])
 def test_a_missing_tracker_leaves_nothing(kind: str, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """--track without its package is refused before anything is loaded or written."""
-    monkeypatch.setitem(sys.modules, tune_module.tracker.__globals__["PACKAGES"][kind], None)
+    monkeypatch.setitem(sys.modules, PACKAGES[kind], None)
     monkeypatch.setattr(tune_module, "load_pretrained", None)
     refuse(ConfigError, f"--track {kind}", place.config(tmp_path / "run", track=kind))
 
@@ -538,14 +538,14 @@ def test_a_run_that_explodes_keeps_its_last_good_checkpoint(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A loss that becomes infinite in the middle of a run stops it there: the log ends with the step before."""
-    original, calls = tune_module.mixed_loss, []
+    original, calls = objective_module.mixed_loss, []
 
     def explode(*arguments: Any) -> Any:
         losses = original(*arguments)
         calls.append(1)
         return replace(losses, total=losses.total * float("inf")) if len(calls) == 2 * 4 + 2 else losses
 
-    monkeypatch.setattr(tune_module, "mixed_loss", explode)
+    monkeypatch.setattr(objective_module, "mixed_loss", explode)
     with pytest.raises(NonFiniteError, match=r"step 5: the loss is not finite .*lambda 0\..*samples 16 to 19"):
         run(place.config(tmp_path / "run"))
     assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3, 4]
@@ -572,7 +572,7 @@ def test_a_bf16_teacher_keeps_its_angles(
         teachers.append(copy.deepcopy(model))
         return teachers[-1]
 
-    monkeypatch.setattr(tune_module, "copy", SimpleNamespace(deepcopy=copied))
+    monkeypatch.setattr(objective_module, "copy", SimpleNamespace(deepcopy=copied))
     run(place.config(tmp_path / "run", precision="bf16", distill="logits", max_tokens=STEP_TOKENS))
     (teacher,) = teachers
     assert {parameter.dtype for parameter in teacher.parameters()} == {torch.bfloat16}

@@ -42,13 +42,14 @@ DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Written:
-    """What was written: its form, why that form, its size, and how its consumer agrees with the model in memory."""
+    """What was written: its form, why that form, its size, and how its consumer agrees with the model in memory (None if
+    there is no consumer)."""
 
     path: str
     form: str
     reason: str
     bytes: int
-    agreement: Agreement
+    agreement: Agreement | None
 
 
 def choose_form(plan: Plan, model: nn.Module) -> tuple[Form, str]:

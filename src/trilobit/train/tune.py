@@ -8,7 +8,6 @@ out/model/           the ternary model, read back and compared before it got its
 out/loss.png, out/lambda.png
 """
 
-import copy
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -16,12 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from trilobit.config.tune import TuneConfig
 from trilobit.errors import ConfigError, DataError, ModelError, OutputError
-from trilobit.export.hf import require_form, round_kept, stored_precision, write_full_precision, write_latent, write_model
+from trilobit.export.hf import (
+    Written,
+    require_form,
+    round_kept,
+    stored_precision,
+    write_full_precision,
+    write_latent,
+    write_model,
+)
 from trilobit.infer.generate import sample_documents
 from trilobit.infer.load import Loaded, load_pretrained, pick_device
 from trilobit.listener import SILENT, Listener
@@ -29,15 +35,14 @@ from trilobit.measure.perplexity import nats, perplexity, require_positions
 from trilobit.storage import require_free_space, require_new_directory, write_json
 from trilobit.surgery.roles import decoder_layers, find_roles, vocabulary_size
 from trilobit.surgery.ternary import Plan, TernarySpec, apply_plan, make_plan, measure_rms, set_gains, set_strengths
-from trilobit.train.checkpoint import BYTES_PER_PARAMETER, list_checkpoints
+from trilobit.train.checkpoint import BYTES_PER_PARAMETER, Progress, list_checkpoints
 from trilobit.train.data import Tokens, from_tokens, prepare
-from trilobit.train.distill import Losses, mixed_loss
 from trilobit.train.layers import decide_compile, prepare_layers
 from trilobit.train.loop import Hooks, Signals, autocast, fit
+from trilobit.train.objective import TuneObjective, frozen_copy
 from trilobit.train.plots import plot_loss, plot_strengths
 from trilobit.train.reconstruct import reconstruct
 from trilobit.train.record import new_record, record_to_resume, weights_fingerprint
-from trilobit.train.relations import Recorder, relation_divergence
 from trilobit.train.schedule import StrengthSchedule, strength_schedule
 from trilobit.train.track import Track, tracker
 from trilobit.train.windows import Windows, evaluation_windows
@@ -78,7 +83,6 @@ def run(config: TuneConfig, listener: Listener = SILENT) -> TuneResult:
 
 
 def _run(config: TuneConfig, listener: Listener, signals: Signals) -> TuneResult:
-    device = pick_device(config.device)
     out = Path(config.out or f"out/{Path(config.model).absolute().name}")
     record = record_to_resume(out, config) if config.resume else None
     if record is None:
@@ -87,157 +91,189 @@ def _run(config: TuneConfig, listener: Listener, signals: Signals) -> TuneResult
         raise OutputError(f"{out} has finished already; its model is in {out / 'model'}.")
 
     with tracker(config.track, out, asdict(config)) as track:
-        return _tune(config, listener, signals, track, device, out, record)
+        return _Run(config, listener, signals, track, out, pick_device(config.device)).whole(record)
 
 
-def _tune(
-    config: TuneConfig, listener: Listener, signals: Signals, track: Track, device: torch.device, out: Path,
-    record: dict[str, Any] | None,
-) -> TuneResult:  # fmt: skip
-    base = load_pretrained(config.model)
-    model = base.model
-    model.to(device)  # pyright: ignore[reportArgumentType]
-    require_positions(model, config.sequence_length)
-    plan = None if config.schedule == "never" else make_plan(find_roles(model), _spec(config))
-    if plan is not None:
-        require_form(plan, model, config.model_format)
-    base_bytes = sum(p.numel() * 2 for p in model.parameters())  # as bf16, the way checkpoints are published
-    if record is not None and record["base"] != weights_fingerprint(model):
-        raise ModelError(f"the weights of {config.model} have changed since {out} began; --resume needs the same ones.")
-    signals.raise_if_set()
+class _Run:
+    """One run, from the checkpoint to model/. Its methods are the stages, in order; between them it stops at a signal."""
 
-    tokens = _tokens(config, base, signals)
-    listener.note(f"data: {tokens.description}")
-    windows = Windows(tokens.train, config.sequence_length, config.seed)
-    heldout = evaluation_windows(tokens.heldout, config.sequence_length, config.eval_tokens)
-    seen = config.steps * config.tokens_per_step
-    if seen > windows.count * config.sequence_length:
-        listener.note(f"the data is seen {seen / (windows.count * config.sequence_length):.1f} times")
-    signals.raise_if_set()
+    def __init__(
+        self, config: TuneConfig, listener: Listener, signals: Signals, track: Track, out: Path, device: torch.device
+    ) -> None:
+        self.config, self.listener, self.signals, self.track = config, listener, signals, track
+        self.out, self.device = out, device
+        self.teacher: PreTrainedModel | None = None
+        self.ternary_parameters = 0
 
-    def evaluate() -> dict[str, float]:
-        total, count = nats(model, heldout, config.sequences, config.precision)
-        return {"heldout_nats": total / count}
+    def whole(self, record: dict[str, Any] | None) -> TuneResult:
+        """Everything. `record`: run.json of the run to continue."""
+        self.load(record)
+        self.read_text()
+        self.record = self.begin() if record is None else self.go_on(record)
+        self.schedules = [StrengthSchedule.from_json(value) for value in self.record["schedules"]]
+        self.signals.raise_if_set()
+        self.operate()
+        self.make_directory()
+        return self.finish(self.train())
 
-    teacher = None
-    if config.distill == "logits" or config.reconstruct_tokens is not None:
-        teacher = copy.deepcopy(model)
-        teacher.requires_grad_(False).eval()
-        if config.precision == "bf16":  # parameters alone: .to() would round the buffers too, and with them RoPE's angles
-            for parameter in teacher.parameters():
-                parameter.data = parameter.data.to(torch.bfloat16)
-    if record is None:
-        total, count = nats(model, heldout, config.sequences)  # in fp32, like the final measurement
-        base_nats = total / count
-        if not math.isfinite(base_nats):
-            raise ModelError(f"{config.model} itself has a loss of {base_nats} on held-out text: its weights are damaged.")
-        schedules = _schedules(config, len(decoder_layers(model)))
-        rms = _calibrate(config, plan, model, windows, device)
-        compiled, why = decide_compile(config, model, device)
+    def load(self, record: dict[str, Any] | None) -> None:
+        """The original model, and what the surgery will make of it."""
+        config = self.config
+        self.base = load_pretrained(config.model)
+        self.model = self.base.model
+        self.model.to(self.device)  # pyright: ignore[reportArgumentType]
+        require_positions(self.model, config.sequence_length)
+        self.plan = None if config.schedule == "never" else make_plan(find_roles(self.model), _spec(config))
+        if self.plan is not None:
+            require_form(self.plan, self.model, config.model_format)
+        self.base_bytes = sum(p.numel() * 2 for p in self.model.parameters())  # as bf16, as checkpoints are published
+        if record is not None and record["base"] != weights_fingerprint(self.model):
+            raise ModelError(
+                f"the weights of {config.model} have changed since {self.out} began; --resume needs the same ones."
+            )
+        self.signals.raise_if_set()
+
+    def read_text(self) -> None:
+        """Tokens, and the windows that are trained and measured on."""
+        config = self.config
+        self.tokens = _tokens(config, self.base, self.signals)
+        self.listener.note(f"data: {self.tokens.description}")
+        self.windows = Windows(self.tokens.train, config.sequence_length, config.seed)
+        self.heldout = evaluation_windows(self.tokens.heldout, config.sequence_length, config.eval_tokens)
+        seen, there = config.steps * config.tokens_per_step, self.windows.count * config.sequence_length
+        if seen > there:
+            self.listener.note(f"the data is seen {seen / there:.1f} times")
+        self.signals.raise_if_set()
+
+    def begin(self) -> dict[str, Any]:
+        """run.json of a new run: the original measured, everything that depends on it decided."""
+        config, model = self.config, self.model
+        total, count = nats(model, self.heldout, config.sequences)  # in fp32, like the final measurement
+        if not math.isfinite(total):
+            raise ModelError(f"{config.model} itself has a loss of {total} on held-out text: its weights are damaged.")
+        compiled, why = decide_compile(config, model, self.device)
         if config.compile == "auto":
-            listener.note(f"{'compiled' if compiled else 'not compiled'}: {why}")
-        record = new_record(config, plan, schedules, rms, base_nats, tokens, weights_fingerprint(model), compiled)
-    else:
-        if record["data_key"] != tokens.key:
-            raise DataError(f"the text of --data {config.data} has changed since {out} began; --resume needs the same text.")
-        base_nats, rms = record["base_nats_per_token"], record["gains"]
-        schedules = [StrengthSchedule.from_json(value) for value in record["schedules"]]
-    signals.raise_if_set()
-    listener.note(f"original model: {base_nats:.4f} nats per token held out (perplexity {perplexity(base_nats):.2f})")
+            self.listener.note(f"{'compiled' if compiled else 'not compiled'}: {why}")
+        gains = _calibrate(config, self.plan, model, self.windows, self.device)
+        schedules, fingerprint = _schedules(config, len(decoder_layers(model))), weights_fingerprint(model)
+        return new_record(config, self.plan, schedules, gains, total / count, self.tokens, fingerprint, compiled)
 
-    ternary_parameters = 0
-    if plan is not None:
-        surgery = apply_plan(model, plan)
-        set_gains(model, rms)
-        listener.note(str(surgery))
-        ternary_parameters = sum(row.parameters for row in surgery.rows if row.became.startswith("ternary"))
-        listener.note(f"weights: {schedules[0].describe()}")
-        if schedules[1] != schedules[0] and config.activations == "int8":
-            listener.note(f"activations: {schedules[1].describe()}")
-        if config.ramp_fraction == 1 and config.schedule not in ("immediate", "never"):
-            listener.note("--ramp-fraction 1: λ is 1 only after the last step, so the finished model is never itself trained")
-    parameters = sum(p.numel() for p in model.parameters())
-    peak_lr = config.lr or LR_TIMES_WIDTH / model.config.get_text_config().hidden_size
-    if config.lr is None:
-        listener.note(f"learning rate {peak_lr:.2e}: {LR_TIMES_WIDTH} / hidden size (choose with --lr)")
-    model.requires_grad_(True)
-    prepare_layers(model, config, record["compiled"])
+    def go_on(self, record: dict[str, Any]) -> dict[str, Any]:
+        """`record`, the run.json of the run to continue, if the text is still the same."""
+        if record["data_key"] != self.tokens.key:
+            raise DataError(
+                f"the text of --data {self.config.data} has changed since {self.out} began; --resume needs the same text."
+            )
+        return record
 
-    require_free_space(out, (config.keep_checkpoints + 1) * BYTES_PER_PARAMETER * parameters, "The run")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot write {out}: {error.strerror or error}.") from error
-    write_json(out / "run.json", record)
+    def operate(self) -> None:
+        """The teacher, if one is needed, and the surgery."""
+        config, base_nats = self.config, self.record["base_nats_per_token"]
+        self.listener.note(f"original model: {base_nats:.4f} nats per token held out (perplexity {perplexity(base_nats):.2f})")
+        if config.distill == "logits" or config.reconstruct_tokens is not None:
+            self.teacher = frozen_copy(self.model, config.precision)
+        if self.plan is not None:
+            surgery = apply_plan(self.model, self.plan)
+            set_gains(self.model, self.record["gains"])
+            self.ternary_parameters = sum(row.parameters for row in surgery.rows if row.became.startswith("ternary"))
+            self.listener.note(str(surgery))
+            self.listener.note(f"weights: {self.schedules[0].describe()}")
+            if self.schedules[1] != self.schedules[0] and config.activations == "int8":
+                self.listener.note(f"activations: {self.schedules[1].describe()}")
+            if config.ramp_fraction == 1 and config.schedule not in ("immediate", "never"):
+                self.listener.note("--ramp-fraction 1: λ is 1 only after the last step: the finished model is never trained")
+        self.model.requires_grad_(True)
+        self.parameters = sum(p.numel() for p in self.model.parameters())
+        self.peak_lr = config.lr or LR_TIMES_WIDTH / self.model.config.get_text_config().hidden_size
+        if config.lr is None:
+            self.listener.note(f"learning rate {self.peak_lr:.2e}: {LR_TIMES_WIDTH} / hidden size (choose with --lr)")
+        prepare_layers(self.model, config, self.record["compiled"])
 
-    if config.reconstruct_tokens is not None and teacher is not None and not list_checkpoints(out):
-        _reconstruct(config, model, teacher, windows, peak_lr, signals, listener)
-    if config.distill == "none":
-        teacher = None
+    def make_directory(self) -> None:
+        require_free_space(self.out, (self.config.keep_checkpoints + 1) * BYTES_PER_PARAMETER * self.parameters, "The run")
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"cannot write {self.out}: {error.strerror or error}.") from error
+        write_json(self.out / "run.json", self.record)
 
-    def before_step(seen: int) -> dict[str, float]:
-        if plan is None:
+    def train(self) -> Progress:
+        """The warm start, if there is one and no checkpoint follows it, and all steps."""
+        config = self.config
+        if config.reconstruct_tokens is not None and not list_checkpoints(self.out):
+            self.reconstruct(config.reconstruct_tokens)
+        objective = TuneObjective(config, self.model, self.teacher if config.distill == "logits" else None)
+        self.teacher = None
+        hooks = Hooks(self.before_step, self.evaluate)
+        hooks.log += [self.track, lambda row: self.listener.row(row, config.max_tokens)]
+        try:
+            return fit(
+                self.model, self.windows, objective, config, self.peak_lr, self.out, self.device, self.signals, hooks
+            )  # fmt: skip
+        finally:
+            objective.close()
+
+    def reconstruct(self, tokens: int) -> None:
+        """On the first windows of the training order."""
+        assert self.teacher is not None
+
+        def after_layer(layer: int, before: float, after: float) -> None:
+            self.listener.note(f"layer {layer}: relative error of its output {before:.4f} → {after:.4f}")
+            self.signals.raise_if_set()
+
+        size = self.config.sequences
+        batches = range(tokens // (size * self.config.sequence_length))
+        samples = [self.windows.samples(index * size, size)[:, :-1] for index in batches]
+        reconstruct(self.model.train(), self.teacher, samples, self.peak_lr, self.config.precision, after_layer)
+
+    def before_step(self, tokens: int) -> dict[str, float]:
+        """Set λ of every layer; what is logged of it."""
+        if self.plan is None:
             return {"lambda": 0.0, "lambda_activations": 0.0}
-        weights, activations = schedules[0].at(seen), schedules[1].at(seen)
-        set_strengths(model, weights, activations)
+        weights, activations = (schedule.at(tokens) for schedule in self.schedules)
+        set_strengths(self.model, weights, activations)
         return {"lambda": sum(weights) / len(weights), "lambda_activations": sum(activations) / len(activations)}
 
-    recorders: list[Recorder] = []  # of the student and its teacher
-    if teacher is not None and config.distill_attention is not None:
-        chosen = config.distill_attention_layer
-        layer = len(decoder_layers(model)) * 7 // 8 if chosen is None else chosen
-        recorders = [Recorder(model, layer), Recorder(teacher, layer)]
+    def evaluate(self) -> dict[str, float]:
+        total, count = nats(self.model, self.heldout, self.config.sequences, self.config.precision)
+        return {"heldout_nats": total / count}
 
-    def objective(batch: Tensor) -> Losses:
-        inputs, targets = batch[:, :-1], batch[:, 1:]
-        logits = model(input_ids=inputs, use_cache=False).logits
-        target_logits = None
-        if teacher is not None:
-            with torch.no_grad():
-                target_logits = teacher(input_ids=inputs, use_cache=False).logits
-        losses = mixed_loss(logits, targets, target_logits, config.distill_weight, config.temperature)
-        if recorders and config.distill_attention is not None:
-            student, original = (recorder.take() for recorder in recorders)
-            losses.relations = relation_divergence(student, original)
-            losses.total = losses.total + config.distill_attention * losses.relations
-            losses.relations = losses.relations.detach()
-        return losses
+    def finish(self, progress: Progress) -> TuneResult:
+        """latent/ and model/, measured and compared; pictures; the result, which makes the run a finished one."""
+        config, model, plan, out = self.config, self.model, self.plan, self.out
+        # What was compiled for training must not be compiled again for the batches that measure and compare.
+        with torch.compiler.set_stance("force_eager"):
+            if plan is not None:
+                layers = len(decoder_layers(model))
+                set_strengths(model, [1.0] * layers, [1.0] * layers)
+            write_latent(model, plan, self.base.tokenizer, out / "latent")
+            if plan is not None and config.model_format != "none":
+                round_kept(model, plan, stored_precision(plan, model, config.model_format, config.store))
+            total, count = nats(model, self.heldout, config.sequences)
+            self.signals.raise_if_set()
+            written = self.write()
+        base_nats = self.record["base_nats_per_token"]
+        plot_loss(out, base_nats)
+        plot_strengths(out, self.schedules[0], config.max_tokens)
+        result = TuneResult(
+            out=str(out), model=written.path, form=written.form, reason=written.reason, steps=progress.step,
+            tokens=progress.tokens, seconds=progress.seconds, tokens_per_second=progress.tokens / progress.seconds,
+            base_nats_per_token=base_nats, nats_per_token=total / count, base_perplexity=perplexity(base_nats),
+            perplexity=perplexity(total / count), heldout_tokens=count, parameters=self.parameters,
+            ternary_parameters=self.ternary_parameters, base_bytes=self.base_bytes, model_bytes=written.bytes,
+            agreement=asdict(written.agreement) if written.agreement else {},
+        )  # fmt: skip
+        write_json(out / "run.json", self.record | {"result": asdict(result)})
+        return result
 
-    hooks = Hooks(before_step, evaluate)
-    hooks.log += [track, lambda row: listener.row(row, config.max_tokens)]
-    progress = fit(model, windows, objective, config, peak_lr, out, device, signals, hooks)
-
-    for recorder in recorders:
-        recorder.close()
-    # What was compiled for training must not be compiled again for the batches that measure and compare.
-    with torch.compiler.set_stance("force_eager"):
-        if plan is not None:
-            layers = len(schedules[0].starts)
-            set_strengths(model, [1.0] * layers, [1.0] * layers)
-        write_latent(model, plan, base.tokenizer, out / "latent")
-        if plan is not None and config.model_format != "none":
-            round_kept(model, plan, stored_precision(plan, model, config.model_format, config.store))
-        total, count = nats(model, heldout, config.sequences)
-        signals.raise_if_set()
+    def write(self) -> Written:
+        """model/, in the form that was asked for."""
+        config, tokenizer, target = self.config, self.base.tokenizer, self.out / "model"
         if config.model_format == "none":
-            written = None
-        elif plan is None:
-            written = write_full_precision(model, base.tokenizer, out / "model", heldout)
-        else:
-            written = write_model(model, plan, base.tokenizer, out / "model", heldout, config.model_format, config.store)
-    plot_loss(out, base_nats)
-    plot_strengths(out, schedules[0], config.max_tokens)
-    result = TuneResult(
-        out=str(out), model=written.path if written else str(out / "latent"), form=written.form if written else "latent",
-        reason=written.reason if written else "as asked", steps=progress.step,
-        tokens=progress.tokens, seconds=progress.seconds, tokens_per_second=progress.tokens / progress.seconds,
-        base_nats_per_token=base_nats, nats_per_token=total / count, base_perplexity=perplexity(base_nats),
-        perplexity=perplexity(total / count), heldout_tokens=count, parameters=parameters,
-        ternary_parameters=ternary_parameters, base_bytes=base_bytes, model_bytes=written.bytes if written else 0,
-        agreement=asdict(written.agreement) if written else {},
-    )  # fmt: skip
-    write_json(out / "run.json", record | {"result": asdict(result)})
-    return result
+            return Written(str(self.out / "latent"), "latent", "as asked", 0, None)
+        if self.plan is None:
+            return write_full_precision(self.model, tokenizer, target, self.heldout)
+        return write_model(self.model, self.plan, tokenizer, target, self.heldout, config.model_format, config.store)
 
 
 def _spec(config: TuneConfig) -> TernarySpec:
@@ -285,23 +321,6 @@ def _tokens(config: TuneConfig, base: Loaded, signals: Signals) -> Tokens:
         key, make, tokenizer, vocab_size=vocabulary, heldout_tokens=config.eval_tokens,
         sequence_length=config.sequence_length, cache_dir=cache,
     )  # fmt: skip
-
-
-def _reconstruct(
-    config: TuneConfig, model: PreTrainedModel, teacher: PreTrainedModel, windows: Windows, lr: float, signals: Signals,
-    listener: Listener,
-) -> None:  # fmt: skip
-    """The warm start, on the first windows of the training order."""
-    assert config.reconstruct_tokens is not None
-
-    def after_layer(layer: int, before: float, after: float) -> None:
-        listener.note(f"layer {layer}: relative error of its output {before:.4f} → {after:.4f}")
-        signals.raise_if_set()
-
-    count = config.reconstruct_tokens // (config.sequences * config.sequence_length)
-    samples = [windows.samples(index * config.sequences, config.sequences)[:, :-1] for index in range(count)]
-    model.train()
-    reconstruct(model, teacher, samples, lr, config.precision, after_layer)
 
 
 def _calibrate(

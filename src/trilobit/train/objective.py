@@ -1,0 +1,52 @@
+"""What a step minimises: next-token loss, and where a teacher is given, the distance to it."""
+
+import copy
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from trilobit.config.tune import TuneConfig
+from trilobit.surgery.roles import decoder_layers
+from trilobit.train.distill import Losses, mixed_loss
+from trilobit.train.relations import Recorder, relation_divergence
+
+
+def frozen_copy(model: PreTrainedModel, precision: str) -> PreTrainedModel:
+    """The model as it is now, without gradients: a teacher. With bf16 its parameters are bf16."""
+    teacher = copy.deepcopy(model).requires_grad_(False).eval()
+    if precision == "bf16":  # parameters alone: .to() would round the buffers too, and with them RoPE's angles
+        for parameter in teacher.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
+    return teacher
+
+
+class TuneObjective:
+    """Losses of a micro-batch of token windows [B, T + 1], as the loop calls it. `close` puts the models back as they were."""
+
+    def __init__(self, config: TuneConfig, model: PreTrainedModel, teacher: PreTrainedModel | None):
+        self.config, self.model, self.teacher = config, model, teacher
+        self.recorders: list[Recorder] = []  # of the student and its teacher
+        if teacher is not None and config.distill_attention is not None:
+            chosen = config.distill_attention_layer
+            layer = len(decoder_layers(model)) * 7 // 8 if chosen is None else chosen
+            for side in (model, teacher):
+                self.recorders.append(Recorder(side, layer))
+
+    def __call__(self, windows: Tensor, /) -> Losses:
+        inputs, targets = windows[:, :-1], windows[:, 1:]
+        logits = self.model(input_ids=inputs, use_cache=False).logits
+        target_logits = None
+        if self.teacher is not None:
+            with torch.no_grad():
+                target_logits = self.teacher(input_ids=inputs, use_cache=False).logits
+        losses = mixed_loss(logits, targets, target_logits, self.config.distill_weight, self.config.temperature)
+        if self.recorders and self.config.distill_attention is not None:
+            relations = relation_divergence(*(recorder.take() for recorder in self.recorders))
+            total = losses.total + self.config.distill_attention * relations
+            losses = Losses(total, losses.cross_entropy, losses.divergence, relations.detach())
+        return losses
+
+    def close(self) -> None:
+        for recorder in self.recorders:
+            recorder.close()
