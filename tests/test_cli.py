@@ -13,7 +13,7 @@ import pytest
 
 import trilobit
 from infer.checkpoints import byte_tokenizer, save
-from trilobit.cli import COMMANDS, main
+from trilobit.cli import COMMANDS, Console, main
 from trilobit.config.demo import DemoConfig
 from trilobit.config.eval import EvalConfig
 from trilobit.config.generate import GenerateConfig
@@ -82,7 +82,10 @@ TUNE = ("tune", "model", "--data", "text.txt", "--device", "cpu")
         (("tun",), "there is no command 'tun'; did you mean tune?"),
         (("xyzzy",), "there is no command 'xyzzy'. `trilobit --help` lists them."),
         (("tune",), "model"),
-        (("eval", "model"), "--data"),
+        (("eval", "model"), "nothing to measure: give --data (perplexity on a text), --tasks (benchmarks) or both"),
+        (("eval", "model", "--tasks", "helaswag", "--task-data", "there"), "no files for helaswag; did you mean hellaswag?"),
+        (("eval", "model", "--tasks", "five", "--task-data", "there"), "--task-data there has no piqa_validation.jsonl.gz"),
+        ((*EVAL, "text.txt", "--limit", "3"), "--limit is for benchmarks: it needs --tasks"),
         (("generate", "model"), "PROMPT"),
         (("eval", "model", "--data", "text.txt", "--sequence-lenght", "3"), "did you mean --sequence-length?"),
         (("tune", "model", "--placment=every"), "`trilobit tune` has no flag --placment; did you mean --placement?"),
@@ -196,9 +199,23 @@ def test_text_for_people_is_on_stdout(cli: Any) -> None:
     assert "tokens/s" in outcome.err
 
 
+def test_progress_is_a_line_now_and_then(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a terminal: nothing in the first ten seconds, then a line each ten, on stderr, with the time that is left."""
+    now = 100.0
+    monkeypatch.setattr("trilobit.cli.time.monotonic", lambda: now)
+    console = Console(sys.stdout)
+    for done in range(1, 61):
+        now += 1
+        console.progress("Asking", done, 60, float(done))
+    streams = capsys.readouterr()
+    assert streams.out == ""
+    assert streams.err.splitlines()[:2] == ["Asking  10 / 60  0:50 left", "Asking  20 / 60  0:40 left"]
+    assert len(streams.err.splitlines()) == 6
+
+
 def test_interruptions_have_their_codes(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C exits 130; an exception with an exit code of its own exits with that, pointing to --resume where there is one."""
-    from trilobit.measure import perplexity
+    from trilobit.measure import evaluate
     from trilobit.train import tune
 
     class Stopped(Exception):
@@ -210,9 +227,9 @@ def test_interruptions_have_their_codes(cli: Any, monkeypatch: pytest.MonkeyPatc
 
         return run
 
-    monkeypatch.setattr(perplexity, "run", raising(KeyboardInterrupt()))
+    monkeypatch.setattr(evaluate, "run", raising(KeyboardInterrupt()))
     assert cli(*EVAL, "text.txt").code == 130
-    monkeypatch.setattr(perplexity, "run", raising(Stopped("SIGTERM")))
+    monkeypatch.setattr(evaluate, "run", raising(Stopped("SIGTERM")))
     outcome = cli(*EVAL, "text.txt")
     assert outcome.code == 143
     assert "stopped by SIGTERM" in outcome.err
@@ -221,7 +238,7 @@ def test_interruptions_have_their_codes(cli: Any, monkeypatch: pytest.MonkeyPatc
     outcome = cli("tune", "model", "--data", "text.txt")
     assert outcome.code == 143
     assert "stopped by SIGTERM; once training has begun, the same command and --resume continue it" in outcome.err
-    monkeypatch.setattr(perplexity, "run", raising(ZeroDivisionError("ours")))
+    monkeypatch.setattr(evaluate, "run", raising(ZeroDivisionError("ours")))
     with pytest.raises(ZeroDivisionError):  # a bug of ours keeps its traceback
         cli(*EVAL, "text.txt")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from measure import bench_files
 from trilobit.cli import COMMANDS, main, parse
 from trilobit.demo import MODEL
 
@@ -51,6 +52,8 @@ def test_the_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
         words = ["4k" if word == "100M" else word for word in words]
         if words[0] == "tune":
             words += ["--batch-tokens", "1k", "--sequences", "4", "--sequence-length", "128", "--cache-dir", "cache"]
+        if "--tasks" in words:
+            words += ["--limit", "2", "--task-data", str(bench_files.write(tmp_path / "bench"))]
         assert main([*words, "--json"]) == 0
         out = capsys.readouterr().out
         assert json.loads(out), out

@@ -18,7 +18,7 @@ _PUBLIC = {
 }
 _COMMANDS = {
     "tune": "trilobit.train.tune",
-    "evaluate": "trilobit.measure.perplexity",
+    "evaluate": "trilobit.measure.evaluate",
     "generate": "trilobit.infer.generate",
 }
 

@@ -32,7 +32,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "tune": Command("trilobit.config.tune:TuneConfig", "trilobit.train.tune", "make a checkpoint ternary"),
-    "eval": Command("trilobit.config.eval:EvalConfig", "trilobit.measure.perplexity", "perplexity, bits per byte"),
+    "eval": Command("trilobit.config.eval:EvalConfig", "trilobit.measure.evaluate", "perplexity, benchmarks"),
     "generate": Command("trilobit.config.generate:GenerateConfig", "trilobit.infer.generate", "continue a prompt"),
     "demo": Command("trilobit.config.demo:DemoConfig", "trilobit.demo", "tune the embedded model in minutes"),
 }
@@ -218,11 +218,9 @@ class Console(Listener):
         print(text, end="", file=self.text_to, flush=True)
 
     def row(self, row: dict[str, Any], max_tokens: int) -> None:
-        now = time.monotonic()
         important = "heldout_nats" in row
-        if not important and now - self.shown < (0.1 if self.live else self.EVERY_SECONDS):
+        if not self._due(important):
             return
-        self.shown = now
         parts = [f"{row['tokens']:>12,} / {max_tokens:,} tokens", f"loss {row['loss']:.3f}"]
         if "lambda" in row:
             parts.append(f"λ {row['lambda']:.2f}")
@@ -230,10 +228,24 @@ class Console(Listener):
         parts += [f"{speed:,.0f} tokens/s", f"{_duration((max_tokens - row['tokens']) / max(speed, 1e-9))} left"]
         if important:
             parts.append(f"held out {row['heldout_nats']:.4f}")
-        line = "  ".join(parts)
+        self._show("  ".join(parts), important)
+
+    def progress(self, what: str, done: int, total: int, seconds: float) -> None:
+        if seconds >= (0.1 if self.live else self.EVERY_SECONDS) and self._due(False):
+            left = f"  {_duration((total - done) * seconds / done)} left" if total and done else ""
+            self._show(f"{what}  {done:,} / {total:,}{left}" if total else f"{what}  {done:,}", False)
+
+    def _due(self, important: bool) -> bool:
+        now = time.monotonic()
+        if not important and now - self.shown < (0.1 if self.live else self.EVERY_SECONDS):
+            return False
+        self.shown = now
+        return True
+
+    def _show(self, line: str, stays: bool) -> None:
         if self.live:
-            print(f"\r\x1b[2K{line}", end="\n" if important else "", file=sys.stderr, flush=True)
-            self.open_line = not important
+            print(f"\r\x1b[2K{line}", end="\n" if stays else "", file=sys.stderr, flush=True)
+            self.open_line = not stays
         else:
             print(line, file=sys.stderr, flush=True)
 

@@ -12,6 +12,9 @@ class Listener:
     def row(self, row: dict[str, Any], max_tokens: int) -> None:
         """A row of log.jsonl, as it is written."""
 
+    def progress(self, what: str, done: int, total: int, seconds: float) -> None:
+        """How far something got that took `seconds` until now. total is 0 where it is not known."""
+
     def stream(self, text: str) -> None:
         """A piece of generated text."""
 

@@ -165,7 +165,8 @@ def test_a_hub_repository_that_trilobit_wrote_is_read_as_such(
     again = load("someone/ternary")
     assert again.plan == surgery.plan
     assert any(isinstance(module, PackedLinear) for module in again.model.modules())
-    _cut(folder)
+    (weights,) = folder.glob("*.safetensors")  # bitnet or, where int8 flips of a random model are too many, packed
+    weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(ModelError, match="damaged"):
         load("someone/ternary")
 

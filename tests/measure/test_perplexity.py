@@ -14,7 +14,8 @@ from trilobit.config.eval import EvalConfig
 from trilobit.corpus import documents
 from trilobit.errors import ConfigError, DataError, ModelError
 from trilobit.measure import perplexity as perplexity_module
-from trilobit.measure.perplexity import nats, run, text_windows, uses_bos
+from trilobit.measure.evaluate import run
+from trilobit.measure.perplexity import nats, text_windows, uses_bos
 
 TEXT = "Ein naïver Satz, ✓ geprüft 😀, und noch einer.\n" * 3
 

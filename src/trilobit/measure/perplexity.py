@@ -21,15 +21,14 @@ from torch import Tensor
 from trilobit.config.eval import EvalConfig
 from trilobit.corpus import documents
 from trilobit.errors import DataError, ModelError
-from trilobit.infer.load import load, pick_device
-from trilobit.listener import SILENT, Listener
+from trilobit.infer.load import Loaded
 from trilobit.surgery.roles import vocabulary_size
 
 BLOCK_ELEMENTS = 1 << 24  # of logits that are fp32 at once: 64 MB
 
 
 @dataclass(frozen=True)
-class EvalResult:
+class Perplexity:
     """What was measured, and how."""
 
     perplexity: float
@@ -39,9 +38,6 @@ class EvalResult:
     windows: int
     sequence_length: int
     bos: bool
-    precision: str
-    model: str
-    data: str
 
 
 @torch.no_grad()
@@ -128,12 +124,11 @@ def require_positions(model: Any, length: int) -> None:
         raise ModelError(f"--sequence-length {length} is longer than the model's {positions} positions.")
 
 
-def run(config: EvalConfig, listener: Listener = SILENT) -> EvalResult:
-    """`trilobit eval`."""
-    device = pick_device(config.device)
+def measure(loaded: Loaded, config: EvalConfig) -> Perplexity:
+    """The text part of `trilobit eval`. Raises DataError and ModelError."""
+    assert config.data is not None
     split = "heldout" if config.data == "stdlib" else None
     texts = (document.text for document in documents(config.data, text_field=config.text_field, split=split))
-    loaded = load(config.model, device=device)
     require_positions(loaded.model, config.sequence_length)
     bos = uses_bos(loaded.tokenizer, config.bos)
     limit = None if config.max_tokens is None else max(1, config.max_tokens // (config.sequence_length - 1))
@@ -141,7 +136,7 @@ def run(config: EvalConfig, listener: Listener = SILENT) -> EvalResult:
     if int(windows.max()) >= vocabulary_size(loaded.model):
         raise ModelError(f"the text has token {int(windows.max())}, beyond the model's embedding.")
     total, tokens = nats(loaded.model, windows, config.sequences, config.precision)
-    return EvalResult(
+    return Perplexity(
         perplexity=perplexity(total / tokens),
         nats_per_token=total / tokens,
         bits_per_byte=total / math.log(2) / int(sizes.sum()),
@@ -149,7 +144,4 @@ def run(config: EvalConfig, listener: Listener = SILENT) -> EvalResult:
         windows=len(windows),
         sequence_length=config.sequence_length,
         bos=bos,
-        precision=config.precision,
-        model=str(config.model),
-        data=config.data,
     )
