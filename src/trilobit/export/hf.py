@@ -17,6 +17,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +27,7 @@ from transformers import PreTrainedModel
 
 from trilobit import __version__, quant
 from trilobit.errors import ConfigError, VerificationError
-from trilobit.export.verify import Agreement, compare, load_stock
+from trilobit.export.verify import Agreement, compare, load_stock, noise_floor
 from trilobit.formats import Bitnet
 from trilobit.infer.load import CARD, PACKED_FILE, read_ours, ternary_tensors
 from trilobit.nn.packed import PackedEmbedding, PackedLinear
@@ -112,8 +113,9 @@ def write_model(
     """Write `model` (trained, λ = 1) to `target`, atomically, and check it on `probe` [N, W + 1] token windows.
 
     A form that its consumer reads differently (another argmax on more than 1.5 % of the positions, or perplexity by more
-    than 0.1 %) is not left behind: bf16 gives way to fp32, a form chosen by `auto` to the packed one, and the reason says
-    so. Raises VerificationError, leaving nothing, when none is left, and ConfigError if `form` cannot hold this model.
+    than 0.1 %, and further off than the model's own noise floor: verify.py) is not left behind: bf16 gives way to fp32, a
+    form chosen by `auto` to the packed one, and the reason says so. Raises VerificationError, leaving nothing, when none is
+    left, and ConfigError if `form` cannot hold this model.
     """
     chosen, reason = choose_form(plan, model)
     if form != "auto":
@@ -135,6 +137,11 @@ def write_model(
             agreement = _write(model, plan, tokenizer, target, probe, chosen, "fp32")
     finally:
         model.train(was_training)
+    if agreement.floor_top1 is not None:
+        reason += (
+            f"; read by transformers it has the same argmax at {agreement.top1:.2%} of the positions, and the model itself, "
+            f"its embeddings changed in their last bits, at {agreement.floor_top1:.2%}"
+        )
     size = sum(file.stat().st_size for file in target.iterdir() if file.suffix == ".safetensors")
     return Written(str(target), chosen, reason, size, agreement)
 
@@ -144,8 +151,7 @@ def write_full_precision(model: PreTrainedModel, tokenizer: Any, target: Path, p
     with atomic_directory(target) as directory:
         save_tensors({n: p.detach() for n, p in model.named_parameters()}, directory / "model.safetensors")
         _write_companions(directory, model, None, tokenizer, "full precision", {})
-        agreement = compare(model.eval(), load_stock(directory), probe)
-        agreement.require("transformers' reading")
+        agreement = compare(model.eval(), load_stock(directory), probe).require("transformers' reading")
     size = (target / "model.safetensors").stat().st_size
     return Written(str(target), "full precision", "no surgery was made", size, agreement)
 
@@ -178,11 +184,12 @@ def _write(
         content = writers[form](model, plan, form, store)
         save_tensors(content.pop("tensors"), directory / (PACKED_FILE if form == "packed" else "model.safetensors"))
         _write_companions(directory, model, plan, tokenizer, form, content)
+        floor = cache(lambda: noise_floor(model, probe))
         agreement = compare(model, read_ours(directory).model, probe)
-        agreement.require(f"trilobit's reading of the {form} form")
+        agreement = agreement.require(f"trilobit's reading of the {form} form", floor)
         if form != "packed":
             agreement = compare(model, load_stock(directory), probe)
-            agreement.require(f"transformers' reading of the {form} form")
+            agreement = agreement.require(f"transformers' reading of the {form} form", floor)
     return agreement
 
 
