@@ -503,15 +503,17 @@ def test_trackers_hear_every_row(place: Place, tmp_path: Path, monkeypatch: pyte
     """With --track, a session gets the run's configuration and each row's numbers."""
     heard: list[int] = []
     sessions: list[dict[str, Any]] = []
+    ended: list[bool] = []
 
     def init(**settings: Any) -> SimpleNamespace:
         sessions.append(settings)
-        return SimpleNamespace(log=lambda values, step: heard.append(step))
+        return SimpleNamespace(log=lambda values, step: heard.append(step), finish=lambda: ended.append(True))
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
     run(place.config(tmp_path / "run", track="wandb"))
     assert heard == list(range(1, STEPS + 1))
     assert sessions[0]["config"]["lr"] == 1e-2
+    assert ended == [True]
 
 
 def test_a_model_that_is_not_finite_is_refused(place: Place, tmp_path: Path) -> None:
