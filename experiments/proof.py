@@ -1,28 +1,33 @@
 """Is an extra RMSNorm all you need? Every arm of proof_arms.py on equal terms, by successive halving, resumable.
 
-    python experiments/proof.py STUDY MODEL --data TEXT [--report TEXT] [--other TEXT] [--minutes 9] [--share 1/2] [--table]
+    python experiments/proof.py STUDY MODEL --data TEXT [--report TEXT] [--other TEXT] [--minutes 9] [--table]
 
 A trial is one `trilobit tune` of an arm at a budget, a learning rate and a seed. Which trials are wanted follows from
-those that are done (`wanted`), so that this can be stopped and called again, or called several times at once with
---share: each process takes its share of every rung and waits for the others before the next.
+those that are done (`wanted`), so that this can be stopped and called again, or called several times at once: processes
+claim trials by locking a file, and wait for each other before the next rung.
 
     rung 1   budget B       every arm, all learning rates                    ranks learning rates, kills nobody
     rung 2   budget 4·B     every arm, its two best rates                    ranks arms
-    rung 3   budget 16·B    the best third and all references, best rate, three seeds
+    rung 3   budget 16·B    references and the best third of each class, best rate, three seeds
     rung 4   B and 4·B      the same arms, the other two seeds: every claim has three seeds at three budgets
+
+A class is what the finished model is allowed to be (what a scale covers, int8 or full-precision inputs, what is ternary):
+weights-only models would otherwise fill the third rung. Layer-by-layer reconstruction is paid for: an eighth of the budget.
 
 Rates and arms are chosen by held-out loss; what is reported is the loss on other text (--report; for --data self, other
 samples). One line a trial goes to docs/data/proof/STUDY/ARM.jsonl, curve included; a rate that diverges is a line, too.
 """
 
 import argparse
+import fcntl
 import json
 import os
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -48,7 +53,7 @@ from trilobit.train.windows import evaluation_windows
 
 RECORDS = Path(__file__).parents[1] / "docs" / "data" / "proof"
 SEEDS = (0, 1, 2)
-REPORT_TOKENS = 131_072
+REPORT_TOKENS = 65_536
 
 
 @dataclass(frozen=True)
@@ -67,10 +72,13 @@ class Study:
         return self.budget, 4 * self.budget, 16 * self.budget
 
 
-SMALL = {"sequence_length": 256, "batch_tokens": 4096, "sequences": 16, "precision": "fp32", "compile": "no"}
+SMALL = {"batch_tokens": 4096, "compile": "no", "eval_tokens": 16_384}
 STUDIES = {
-    "stories260k": Study(409_600, (2.5e-3, 5e-3, 1e-2, 2e-2), SMALL | {"self_tokens": 2_000_000, "eval_tokens": 32_768}),
-    "embedded": Study(1_228_800, (1e-3, 2e-3, 4e-3, 8e-3), SMALL | {"eval_tokens": 32_768}),
+    "stories260k": Study(  # eager: flash attention is slow where heads are eight wide
+        262_144, (2.5e-3, 5e-3, 1e-2, 2e-2),
+        SMALL | {"sequence_length": 128, "sequences": 32, "attention": "eager", "self_tokens": 2_000_000},
+    ),
+    "embedded": Study(1_228_800, (1e-3, 2e-3, 4e-3, 8e-3), SMALL | {"sequence_length": 256, "sequences": 16}),
     "smollm2": Study(
         2_097_152, (2e-4, 4e-4, 8e-4, 1.6e-3),
         {"sequence_length": 512, "batch_tokens": 32_768, "sequences": 64, "compile": "yes", "eval_tokens": 131_072},
@@ -126,7 +134,10 @@ def wanted(records: Records, study: Study, arms: list[str]) -> list[list[Trial]]
         return rungs
     rate = {arm: best_rates(records, study, arm, middle)[0] for arm in arms}
     ranked = sorted(arms, key=lambda arm: score(records, Trial(arm, middle, rate[arm], 0)))
-    finalists = [arm for arm in arms if arm in ranked[: max(1, len(arms) // 3)] or arm in ALWAYS]
+    finalists = [arm for arm in ALWAYS if arm in arms]
+    for kind in dict.fromkeys(map(model_class, arms)):
+        rivals = [arm for arm in ranked if model_class(arm) == kind]
+        finalists += [arm for arm in rivals[: max(1, len(rivals) // 3)] if arm not in finalists]
     rungs.append([Trial(arm, large, rate[arm], seed) for arm in finalists for seed in SEEDS])
     if not set(rungs[-1]) <= records.keys():
         return rungs
@@ -136,6 +147,12 @@ def wanted(records: Records, study: Study, arms: list[str]) -> list[list[Trial]]
     }  # fmt: skip
     rungs.append([Trial(arm, budget, rate, seed) for (arm, budget), rate in at.items() for seed in SEEDS[1:]])
     return rungs
+
+
+def model_class(arm: str) -> tuple[str, str, str]:
+    """What the arm's finished model is allowed to be."""
+    config = TuneConfig(model="", data="", **{**ARMS[arm], "lr": 1.0})
+    return config.scale, config.activations, config.cover
 
 
 class Quiet(Listener):
@@ -148,9 +165,14 @@ def run_trial(trial: Trial, study: Study, arguments: argparse.Namespace, report:
     settings = {**study.settings, **ARMS[trial.arm]}
     if arguments.data != "self":
         settings.pop("self_tokens", None)
+    if trial.budget == study.budgets[-1] and arguments.device == "cpu":
+        settings["compile"] = "yes"
+    warm = trial.budget // 8 if "reconstruct_tokens" in settings else 0
+    if warm:
+        settings["reconstruct_tokens"] = warm
     config = TuneConfig(
         **{
-            **settings, "model": arguments.model, "data": arguments.data, "out": str(out), "max_tokens": trial.budget,
+            **settings, "model": arguments.model, "data": arguments.data, "out": str(out), "max_tokens": trial.budget - warm,
             "lr": trial.rate, "seed": trial.seed, "device": arguments.device, "model_format": "none",
             "eval_every": max(trial.budget // 16, study.budget // 4), "cache_dir": str(arguments.out / "tokens"),
         }
@@ -168,7 +190,11 @@ def run_trial(trial: Trial, study: Study, arguments: argparse.Namespace, report:
         row |= {"seconds": round(result["seconds"], 1), "tokens": result["tokens"]}
     rows = read_log(out) if (out / "log.jsonl").exists() else []
     row["curve"] = [(r["tokens"], round(r["heldout_nats"], 4)) for r in rows if "heldout_nats" in r]
+    if trial.budget == study.budgets[-1]:
+        row["flips"] = [(r["tokens"], r["flips"]) for r in rows if "flips" in r]
     row["spikes"] = spikes([r["cross_entropy"] for r in rows])
+    if rows:
+        row["tokens_per_second"] = float(np.median([r["tokens_per_second"] for r in rows]))
     folder = RECORDS / arguments.study
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"{trial.arm}.jsonl").open("a") as file:
@@ -176,6 +202,19 @@ def run_trial(trial: Trial, study: Study, arguments: argparse.Namespace, report:
     shutil.rmtree(out, ignore_errors=True)
     shown = "diverged" if row["diverged"] else f"{row['nats'] - row['base_nats']:.4f} above the original, {row['seconds']} s"
     print(f"{trial.name:<56} {shown}", flush=True)
+
+
+@contextmanager
+def claim(path: Path) -> Iterator[bool]:
+    """Whether this process alone may do what `path` stands for. The system takes the lock back when a process ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
 
 
 def spikes(losses: list[float]) -> int:
@@ -245,7 +284,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/proof"))
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    parser.add_argument("--share", default="1/1", help="i/n: the i-th of n processes that work at once")
     parser.add_argument("--budget", type=parse_count, help="smallest budget in tokens, instead of the study's")
     parser.add_argument("--rates", nargs="+", type=float, help="learning rates, instead of the study's")
     parser.add_argument("--one-rung", action="store_true", help="every arm at --budget, and no more")
@@ -263,17 +301,18 @@ def main() -> None:
         timer.start()
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # between trials; within one it saves and stops
         report = reporter(arguments, study)
-        mine, of = map(int, arguments.share.split("/"))
         try:
             while time.monotonic() < end:
                 records = read_records(folder)
                 rung = wanted(records, study, arguments.arms)[-1]
-                open_trials = [trial for trial in rung if trial not in records]
-                if not open_trials:
+                waiting = [trial for trial in rung if trial not in records]
+                if not waiting:
                     break
-                share = [trial for i, trial in enumerate(rung) if i % of == mine - 1 and trial not in records]
-                if share:
-                    run_trial(share[0], study, arguments, report)
+                for trial in waiting:
+                    with claim(arguments.out / arguments.study / f"{trial.name}.lock") as mine:
+                        if mine and trial not in read_records(folder):
+                            run_trial(trial, study, arguments, report)
+                            break
                 else:
                     time.sleep(2)
         except (Interrupted, KeyboardInterrupt):

@@ -48,9 +48,23 @@ def _around() -> dict[str, Settings]:
     return arms
 
 
+def _beyond() -> dict[str, Settings]:
+    """What neither paper says: other ramps and rates around the end with norms and a teacher."""
+    start: Settings = {**EVERY, "schedule": "layerwise", **KL}
+    groups: Settings = {"scale": "group-128", "activations": "none"}
+    return {
+        "every-kl-short-ramp": {**start, "ramp_fraction": 0.1}, "every-kl-long-ramp": {**start, "ramp_fraction": 0.5},
+        "every-kl-late-activations": {**start, "activation_schedule": "global", "activation_ramp_fraction": 0.5},
+        "every-kl-wsd": {**start, "decay": "wsd", "decay_fraction": 0.5},
+        "none-kl-wsd": {**NONE, "schedule": "immediate", **KL, "decay": "wsd", "decay_fraction": 0.5},
+        "every-group-128-weights-only-kl": {**start, **groups},
+        "none-group-128-weights-only-kl": {**NONE, "schedule": "layerwise", **KL, **groups},
+    }  # fmt: skip
+
+
 def _warm() -> dict[str, Settings]:
-    """Reconstructed layer by layer first, on an eighth of the smallest budget's tokens; then as the arm of that name."""
-    start: Settings = {"reconstruct_tokens": 51_200, "schedule": "immediate"}
+    """Reconstructed layer by layer first, on an eighth of the budget (the runner sets it); then as the arm of that name."""
+    start: Settings = {"reconstruct_tokens": 32_768, "schedule": "immediate"}
     return {
         "warm-every-ce": {**EVERY, **start}, "warm-every-kl": {**EVERY, **start, **KL},
         "warm-none-ce": {**NONE, **start}, "warm-none-kl": {**NONE, **start, **KL},
@@ -61,6 +75,7 @@ ARMS: dict[str, Settings] = {
     "full-precision": {"schedule": "never"},
     **_star(),
     **_around(),
+    **_beyond(),
     **_warm(),
     "recipe-hf-blog": RECIPES["hf-blog"](),
     "recipe-weights-only": RECIPES["weights-only"](),

@@ -11,8 +11,8 @@ model=$1 minutes=${2:-9} other=${3:-}
 export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS=1
 python=${PYTHON:-python3}
 study=(experiments/proof.py stories260k "$model" --data self ${other:+--other "$other"} --minutes "$minutes" --device cpu)
-"$python" "${study[@]}" --share 1/2 > /dev/null &
+"$python" "${study[@]}" > /dev/null &
 first=$!
-"$python" "${study[@]}" --share 2/2 > /dev/null || true
+"$python" "${study[@]}" > /dev/null || true
 wait "$first" || true
 exec "$python" "${study[@]}" --table

@@ -54,7 +54,7 @@ class DemoResult:
         return (
             f"\n{table}\n\n{self.nats_above_original:.3f} nats per token above the original after {self.tokens:,} tokens "
             f"in {self.seconds:.0f} s\n\n{samples}\n\n{self.out}/model loads with transformers ({self.form}); "
-            f"{self.out}/loss.png and lambda.png show the run.\ntry: trilobit generate {self.out} 'import os'"
+            f"{self.out}/loss.png, lambda.png and flips.png show the run.\ntry: trilobit generate {self.out} 'import os'"
         )
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from trilobit.train.plots import plot_loss, plot_strengths, read_log
+from trilobit.train.plots import plot_flips, plot_loss, plot_strengths, read_log
 from trilobit.train.schedule import strength_schedule
 
 
@@ -40,6 +40,18 @@ def test_the_shortest_logs_are_drawn_too(losses: list[float], tmp_path: Path) ->
     write_log(tmp_path, losses, {len(losses) - 1: 3.0})
     assert coloured(plot_loss(tmp_path, 3.0)) > 0
     assert len(read_log(tmp_path)) == len(losses)
+
+
+def test_flips_are_drawn_layer_by_layer(tmp_path: Path) -> None:
+    """flips.png has a line for each layer, over the evaluated rows alone."""
+    counts = []
+    for layers in (1, 3):
+        rows = [{"step": i, "tokens": 100 * i} for i in range(1, 7)]
+        for row in rows[1::2]:
+            row["flips"] = [0.01 * (layer + 1) for layer in range(layers)]  # pyright: ignore
+        (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        counts.append(coloured(plot_flips(tmp_path)))
+    assert counts[1] > 1.5 * counts[0] > 100
 
 
 @pytest.mark.parametrize("kind", ["layerwise", "layerwise-reverse", "global", "immediate", "never"])

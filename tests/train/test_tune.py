@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +33,7 @@ from trilobit.train import objective as objective_module
 from trilobit.train import tune as tune_module
 from trilobit.train.checkpoint import list_checkpoints
 from trilobit.train.loop import Interrupted
+from trilobit.train.objective import TuneObjective
 from trilobit.train.track import PACKAGES
 from trilobit.train.tune import TuneResult, run
 from trilobit.train.windows import evaluation_windows
@@ -143,14 +145,14 @@ def assert_same_run(a: Path, b: Path) -> None:
 
 
 def test_a_run_leaves_everything_in_its_directory(place: Place, whole: tuple[Path, TuneResult]) -> None:
-    """run.json, log.jsonl, the newest checkpoint, model/, latent/ and both pictures; nothing is a pickle or half-written."""
+    """run.json, log.jsonl, the newest checkpoint, model/, latent/ and the pictures; nothing is a pickle or half-written."""
     out, result = whole
-    names = {"run.json", "log.jsonl", "checkpoints", "model", "latent", "loss.png", "lambda.png"}
+    names = {"run.json", "log.jsonl", "checkpoints", "model", "latent", "loss.png", "lambda.png", "flips.png"}
     assert {path.name for path in out.iterdir()} == names
     assert [path.name for path in list_checkpoints(out)] == ["step-8"]
     suffixes = {path.suffix for path in out.rglob("*") if path.is_file()}
     assert suffixes <= {".json", ".jsonl", ".safetensors", ".png", ".jinja"}
-    for name in ("loss.png", "lambda.png"):
+    for name in ("loss.png", "lambda.png", "flips.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
         assert (out / name).stat().st_size > 5000
     record = json.loads((out / "run.json").read_text())
@@ -514,6 +516,33 @@ def test_trackers_hear_every_row(place: Place, tmp_path: Path, monkeypatch: pyte
     assert heard == list(range(1, STEPS + 1))
     assert sessions[0]["config"]["lr"] == 1e-2
     assert ended == [True]
+
+
+def test_attention_is_what_was_asked_for(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_writing: None
+) -> None:
+    """--attention reaches the student and its teacher, and changes nothing but rounding; one that is not there is refused."""
+    seen: list[str] = []
+
+    def note(self: TuneObjective, windows: torch.Tensor) -> Any:
+        assert self.teacher is not None
+        seen.extend(str(model.config._attn_implementation) for model in (self.model, self.teacher))
+        return call(self, windows)
+
+    call = TuneObjective.__call__
+    monkeypatch.setattr(TuneObjective, "__call__", note)
+    losses = []
+    for attention in ("sdpa", "eager"):
+        seen.clear()
+        losses.append(run(place.config(tmp_path / attention, attention=attention, distill="logits")).nats_per_token)
+        assert set(seen) == {attention}
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+    if find_spec("flash_attn") is None:
+        refuse(
+            ConfigError,
+            "--attention flash_attention_2 cannot be used here",
+            place.config(tmp_path / "x", attention="flash_attention_2"),
+        )
 
 
 def test_a_model_that_is_not_finite_is_refused(place: Place, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Decoder layers while they train: compiled or not, and why; recomputed in the backward or not.
+"""Decoder layers while they train: which attention; compiled or not, and why; recomputed in the backward or not.
 
 Each layer is compiled by itself: one small graph that all layers share, instead of one large one.
 """
@@ -37,6 +37,14 @@ def _compiler_obstacle(device: torch.device) -> str | None:
     if device.type == "cpu":
         return None if shutil.which(os.environ.get("CXX", "g++")) else "no C++ compiler was found (g++, or CXX)"
     return None if find_spec("triton") else "triton is not installed"
+
+
+def set_attention(model: PreTrainedModel, implementation: str) -> None:
+    """Have `model` use one of transformers' attention implementations. ConfigError if it cannot."""
+    try:
+        model.set_attn_implementation(implementation)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"--attention {implementation} cannot be used here: {error}") from error
 
 
 def prepare_layers(model: PreTrainedModel, config: TrainingConfig, compiled: bool) -> None:

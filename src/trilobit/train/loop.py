@@ -80,6 +80,8 @@ class Hooks:
     before_step: Callable[[int], dict[str, float]] = lambda tokens: {}
     """Given the tokens seen, sets what depends on them; what it returns is logged."""
     evaluate: Callable[[], dict[str, float]] | None = None
+    watch: Callable[[], Callable[[], dict[str, Any]]] | None = None
+    """Called before a step that is followed by an evaluation; what it returns is called after it, for more of that row."""
     log: list[Callable[[dict[str, Any]], None]] = field(default_factory=list)
 
 
@@ -110,7 +112,12 @@ def fit(
     timed_tokens, timed_at = progress.tokens, time.perf_counter()
     model.train()
     while progress.step < config.steps:
+        last = progress.step + 1 == config.steps
+        before, after = progress.tokens, (progress.step + 1) * config.tokens_per_step
+        evaluation_due = last or after // eval_every > before // eval_every
+        checkpoint_due = last or after // checkpoint_every > before // checkpoint_every
         values = hooks.before_step(progress.tokens)
+        watched = hooks.watch() if hooks.watch and evaluation_due else None
         lr = learning_rate(config, peak_lr, progress.tokens)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -120,11 +127,7 @@ def fit(
         guard.admit(losses["loss"], norm, progress.step, optimizer)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        before, progress.step = progress.tokens, progress.step + 1
-        progress.tokens = progress.step * config.tokens_per_step
-        last = progress.step == config.steps
-        evaluation_due = last or progress.tokens // eval_every > before // eval_every
-        checkpoint_due = last or progress.tokens // checkpoint_every > before // checkpoint_every
+        progress.step, progress.tokens = progress.step + 1, after
         # What is evaluated or saved was checked first: a checkpoint past a step that was held back would skip its batch.
         stopping = signals.number is not None
         due = evaluation_due or checkpoint_due or stopping
@@ -139,6 +142,7 @@ def fit(
             row["tokens_per_second"] = round((progress.tokens - timed_tokens) / (now - timed_at), 1)
             timed_tokens, timed_at = progress.tokens, now
             if evaluation_due:
+                row |= watched() if watched else {}
                 row |= hooks.evaluate() if hooks.evaluate else {}
                 timed_at = time.perf_counter()
             row["seconds"] = round(time.perf_counter() - started, 3)

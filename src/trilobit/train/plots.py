@@ -1,4 +1,4 @@
-"""Pictures of a run, from its log alone: loss against tokens, and each layer's λ against tokens."""
+"""Pictures of a run, from its log alone: loss, each layer's λ, and each layer's flips of codes, against tokens."""
 
 import json
 from pathlib import Path
@@ -39,17 +39,32 @@ def plot_loss(run: Path, base_nats: float) -> Path:
 def plot_strengths(run: Path, schedule: StrengthSchedule, max_tokens: int) -> Path:
     """lambda.png: λ of every layer's weights over the run, first layer light, last layer dark."""
     figure, axes = _figure("λ of weights")
-    layers = len(schedule.starts)
     points = sorted({0.0, float(max_tokens), *schedule.starts, *(schedule.ends or ())})
     points = [point for point in points if point <= max_tokens]
     values = [schedule.at(point) for point in points]
+    _plot_layers(axes, points, values)
+    axes.set_ylim(-0.03, 1.03)
+    return _save(figure, run / "lambda.png")
+
+
+def plot_flips(run: Path) -> Path:
+    """flips.png: the share of each layer's codes that one step changes, over the run, first layer light, last layer dark."""
+    figure, axes = _figure("codes changed by one step")
+    rows = [row for row in read_log(run) if "flips" in row]
+    _plot_layers(axes, [row["tokens"] for row in rows], [row["flips"] for row in rows])
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.2%}")
+    return _save(figure, run / "flips.png")
+
+
+def _plot_layers(axes: Axes, tokens: list[float], values: list[list[float]]) -> None:
+    """values: one list over layers for each of `tokens`."""
+    layers = len(values[0])
     for layer in range(layers):
         light = (layers - 1 - layer) / max(layers - 1, 1)
         color = (0.77 + 0.18 * light, 0.28 + 0.42 * light, 0.17 + 0.5 * light)
-        axes.plot(points, [v[layer] for v in values], color=color, linewidth=1.4)
-    axes.set_ylim(-0.03, 1.03)
+        axes.plot(tokens, [value[layer] for value in values], color=color, linewidth=1.4)
     axes.set_title(f"{layers} layers, first (light) to last (dark)", fontsize=9, color=INK, loc="left")
-    return _save(figure, run / "lambda.png")
 
 
 def _figure(label: str) -> tuple[Figure, Axes]:

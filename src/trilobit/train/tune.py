@@ -5,7 +5,7 @@ out/log.jsonl        one row a step
 out/checkpoints/     step-N: what --resume continues from, bit for bit
 out/latent/          trainable fp32 latents
 out/model/           the ternary model, read back and compared before it got its name (export/hf.py)
-out/loss.png, out/lambda.png
+out/loss.png, out/lambda.png, out/flips.png
 """
 
 import math
@@ -37,10 +37,11 @@ from trilobit.surgery.roles import decoder_layers, find_roles, vocabulary_size
 from trilobit.surgery.ternary import Plan, TernarySpec, apply_plan, make_plan, measure_rms, set_gains, set_strengths
 from trilobit.train.checkpoint import BYTES_PER_PARAMETER, Progress, list_checkpoints
 from trilobit.train.data import Tokens, from_tokens, prepare
-from trilobit.train.layers import decide_compile, prepare_layers
+from trilobit.train.flips import watch_flips
+from trilobit.train.layers import decide_compile, prepare_layers, set_attention
 from trilobit.train.loop import Hooks, Signals, autocast, fit
 from trilobit.train.objective import TuneObjective, frozen_copy
-from trilobit.train.plots import plot_loss, plot_strengths
+from trilobit.train.plots import plot_flips, plot_loss, plot_strengths
 from trilobit.train.reconstruct import reconstruct
 from trilobit.train.record import new_record, record_to_resume, weights_fingerprint
 from trilobit.train.schedule import StrengthSchedule, strength_schedule
@@ -122,6 +123,8 @@ class _Run:
         self.base = load_pretrained(config.model)
         self.model = self.base.model
         self.model.to(self.device)  # pyright: ignore[reportArgumentType]
+        if config.attention is not None:
+            set_attention(self.model, config.attention)
         require_positions(self.model, config.sequence_length)
         self.plan = None if config.schedule == "never" else make_plan(find_roles(self.model), _spec(config))
         if self.plan is not None:
@@ -204,7 +207,7 @@ class _Run:
             self.reconstruct(config.reconstruct_tokens)
         objective = TuneObjective(config, self.model, self.teacher if config.distill == "logits" else None)
         self.teacher = None
-        hooks = Hooks(self.before_step, self.evaluate)
+        hooks = Hooks(self.before_step, self.evaluate, (lambda: watch_flips(self.model)) if self.plan else None)
         hooks.log += [self.track, lambda row: self.listener.row(row, config.max_tokens)]
         try:
             return fit(
@@ -255,6 +258,8 @@ class _Run:
         base_nats = self.record["base_nats_per_token"]
         plot_loss(out, base_nats)
         plot_strengths(out, self.schedules[0], config.max_tokens)
+        if plan is not None:
+            plot_flips(out)
         result = TuneResult(
             out=str(out), model=written.path, form=written.form, reason=written.reason, steps=progress.step,
             tokens=progress.tokens, seconds=progress.seconds, tokens_per_second=progress.tokens / progress.seconds,
