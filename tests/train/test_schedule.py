@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trilobit.config.training import TrainingConfig
-from trilobit.train.schedule import StrengthSchedule, learning_rate, strength_schedule
+from trilobit.train.schedule import StrengthSchedule, learning_rate, sensitivity_schedule, strength_schedule
 
 TOKENS = 1_000_000
 LAYERS = st.integers(1, 40)
@@ -46,6 +46,31 @@ def test_the_ramp_has_exact_ends(layers: int, overlap: float, ramp: float) -> No
     assert schedule.at(end * 1e-3)[0] > 0
     assert schedule.at(end) == schedule.at(TOKENS) == [1.0] * layers
     assert schedule.at(end * (1 - 1e-3))[-1] < 1
+
+
+@given(LAYERS, OVERLAPS, FRACTIONS, st.floats(0, 100))
+def test_equal_costs_are_the_layerwise_schedule(layers: int, overlap: float, ramp: float, cost: float) -> None:
+    """Layers that cost alike, or nothing, or less than nothing, fade in as if nothing had been measured."""
+    whole = strength_schedule("layerwise", layers, TOKENS, ramp, overlap)
+    for costs in ([cost] * layers, [-cost] * layers):
+        found = sensitivity_schedule(costs, TOKENS, ramp, overlap)
+        assert found.starts == pytest.approx(whole.starts, rel=1e-9, abs=1e-6)
+        assert found.ends == pytest.approx(whole.ends, rel=1e-9)
+
+
+@given(st.lists(st.floats(-1, 50), min_size=1, max_size=40), OVERLAPS, FRACTIONS)
+def test_ramps_grow_with_costs(costs: list[float], overlap: float, ramp: float) -> None:
+    """Layers start in order, each ramp is as long as its cost and the mean cost together, and the last to end does so when
+    the ramp is over."""
+    found = sensitivity_schedule(costs, TOKENS, ramp, overlap)
+    assert found.ends is not None
+    assert found.starts[0] == 0 and list(found.starts) == sorted(found.starts)
+    assert max(found.ends) == pytest.approx(ramp * TOKENS, rel=1e-9) and max(found.ends) <= ramp * TOKENS
+    mean = sum(max(cost, 0) for cost in costs) / len(costs)
+    if mean > 1e-3:
+        lengths = [end - start for start, end in zip(found.starts, found.ends, strict=True)]
+        rates = [length / (max(cost, 0) + mean) for length, cost in zip(lengths, costs, strict=True)]
+        assert rates == pytest.approx([rates[0]] * len(costs), rel=1e-3)
 
 
 @given(st.sampled_from(["layerwise", "layerwise-reverse", "global"]), LAYERS, OVERLAPS, FRACTIONS, st.lists(st.floats(0, 1.1)))

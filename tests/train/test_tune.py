@@ -225,10 +225,11 @@ HARD = [
     {"precision": "bf16", "distill": "logits", "distill_weight": 0.5, "temperature": 2.0},
     {"activation_checkpointing": True, "schedule": "layerwise-reverse", "activation_schedule": "global", "gain": "scalar"},
     {"decay": "wsd", "weight_decay": 0.1, "cover": "+lm_head", "scale": "group-64", "placement": "output"},
+    {"schedule": "sensitivity", "activation_schedule": "layerwise", "attention": "eager"},
 ]
 
 
-@pytest.mark.parametrize("settings", HARD, ids=["bf16-distill", "checkpointing", "wsd-head"])
+@pytest.mark.parametrize("settings", HARD, ids=["bf16-distill", "checkpointing", "wsd-head", "sensitivity"])
 def test_resuming_is_bit_exact_whatever_is_trained(
     settings: dict[str, Any], place: Place, tmp_path: Path, no_writing: None, tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -516,6 +517,20 @@ def test_trackers_hear_every_row(place: Place, tmp_path: Path, monkeypatch: pyte
     assert heard == list(range(1, STEPS + 1))
     assert sessions[0]["config"]["lr"] == 1e-2
     assert ended == [True]
+
+
+def test_layers_that_cost_more_get_more_of_the_ramp(
+    place: Place, whole: tuple[Path, TuneResult], tmp_path: Path, no_writing: None
+) -> None:
+    """--schedule sensitivity measures each layer before the surgery and keeps the schedule by value; the original's loss is
+    what it is without it."""
+    result = run(place.config(tmp_path / "run", schedule="sensitivity", ramp_fraction=0.5))
+    assert result.base_nats_per_token == whole[1].base_nats_per_token
+    weights, activations = json.loads((tmp_path / "run" / "run.json").read_text())["schedules"]
+    assert weights == activations
+    lengths = [end - start for start, end in zip(weights["starts"], weights["ends"], strict=True)]
+    assert weights["starts"][0] == 0 and max(weights["ends"]) == pytest.approx(0.5 * STEPS * STEP_TOKENS)
+    assert len(set(lengths)) == len(lengths)
 
 
 def test_attention_is_what_was_asked_for(

@@ -7,7 +7,7 @@ from trilobit.config.fields import Count, ModelPath
 from trilobit.config.training import TrainingConfig
 from trilobit.errors import ConfigError
 
-ScheduleKind = Literal["layerwise", "layerwise-reverse", "global", "immediate", "never"]
+ScheduleKind = Literal["layerwise", "layerwise-reverse", "sensitivity", "global", "immediate", "never"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,12 +35,12 @@ class TuneConfig(TrainingConfig):
     """ParetoQ's quantiser: each row's scale is learned instead of taken from its weights. Needs --scale row."""
 
     schedule: ScheduleKind = "layerwise"
-    """How λ goes from 0 to 1: layer after layer (first to last, or reverse), all layers at once, from the first step, or
-    never (full-precision control)."""
+    """How λ goes from 0 to 1: layer after layer (first to last, or reverse), the same with more time for layers that cost more
+    (measured first), all layers at once, from the first step, or never (full-precision control)."""
     ramp_fraction: float = 0.25
     """Fraction of the tokens by which λ is 1 everywhere."""
     overlap: float = 0.5
-    """Of neighbouring layers' ramps in a layerwise schedule: 0 strictly in turn, 1 all together."""
+    """Of neighbouring layers' ramps in a schedule by layers: 0 strictly in turn, 1 all together."""
     activation_schedule: ScheduleKind | None = None
     """λ of activations, where it differs from that of weights."""
     activation_ramp_fraction: float | None = None

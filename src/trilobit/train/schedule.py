@@ -4,13 +4,16 @@
 
     r = 1 / (1 + (L − 1)(1 − o))        λ_l(u) = clip((u − l · r · (1 − o)) / r, 0, 1)
 
-so that the first layer starts at u = 0 and the last ends at u = 1. o = 1 is the global schedule. The staging is ours:
-arXiv 2505.08823 describes a gradual, layer-wise schedule without its exact form. A run stores each layer's start and end
-in tokens, by value, so that a resumed run cannot disagree with the one it continues.
+so that the first layer starts at u = 0 and the last ends at u = 1. o = 1 is the global schedule. Where layers do not cost
+alike (sensitivity.py), ramps of different lengths follow each other in the same way. The staging is ours: arXiv 2505.08823
+describes a gradual, layer-wise schedule without its exact form. A run stores each layer's start and end in tokens, by
+value, so that a resumed run cannot disagree with the one it continues.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from trilobit.config.training import TrainingConfig
@@ -62,6 +65,20 @@ def strength_schedule(
     if kind == "layerwise-reverse":
         starts, ends = starts[::-1], ends[::-1]
     return StrengthSchedule(starts, ends)
+
+
+def sensitivity_schedule(costs: Sequence[float], max_tokens: int, ramp_fraction: float, overlap: float) -> StrengthSchedule:
+    """First layer to last, each with a ramp as long as it costs nats to quantise it alone, half of the time shared equally.
+
+    costs: nats per layer; negative ones count as zero. Equal costs give the layerwise schedule.
+    """
+    mean = max(sum(max(cost, 0.0) for cost in costs) / len(costs), 1e-6)
+    widths = [max(cost, 0.0) + mean for cost in costs]
+    starts = [0.0, *accumulate(width * (1.0 - overlap) for width in widths[:-1])]
+    whole = max(start + width for start, width in zip(starts, widths, strict=True))
+    scale = ramp_fraction * max_tokens / whole
+    ends = [min((start + width) * scale, ramp_fraction * max_tokens) for start, width in zip(starts, widths, strict=True)]
+    return StrengthSchedule(tuple(start * scale for start in starts), tuple(ends))
 
 
 def learning_rate(config: TrainingConfig, peak: float, tokens: int) -> float:

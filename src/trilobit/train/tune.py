@@ -44,7 +44,8 @@ from trilobit.train.objective import TuneObjective, frozen_copy
 from trilobit.train.plots import plot_flips, plot_loss, plot_strengths
 from trilobit.train.reconstruct import reconstruct
 from trilobit.train.record import new_record, record_to_resume, weights_fingerprint
-from trilobit.train.schedule import StrengthSchedule, strength_schedule
+from trilobit.train.schedule import StrengthSchedule, sensitivity_schedule, strength_schedule
+from trilobit.train.sensitivity import layer_costs
 from trilobit.train.track import Track, tracker
 from trilobit.train.windows import Windows, evaluation_windows
 
@@ -158,8 +159,25 @@ class _Run:
         if config.compile == "auto":
             self.listener.note(f"{'compiled' if compiled else 'not compiled'}: {why}")
         gains = _calibrate(config, self.plan, model, self.windows, self.device)
-        schedules, fingerprint = _schedules(config, len(decoder_layers(model))), weights_fingerprint(model)
+        schedules, fingerprint = self.plan_schedules(gains), weights_fingerprint(model)
         return new_record(config, self.plan, schedules, gains, total / count, self.tokens, fingerprint, compiled)
+
+    def plan_schedules(self, gains: dict[str, float]) -> list[StrengthSchedule]:
+        """λ of weights, λ of activations."""
+        config, plan = self.config, self.plan
+        kinds = config.schedule, config.activation_schedule or config.schedule
+        ramps = config.ramp_fraction, config.activation_ramp_fraction or config.ramp_fraction
+        costs: list[float] = []
+        if plan is not None and "sensitivity" in kinds:
+            costs = layer_costs(self.model, plan, gains, self.windows.samples(0, CALIBRATION_WINDOWS), config.sequences)
+            self.listener.note("quantising one layer alone costs, in nats: " + ", ".join(f"{cost:.2f}" for cost in costs))
+        layers = len(decoder_layers(self.model))
+        return [
+            sensitivity_schedule(costs, config.max_tokens, ramp, config.overlap)
+            if kind == "sensitivity"
+            else strength_schedule(kind, layers, config.max_tokens, ramp, config.overlap)
+            for kind, ramp in zip(kinds, ramps, strict=True)
+        ]
 
     def go_on(self, record: dict[str, Any]) -> dict[str, Any]:
         """`record`, the run.json of the run to continue, if the text is still the same."""
@@ -286,16 +304,6 @@ def _spec(config: TuneConfig) -> TernarySpec:
         placement=config.placement, gain=config.gain, activations=config.activations, scale=config.scale,
         cover=config.cover, dead_zone_bias=config.dead_zone_bias or 0.0, learned_ranges=config.learned_ranges,
     )  # fmt: skip
-
-
-def _schedules(config: TuneConfig, layers: int) -> list[StrengthSchedule]:
-    """λ of weights, λ of activations."""
-    weights = strength_schedule(config.schedule, layers, config.max_tokens, config.ramp_fraction, config.overlap)
-    activations = strength_schedule(
-        config.activation_schedule or config.schedule, layers, config.max_tokens,
-        config.activation_ramp_fraction or config.ramp_fraction, config.overlap,
-    )  # fmt: skip
-    return [weights, activations]
 
 
 def _tokens(config: TuneConfig, base: Loaded, signals: Signals) -> Tokens:

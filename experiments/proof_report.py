@@ -1,0 +1,225 @@
+"""docs/proof.md's table and plots, from the records of experiments/proof.py alone.
+
+    python experiments/proof_report.py STUDY [--check]
+
+Writes the table between the markers of docs/proof.md, and three plots to docs/: nats above the original against tokens;
+against the budget, with a power law fitted to it; λ and flips of codes by layer. --check writes nothing and fails if the
+table in docs/proof.md is not the one the records give.
+
+Gap means nats per token above the original, on text that nothing was trained or chosen on; ± is half the range over seeds.
+"""
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from proof import RECORDS, SEEDS, STUDIES, Records, Study, Trial, best_rates, model_class, read_records
+from proof_arms import ARMS, CONTROL
+
+from trilobit.train.plots import ACCENT, INK, MUTED, SECOND
+from trilobit.train.schedule import strength_schedule
+
+DOCS = Path(__file__).parents[1] / "docs"
+NAMES = {
+    "none-immediate-ce": "nothing: no norm, quantised at once",
+    "none-layerwise-ce": "schedule alone",
+    "every-immediate-ce": "norms (calibrated) alone",
+    "every-layerwise-ce": "norms (calibrated) + schedule",
+    "every-ones-layerwise-ce": "norms (ones) + schedule: the paper",
+    "every-ones-immediate-ce": "norms (ones), quantised at once: AutoBitLinear",
+    "output-layerwise-ce": "norms at two places + schedule",
+    "none-immediate-kl": "distillation alone",
+    "none-layerwise-kl": "distillation + schedule",
+    "every-immediate-kl": "distillation + norms",
+    "every-layerwise-kl": "distillation + norms + schedule",
+    "every-kl-wsd": "the same, rate held for half the tokens",
+    "warm-every-kl": "distillation + norms, layers reconstructed first",
+    "recipe-hf-blog": "Hugging Face's recipe",
+    "recipe-bitdistill": "BitDistill, published constants",
+    "recipe-bitdistill-normalised": "BitDistill, losses of one size",
+    CONTROL: "the original, tuned equally",
+}
+SHOWN = {
+    "none-immediate-ce": (MUTED, "nothing"), "none-immediate-kl": (SECOND, "distillation"),
+    "every-layerwise-ce": ("#d69e2e", "norms + schedule"), "every-layerwise-kl": (ACCENT, "all three"),
+}  # fmt: skip
+"""Arms of the plots: colour, label."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """An arm at a budget, at its best rate: gaps of the seeds that were run."""
+
+    gaps: list[float]
+    other: list[float]
+    rate: float
+    diverged: int
+
+    def __str__(self) -> str:
+        if not self.gaps:
+            return "diverged" if self.diverged else ""
+        half = (max(self.gaps) - min(self.gaps)) / 2
+        return f"{np.mean(self.gaps):.3f}" + (f" ± {half:.3f}" if len(self.gaps) > 1 else "")
+
+
+def cell(records: Records, study: Study, arm: str, budget: int) -> Cell:
+    rates = best_rates(records, study, arm, budget)
+    if not rates:
+        return Cell([], [], 0.0, 0)
+    rows = [records[t] for seed in SEEDS if (t := Trial(arm, budget, rates[0], seed)) in records]
+    fine = [row for row in rows if not row["diverged"]]
+    other = [row["other_gap"] for row in fine if "other_gap" in row]
+    return Cell([row["report_gap"] for row in fine], other, rates[0], len(rows) - len(fine))
+
+
+def highest_rate(records: Records, study: Study, arm: str) -> str:
+    """The highest rate tried at the smallest budget whose loss stays below that of the lowest rate plus 0.5 nats."""
+    rows = {rate: records.get(Trial(arm, study.budget, rate, 0)) for rate in study.rates}
+    best = min((row["nats"] for row in rows.values() if row and not row["diverged"]), default=float("inf"))
+    fine = [rate for rate, row in rows.items() if row and not row["diverged"] and row["nats"] < best + 0.5]
+    return f"{max(fine):g}" if fine else ""
+
+
+def speed(records: Records, arm: str, budget: int) -> float:
+    """Median tokens per second over an arm's trials at a budget."""
+    found = [
+        r["tokens_per_second"] for t, r in records.items() if t.arm == arm and t.budget == budget and "tokens_per_second" in r
+    ]
+    return float(np.median(found)) if found else 0.0
+
+
+def table(records: Records, study: Study) -> str:
+    """Arms by their gap at the largest budget they reached."""
+    arms = [arm for arm in ARMS if any(trial.arm == arm for trial in records)]
+    cells = {arm: [cell(records, study, arm, budget) for budget in study.budgets] for arm in arms}
+
+    def order(arm: str) -> tuple[int, float]:
+        reached = [c for c in cells[arm] if c.gaps]
+        return -len(reached), float(np.mean(reached[-1].gaps)) if reached else 0.0
+
+    base = speed(records, "none-immediate-ce", study.budget)
+    heads = [
+        "arm",
+        *(f"{budget / 1e6:.2g} M" for budget in study.budgets),
+        "other text",
+        "time",
+        "rate",
+        "highest rate",
+        "spikes",
+    ]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for arm in sorted(arms, key=order):
+        last = next((c for c in reversed(cells[arm]) if c.gaps), None)
+        bumps = sum(row["spikes"] for trial, row in records.items() if trial.arm == arm and trial.rate == (last and last.rate))
+        name = NAMES.get(arm) or _described(arm)
+        other = f"{np.mean(last.other):.3f}" if last and last.other else ""
+        time = f"{base / own:.2f}" if (own := speed(records, arm, study.budget)) else ""
+        rate = f"{last.rate:g}" if last else ""
+        row = [name, *map(str, cells[arm]), other, time, rate, highest_rate(records, study, arm), str(bumps)]
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def _described(arm: str) -> str:
+    scale, activations, cover = model_class(arm)
+    parts = [scale] * (scale != "tensor") + ["weights only"] * (activations == "none") + [cover] * (cover != "projections")
+    return f"`{arm}`" + (f" ({', '.join(parts)})" if parts else "")
+
+
+def power_law(budgets: list[float], gaps: list[float]) -> tuple[float, float]:
+    """a, b of gap = a · tokens^−b, by least squares of the logarithms."""
+    slope, intercept = np.polyfit(np.log(budgets), np.log(gaps), 1)
+    return float(np.exp(intercept)), float(-slope)
+
+
+def plot_budgets(records: Records, study: Study, axes: Axes) -> dict[str, tuple[float, float]]:
+    """Gap against budget and its power law, to 1 B tokens. Returns each arm's law."""
+    laws = {}
+    for arm, (color, label) in SHOWN.items():
+        found = [(b, c) for b in study.budgets if (c := cell(records, study, arm, b)).gaps]
+        if len(found) < 2:
+            continue
+        budgets, means = [float(b) for b, _ in found], [float(np.mean(c.gaps)) for _, c in found]
+        laws[arm] = a, b = power_law(budgets, means)
+        reach = np.geomspace(budgets[0], 1e9, 50)
+        axes.plot(reach, a * reach**-b, color=color, linestyle=":", linewidth=1.2)
+        for budget, c in found:
+            axes.plot([budget] * len(c.gaps), c.gaps, color=color, marker="o", markersize=4, linestyle="none")
+        axes.plot(
+            [],
+            [],
+            color=color,
+            marker="o",
+            markersize=4,
+            label=f"{label}: {a * 1e8**-b:.2f} at 100 M, {a * 1e9**-b:.2f} at 1 B",
+        )
+    axes.set(xscale="log", yscale="log", xlabel="tokens trained on", ylabel="nats above the original")
+    axes.legend(frameon=False, fontsize=8)
+    return laws
+
+
+def plot_curves(records: Records, study: Study, axes: Axes) -> None:
+    """Held-out nats above the original while training, at the largest budget, seed 0."""
+    for arm, (color, label) in SHOWN.items():
+        rates = best_rates(records, study, arm, study.budgets[-1])
+        row = records.get(Trial(arm, study.budgets[-1], rates[0], 0)) if rates else None
+        if row and not row["diverged"]:
+            tokens, nats = zip(*row["curve"], strict=True)
+            axes.plot(tokens, [value - row["base_nats"] for value in nats], color=color, linewidth=1.6, label=label)
+    axes.set(xlabel="tokens", ylabel="nats above the original, held out", ylim=(0, None))
+    axes.legend(frameon=False, fontsize=8)
+
+
+def plot_flips(records: Records, study: Study, figure: Figure) -> None:
+    """λ and flips of each layer: norms, schedule and distillation, at the largest budget, seed 0."""
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[1, 2])
+    budget = study.budgets[-1]
+    rates = best_rates(records, study, "every-layerwise-kl", budget)
+    flips: list[Any] = records.get(Trial("every-layerwise-kl", budget, rates[0], 0), {}).get("flips", []) if rates else []
+    if not flips:
+        return
+    layers = len(flips[0][1])
+    schedule = strength_schedule("layerwise", layers, budget, 0.25, 0.5)
+    ticks = sorted({0.0, float(budget), *schedule.starts, *(schedule.ends or ())})
+    for layer in range(layers):
+        light = (layers - 1 - layer) / max(layers - 1, 1)
+        color = (0.77 + 0.18 * light, 0.28 + 0.42 * light, 0.17 + 0.5 * light)
+        top.plot(ticks, [schedule.at(tick)[layer] for tick in ticks], color=color)
+        bottom.plot([t for t, _ in flips], [100 * row[layer] for _, row in flips], color=color)
+    top.set(ylabel="λ")
+    bottom.set(xlabel="tokens", ylabel="% of codes changed by one step", ylim=(0, None))
+    top.set_title(f"{layers} layers, first (light) to last (dark)", fontsize=9, color=INK, loc="left")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("study", choices=list(STUDIES))
+    parser.add_argument("--check", action="store_true")
+    arguments = parser.parse_args()
+    study, records = STUDIES[arguments.study], read_records(RECORDS / arguments.study)
+    page = (DOCS / "proof.md").read_text(encoding="utf-8")
+    start, end = f"<!-- {arguments.study} -->\n", f"<!-- /{arguments.study} -->"
+    before, rest = page.split(start)
+    after = rest.split(end)[1]
+    new = f"{before}{start}{table(records, study)}\n{end}{after}"
+    if arguments.check:
+        raise SystemExit(0 if new == page else f"docs/proof.md does not show the records of {arguments.study}")
+    (DOCS / "proof.md").write_text(new, encoding="utf-8")
+    for name, draw in (("curves", plot_curves), ("budgets", plot_budgets)):
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.add_subplot()
+        axes.spines[["top", "right"]].set_visible(False)
+        print(name, json.dumps(draw(records, study, axes)))
+        figure.savefig(DOCS / f"proof_{name}.png", dpi=120)
+    figure = Figure(figsize=(7, 4.4), layout="constrained")
+    plot_flips(records, study, figure)
+    figure.savefig(DOCS / "proof_flips.png", dpi=120)
+
+
+if __name__ == "__main__":
+    main()
