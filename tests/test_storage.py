@@ -11,7 +11,7 @@ import pytest
 
 from trilobit import storage
 from trilobit.errors import ModelError, OutputError
-from trilobit.storage import MANIFEST, atomic_directory, is_whole, verify_manifest, write_json
+from trilobit.storage import MANIFEST, alone_in, atomic_directory, is_whole, verify_manifest, write_json
 
 KILLED = """
 import os, sys
@@ -55,6 +55,29 @@ def test_written_directory_is_whole(tmp_path: Path) -> None:
     assert is_whole(target)
     assert only(target.parent) == ["out"]
     assert set(json.loads((target / MANIFEST).read_text())["files"]) == {"a.json", "deep/b.bin"}
+
+
+def test_one_process_at_a_time_works_in_a_directory(tmp_path: Path) -> None:
+    """While a process is alone in a directory another is refused; after it, or after it was killed, the next one gets in and
+    finds nothing half-written, and what is whole stays."""
+    make(tmp_path / "step-1", "whole")
+    for left in (tmp_path / ".model.partial-1", tmp_path / "checkpoints" / ".step-2.partial-1"):
+        left.mkdir(parents=True)
+        (left / "half").write_text("")
+    code = "import os, sys; from pathlib import Path; from trilobit.storage import alone_in\n"
+    code += "with alone_in(Path(sys.argv[1])):\n    print('in', flush=True); sys.stdin.read(); os._exit(9)"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdin is not None
+        assert process.stdout.readline() == "in\n"
+        with pytest.raises(OutputError, match="is in use: another process"), alone_in(tmp_path):
+            pass
+        process.stdin.close()
+    for _ in range(2):
+        with alone_in(tmp_path):
+            assert only(tmp_path) == ["checkpoints", "step-1"]
+            assert only(tmp_path / "checkpoints") == []
+    verify_manifest(tmp_path / "step-1")
 
 
 def test_directory_is_replaced_as_a_whole(tmp_path: Path) -> None:
@@ -166,6 +189,12 @@ def test_new_directory_must_be_new(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "file"):
         with pytest.raises(OutputError, match="hint"):
             storage.require_new_directory(path, "hint")
+
+
+def test_a_place_that_cannot_be_looked_at_is_refused(tmp_path: Path) -> None:
+    """A name that is too long (or a folder without permission) is an OutputError with the system's reason."""
+    with pytest.raises(OutputError, match=r"cannot write .*: File name too long"):
+        storage.require_new_directory(tmp_path / ("a" * 300) / "out", "")
 
 
 def test_missing_space_is_refused(tmp_path: Path) -> None:

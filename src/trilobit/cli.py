@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     name, *rest = arguments
     if name not in COMMANDS:
-        return _fail(f"there is no command {name!r}{_nearest(name, COMMANDS)}. `trilobit --help` lists them.")
+        return _fail(f"there is no command {name!r}{_nearest(name, COMMANDS)} `trilobit --help` lists them.")
     try:
         return _run(name, rest)
     except TrilobitError as error:
@@ -90,14 +90,14 @@ def parse(name: str, arguments: list[str]) -> tuple[Any, bool]:
 
     config_type = _attribute(COMMANDS[name].config)
 
-    general = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    general = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     general.add_argument("--json", action="store_true")
     general.add_argument("--recipe")
     general.add_argument("--from", dest="source")
     try:
         chosen, rest = general.parse_known_args(arguments)
-    except SystemExit as stop:
-        raise ConfigError("--recipe and --from need a value.") from stop
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"{error.argument_name}: {error.message}.") from error
     defaults: dict[str, Any] = {}
     if chosen.recipe is not None:
         defaults |= _recipe(name, chosen.recipe)
@@ -111,10 +111,11 @@ def parse(name: str, arguments: list[str]) -> tuple[Any, bool]:
         for field in fields(config_type):
             value = (defaults | required).get(field.name, field.default)
             object.__setattr__(default, field.name, value)
-    epilog = "Every command also takes --json (the result as one JSON object) and --from RUN/run.json (repeat a run)."
+    epilog = "Every command also takes --json: the result as one JSON object."
     if name == "tune":
         from trilobit.recipes import RECIPES
 
+        epilog += " --from RUN/run.json repeats a run."
         epilog += f" --recipe is one of: {', '.join(RECIPES)}."
     description = f"{config_type.__doc__}\n\n{epilog}"
     try:
@@ -140,7 +141,7 @@ def _recipe(command: str, name: str) -> dict[str, Any]:
     if command != "tune":
         raise ConfigError(f"--recipe is for `trilobit tune`, not for `trilobit {command}`.")
     if name not in RECIPES:
-        raise ConfigError(f"there is no recipe {name!r}{_nearest(name, RECIPES)}. There are: {', '.join(RECIPES)}.")
+        raise ConfigError(f"there is no recipe {name!r}{_nearest(name, RECIPES)} There are: {', '.join(RECIPES)}.")
     return RECIPES[name]()
 
 
@@ -173,13 +174,13 @@ def _refuse_unknown_flags(command: str, config_type: Any, arguments: list[str]) 
             return
         if flag.startswith("--") and flag not in known:
             raise ConfigError(
-                f"`trilobit {command}` has no flag {flag}{_nearest(flag, known)}. See `trilobit {command} --help`."
+                f"`trilobit {command}` has no flag {flag}{_nearest(flag, known)} See `trilobit {command} --help`."
             )
 
 
 def _nearest(word: str, known: Any) -> str:
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
+    return f"; did you mean {close[0]}?" if close else "."
 
 
 def _attribute(path: str) -> Any:

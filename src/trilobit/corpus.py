@@ -125,7 +125,7 @@ def _source(data: str) -> Literal["stdlib"] | list[Path] | Hub:
     if data == "stdlib":
         return "stdlib"
     whole = Path(data).expanduser()
-    if data and whole.exists():
+    if data and os.path.exists(whole):  # unlike Path.exists, False for a name that is too long
         return _files_of(whole)
     if "," in data:
         paths = [path for part in data.split(",") if part.strip() for path in _part(part.strip())]
@@ -142,7 +142,7 @@ def _looks_like_path(data: str) -> bool:
 
 def _part(part: str) -> list[Path]:
     path = Path(part).expanduser()
-    if part and path.exists():
+    if part and os.path.exists(path):
         return _files_of(path)
     if any(c in part for c in "*?["):
         matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]

@@ -92,13 +92,47 @@ def verify_manifest(directory: Path) -> None:
             raise ModelError(f"{file} is missing or damaged: it does not match {path}.")
 
 
+def recorded_sha256(directory: Path, name: str) -> str:
+    """What the manifest of `directory` says of a file, without reading the file."""
+    return read_json(directory / MANIFEST)["files"][name]["sha256"]
+
+
+@contextmanager
+def alone_in(directory: Path) -> Iterator[None]:
+    """Hold `directory` as the only process that works in it, and clear away what killed ones left half-written.
+
+    Raises OutputError if another process holds it. The system lets go when a process ends, however it ends. Where there
+    are no such locks (Windows), nothing is held.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputError(f"{directory} is in use: another process is working in it.") from error
+        for left in [*directory.glob(".*.partial-*"), *directory.glob("*/.*.partial-*")]:
+            remove_directory(left)
+        yield
+    finally:
+        os.close(handle)
+
+
 def require_new_directory(path: Path, hint: str) -> None:
     """Raise OutputError if `path` exists, or if the nearest existing folder above it cannot be written."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    try:
+        taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
+        above = path
+        while not above.exists():
+            above = above.parent
+    except OSError as error:  # a name that is too long, a folder that may not be looked into
+        raise OutputError(f"cannot write {path}: {error.strerror or error}.") from error
+    if taken:
         raise OutputError(f"{path} exists already. {hint}")
-    above = path
-    while not above.exists():
-        above = above.parent
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise OutputError(f"cannot write {path}: {above} is not a writable folder.")
 

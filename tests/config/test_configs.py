@@ -5,6 +5,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from trilobit.config.demo import DemoConfig
 from trilobit.config.eval import EvalConfig
 from trilobit.config.generate import GenerateConfig
 from trilobit.config.tune import TuneConfig
@@ -53,6 +54,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         "warmup_fraction", "decay_fraction", "overlap", "ramp_fraction", "activation_ramp_fraction",
     )],
     *[({name: float("inf")}, f"--{name.replace('_', '-')} is inf") for name in ("lr", "weight_decay")],
+    *[({"seed": seed}, f"--seed is {seed}; it must be from 0") for seed in (-1, 2**63)],
     ({"distill": "logits", "distill_weight": 1.5}, "--distill-weight is 1.5"),
     ({"distill": "logits", "temperature": NAN}, "--temperature is nan"),
     ({"distill_weight": 0.5}, "--distill-weight and --temperature need --distill logits"),
@@ -106,6 +108,8 @@ def test_configs_are_flat_and_frozen() -> None:
         (lambda: EvalConfig(model="m", data="d", sequences=0), "--sequences is 0"),
         (lambda: GenerateConfig(model="m", prompt="p", temperature=-1), "--temperature is -1"),
         (lambda: GenerateConfig(model="m", prompt="p", temperature=NAN), "--temperature is nan"),
+        (lambda: GenerateConfig(model="m", prompt="p", seed=2**63), "--seed is 9223372036854775808"),
+        (lambda: DemoConfig(seed=-1), "--seed is -1"),
         (lambda: GenerateConfig(model="m", prompt="p", top_p=0), "--top-p is 0"),
         (lambda: GenerateConfig(model="m", prompt="p", top_p=1.1), "--top-p is 1.1"),
     ],

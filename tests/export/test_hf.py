@@ -577,6 +577,20 @@ def test_an_unwritable_place_is_an_output_error(tmp_path: Path) -> None:
         write(model, plan, tmp_path / "file" / "model")
 
 
+def test_a_disk_that_is_full_for_the_tokenizer_is_an_output_error(tmp_path: Path) -> None:
+    """The tokenizers library raises a plain Exception when the disk is full: the user's to mend, nothing left (old code: a
+    traceback)."""
+
+    class Full:
+        def save_pretrained(self, folder: Path) -> None:
+            raise Exception("No space left on device (os error 28)")
+
+    model, plan = made("llama")
+    with pytest.raises(OutputError, match=r"cannot write the tokenizer .* No space left on device"):
+        hf.write_latent(model, plan, Full(), tmp_path / "latent")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_compare_measures_what_it_says() -> None:
     """Of a model with itself: all argmax equal, no difference, ratio one, exactly the positions asked for; of another
     seed's: far outside the limits; and NaN logits are outside too."""

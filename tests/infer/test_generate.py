@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 
 from infer.checkpoints import byte_model, byte_tokenizer, save
 from trilobit.config.generate import GenerateConfig
-from trilobit.errors import ConfigError
+from trilobit.errors import ConfigError, ModelError
 from trilobit.infer.generate import continue_tokens, run, sample_documents
 from trilobit.listener import Listener
 
@@ -144,3 +144,25 @@ def test_documents_without_end_of_text_have_full_length() -> None:
     model = byte_model(vocab_size=12)
     model.generation_config.eos_token_id = None
     assert {len(d) for d in sample_documents(model, 1, None, tokens=100, length=7, seed=0, rows=4)} == {7}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_give_no_text(temperature: float, value: float) -> None:
+    """A damaged model is refused, cut-offs or none (old code: a traceback when sampling, the first token when not)."""
+    model = byte_model()
+    with torch.no_grad():
+        model.lm_head.weight[7] = value
+    with pytest.raises(ModelError, match="not finite"):
+        continue_tokens(model, PROMPT, 5, temperature=temperature, top_p=0.5)
+
+
+def test_text_beyond_the_models_positions_is_refused(checkpoint: Path) -> None:
+    """Prompt and new tokens together fit the 64 positions, or the error says how many would (old code: transformers' text
+    from positions that were never trained)."""
+    settings = {"model": str(checkpoint), "prompt": "a" * 60, "device": "cpu"}
+    assert run(GenerateConfig(**settings, max_tokens=4)).tokens <= 4
+    with pytest.raises(ConfigError, match=r"--max-tokens 5 after a prompt of 60 tokens .* at most 4 fit"):
+        run(GenerateConfig(**settings, max_tokens=5))
+    with pytest.raises(ConfigError, match="the prompt has 64 tokens, and the model 64 positions"):
+        run(GenerateConfig(**settings | {"prompt": "a" * 64}, max_tokens=1))

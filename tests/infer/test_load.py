@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from infer.checkpoints import byte_model, byte_tokenizer, save
 from trilobit.errors import ModelError
-from trilobit.export.hf import write_model
+from trilobit.export.hf import write_latent, write_model
 from trilobit.infer import load as load_module
 from trilobit.infer.load import check_tokenizer, load, load_pretrained, pick_device
 from trilobit.nn.packed import PackedLinear
@@ -189,6 +189,18 @@ def test_dtype_is_that_of_what_is_not_ternary(checkpoint: Path, tmp_path: Path, 
     assert (a - b).norm() <= 0.05 * a.norm()
 
 
+def test_what_is_ternary_already_is_no_ordinary_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+    """latent/ is refused as a start of tuning, a control's without surgery is not (old code: its inserted norms were dropped
+    without a word, and another function was tuned)."""
+    loaded = load_pretrained(str(checkpoint))
+    write_latent(loaded.model, None, loaded.tokenizer, tmp_path / "control")
+    assert load_pretrained(str(tmp_path / "control")).plan is None
+    plan = ternarize(loaded.model).plan
+    write_latent(loaded.model, plan, loaded.tokenizer, tmp_path / "latent")
+    with pytest.raises(ModelError, match="latent is ternary already"):
+        load_pretrained(str(tmp_path / "latent"))
+
+
 def test_an_unfinished_run_says_how_to_go_on(tmp_path: Path) -> None:
     """A run directory without model/ is unfinished, and the way on is --resume."""
     (tmp_path / "run.json").write_text("{}")
@@ -222,3 +234,14 @@ def test_devices() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ModelError, match="--device cuda cannot be used here"):
             pick_device("cuda")
+
+
+def test_a_misspelt_run_is_not_looked_for_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """out/NAME is a run of ours, or missing; nothing is asked of the network."""
+
+    def ask(*_: object, **__: object) -> None:
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(load_module, "hf_hub_download", ask)
+    with pytest.raises(ModelError, match="out/nothing-there"):
+        load("out/nothing-there")

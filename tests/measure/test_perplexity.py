@@ -190,3 +190,14 @@ def test_logits_are_made_fp32_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_broken_model_is_a_large_number() -> None:
     """More nats than a float's exponent holds are no crash (old code: OverflowError)."""
     assert perplexity_module.perplexity(800.0) == perplexity_module.perplexity(700.0) > 1e300
+
+
+def test_a_model_without_numbers_has_no_perplexity(tmp_path: Path) -> None:
+    """Weights with a NaN are refused (old code: perplexity NaN, exit 0, and --json that is not JSON)."""
+    model = byte_model()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = math.nan
+    save(tmp_path / "model", model)
+    (tmp_path / "text.txt").write_text(TEXT)
+    with pytest.raises(ModelError, match="has a loss of nan on this text"):
+        run(EvalConfig(model=str(tmp_path / "model"), data=str(tmp_path / "text.txt"), sequence_length=16, device="cpu"))

@@ -1,6 +1,7 @@
 """Cutting long documents, and encoding by words: the tokens of whole texts through the library are the oracle."""
 
-from unittest.mock import Mock
+import threading
+from collections.abc import Generator, Iterator
 
 import numpy as np
 import pytest
@@ -50,11 +51,9 @@ def test_cuts_are_made_only_where_they_are_proven() -> None:
         assert cut != tokenizer.encode("".join(parts)).ids
 
 
-@pytest.mark.parametrize("cores", [1, 2])
 @pytest.mark.parametrize("tokenizer", [SAFE[0], make_tokenizer(pre_tokenizers.Metaspace())])
-def test_documents_come_back_with_their_tokens(tokenizer: Tokenizer, cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On one core and on more, by words or not, each document has the library's tokens and an end."""
-    monkeypatch.setattr(encode_module, "available_cores", Mock(return_value=cores))
+def test_documents_come_back_with_their_tokens(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By words or not, each document has the library's tokens and an end."""
     monkeypatch.setattr(encode_module, "BATCH_CHARACTERS", 50)
     monkeypatch.setattr(encode_module, "CUT_CHARACTERS", 20)
     texts = [WORDS * 3, "", "they", WORDS[:40], *[WORDS[i:] for i in range(20)]]
@@ -64,3 +63,29 @@ def test_documents_come_back_with_their_tokens(tokenizer: Tokenizer, cores: int,
     for text, (_, ids) in zip(texts, found, strict=True):
         assert ids.dtype == np.uint32
         assert ids.tolist() == [*tokenizer.encode(text, add_special_tokens=False).ids, 0]
+
+
+def test_stopping_early_leaves_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documents are read few batches ahead; whoever stops reading them leaves no thread behind."""
+    monkeypatch.setattr(encode_module, "BATCH_CHARACTERS", 50)
+    threads = threading.active_count()
+    read: list[int] = []
+
+    def documents() -> Iterator[Document]:
+        for i in range(1000):
+            read.append(i)
+            yield Document(WORDS, len(WORDS.encode()), False)
+
+    encoded = encode_documents(documents(), SAFE[0], 0)
+    assert isinstance(encoded, Generator)
+    next(encoded)
+    encoded.close()
+    assert len(read) <= 3
+    assert threading.active_count() == threads
+
+
+def test_what_fails_in_the_thread_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error while encoding is raised to the reader of the tokens."""
+    monkeypatch.setattr(encode_module.WordEncoder, "encode", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        list(encode_documents([Document("the end", 7, False)], SAFE[0], 0))

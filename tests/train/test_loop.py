@@ -182,6 +182,22 @@ def test_a_killed_run_repeats_what_was_not_saved(tmp_path: Path) -> None:
     assert rows(tmp_path / "whole") == rows(tmp_path / "run")
 
 
+def test_a_log_that_cannot_be_rewritten_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is full when a resumed run shortens its log is an OutputError, and the log is as before (old code: a
+    traceback)."""
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"step": 1}\n{"step": 2}\n')
+
+    def full(path: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OutputError, match=r"log\.jsonl: No space left on device"):
+        loop_module._forget_rows_after(log, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
+    assert len(log.read_text().splitlines()) == 2
+
+
 def test_a_damaged_checkpoint_stops_the_run(tmp_path: Path) -> None:
     """A truncated checkpoint is refused; training does not silently begin again, and the log stays as it was."""
     train(tmp_path / "run")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from trilobit.errors import OutputError
 from trilobit.train.plots import plot_flips, plot_loss, plot_strengths, read_log
 from trilobit.train.schedule import strength_schedule
 
@@ -62,3 +63,17 @@ def test_strengths_are_drawn_for_every_schedule(kind: Any, tmp_path: Path) -> No
     assert one > 100
     if kind.startswith("layerwise"):
         assert three > 1.5 * one  # the same ramp three times narrower, three times, and apart
+
+
+def test_a_full_disk_leaves_no_half_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture that the disk refuses is an OutputError and no file (old code: a traceback and half a PNG)."""
+
+    def full(figure: Any, path: Path, **options: Any) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    write_log(tmp_path, [3.0], {})
+    with pytest.raises(OutputError, match=r"loss\.png: No space left on device\. Make room"):
+        plot_loss(tmp_path, 3.0)
+    assert not (tmp_path / "loss.png").exists()

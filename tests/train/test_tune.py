@@ -27,6 +27,7 @@ from trilobit.infer.load import load
 from trilobit.listener import Listener
 from trilobit.measure.perplexity import nats
 from trilobit.nn.ternary import ternary_modules
+from trilobit.storage import alone_in
 from trilobit.train import data as data_module
 from trilobit.train import layers as layers_module
 from trilobit.train import objective as objective_module
@@ -114,7 +115,7 @@ def no_writing(monkeypatch: pytest.MonkeyPatch) -> None:
     written = SimpleNamespace(path="", form="", reason="", bytes=0, agreement={})
     for name in ("write_model", "write_full_precision"):
         monkeypatch.setattr(tune_module, name, lambda *_, **__: written)
-    for name in ("plot_loss", "plot_strengths"):
+    for name in ("plot_loss", "plot_strengths", "plot_flips"):
         monkeypatch.setattr(tune_module, name, lambda *_: None)
 
 
@@ -377,6 +378,11 @@ def test_resuming_with_other_settings_is_refused_by_name(place: Place, tmp_path:
     changed.write_text(changed.read_text().replace("cat", "cow"))
     with pytest.raises(DataError, match="has changed since"):
         run(replace(other, resume=True))
+    record = json.loads(before)
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record | {"data_sha256": "0" * 64}))  # other tokens, same name
+    with pytest.raises(DataError, match="has changed since"):
+        run(config)
+    (tmp_path / "run" / "run.json").write_bytes(before)
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "run.json").write_text('{"name": "something else"}')
@@ -519,6 +525,49 @@ def test_trackers_hear_every_row(place: Place, tmp_path: Path, monkeypatch: pyte
     assert ended == [True]
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"distill_attention_layer": 99}, "--distill-attention-layer 99"),
+        ({"attention": "eager"}, "--distill-attention needs .* sdpa"),
+    ],
+)
+def test_what_the_losses_refuse_leaves_nothing(place: Place, tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    """A layer that is not there, or an attention that cannot be listened to, is refused before the run has a directory."""
+    refuse(ConfigError, message, place.config(tmp_path / "run", distill="logits", distill_attention=1.0, **settings))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_resumed_run_needs_space_for_what_is_not_there(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_writing: None
+) -> None:
+    """Checkpoints that are kept already are not asked room for again; one more is, always."""
+    asked: list[int] = []
+    monkeypatch.setattr(tune_module, "require_free_space", lambda path, size, what: asked.append(size))
+    config = place.config(tmp_path / "run", keep_checkpoints=2, checkpoint_every=STEP_TOKENS)
+    with pytest.raises(Interrupted):
+        run(config, At(4, lambda: signal.raise_signal(signal.SIGTERM)))
+    run(replace(config, resume=True))
+    assert asked[0] == 3 * asked[1] > 0
+
+
+def test_a_model_is_compared_at_a_thousand_positions(place: Place, whole: tuple[Path, TuneResult]) -> None:
+    """However few held-out tokens were asked for."""
+    assert place.config(whole[0]).eval_tokens == 64
+    assert whole[1].agreement["positions"] >= 1000
+
+
+def test_a_run_is_not_continued_twice_at_once(place: Place, tmp_path: Path, no_writing: None) -> None:
+    """While one process continues a run, another is refused and changes nothing."""
+    config = place.config(tmp_path / "run")
+    with pytest.raises(Interrupted):
+        run(config, At(2, lambda: signal.raise_signal(signal.SIGTERM)))
+    log = (tmp_path / "run" / "log.jsonl").read_bytes()
+    with alone_in(tmp_path / "run"), pytest.raises(OutputError, match="is in use"):
+        run(replace(config, resume=True))
+    assert (tmp_path / "run" / "log.jsonl").read_bytes() == log
+
+
 def test_layers_that_cost_more_get_more_of_the_ramp(
     place: Place, whole: tuple[Path, TuneResult], tmp_path: Path, no_writing: None
 ) -> None:
@@ -642,7 +691,7 @@ def test_the_original_is_measured_in_fp32(
 
     monkeypatch.setattr(tune_module, "evaluation_windows", kept)
     result = run(place.config(tmp_path / "run", precision="bf16", max_tokens=STEP_TOKENS))
-    (heldout,) = windows
+    heldout = windows[0]
     original = load(place.model).model
     fp32, bf16 = (nats(original, heldout, 2, precision) for precision in ("fp32", "bf16"))
     assert fp32[0] != bf16[0]

@@ -1,5 +1,6 @@
 """Encoding by words: the library's tokens of whole texts are the oracle."""
 
+import json
 import sys
 
 import numpy as np
@@ -15,8 +16,8 @@ from trilobit.train.words import WordEncoder
 NUMBERS = pre_tokenizers.Digits(individual_digits=False)
 TOKENIZERS = [*SAFE, make_tokenizer(pre_tokenizers.Sequence([NUMBERS, byte_level()]))]
 NASTY = [
-    *"atsl' \n\t\r.1९Ⅷ²éǅ\u0301\u00a0\u3000\x1c\x85\u200b\u2028中文😀\U000e0041\U0001f1e9", 
-    "the", "they", "  ", "'ll", "'S", "<|end|>",
+    *"atsl' \n\t\r.1९Ⅷ²éǅ\u0301\u00a0\u3000\x1c\x85\u200b\u2028中文😀𝔸𝟙\U000e0041\U0001f1e9\0", 
+    "the", "they", "  ", "'ll", "'re", "'d", "'S", "'lé", "<|end|>", "a" * 13, "é" * 8,
 ]  # fmt: skip
 
 
@@ -48,12 +49,40 @@ def test_every_kind_of_character_is_cut_as_the_library_cuts(tokenizer: Tokenizer
         assert ids.tolist() == encoding.ids, text
 
 
-def test_characters_of_another_kind_go_to_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the regular expression takes a character for another kind than the library does, the library encodes the text."""
-    encoder = WordEncoder(SAFE[0], words_module.WORDS.replace(r"\p{L}", "[A-Za-z]"))  # é is then no letter
-    for text in ("caf\u00e9 the", "the end", "\u00e9\u00e9"):
-        assert encoder.encode([text])[0].tolist() == oracle(SAFE[0], text)
-    assert "\u00e9" not in encoder._agreed
+def test_foreign_characters_go_to_the_library() -> None:
+    """Texts with a character that the rules do not fit, new or known, alone or among others, have the library's tokens."""
+    tokenizer = make_tokenizer(pre_tokenizers.Sequence([pre_tokenizers.Split("\u00e9", "merged_with_next"), byte_level()]))
+    assert WordEncoder.of(tokenizer) is None
+    encoder = WordEncoder(tokenizer, json.loads(tokenizer.to_str()), "joined")
+    for batch in (["caf\u00e9 the", "the end"], ["\u00e9\u00e9"], ["the", "end\u00e9s", ""]):
+        assert [ids.tolist() for ids in encoder.encode(batch)] == [oracle(tokenizer, text) for text in batch]
+    assert encoder._kinds.foreign == {"\u00e9"}
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["a", "the", "\0", "!", "é", "文", "𝔸"]), st.integers(1, 20)), max_size=30))
+def test_words_of_any_length_are_told_apart(words: list[tuple[str, int]]) -> None:
+    """Words that differ in length alone, in zero bytes, or after the fifteenth byte, share no tokens, even where they
+    share a place in the cache."""
+    batch = [part * count + ending for part, count in words for ending in ("", "\0", "a", "b")]
+    batch += ["!", "!" + 256 * "\0"]  # 1 and 257 bytes: the same length in one byte
+    for bits in (20, 1):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(words_module, "PLACE_BITS", bits)
+            encoder = WordEncoder.of(SAFE[0])
+            assert encoder is not None
+            for _ in range(2):
+                assert [ids.tolist() for ids in encoder.encode(batch)] == [oracle(SAFE[0], text) for text in batch]
+
+
+def test_bytes_without_a_token_change_no_word() -> None:
+    """Where the vocabulary lacks bytes and the library drops them, each word keeps its own tokens."""
+    tokenizer = Tokenizer(models.BPE({"a": 0, "Ġ": 1, "Ġa": 2}, [("Ġ", "a")]))
+    tokenizer.pre_tokenizer = byte_level()
+    encoder = WordEncoder.of(tokenizer)
+    assert encoder is not None
+    batch = ["a b a", "bbb", "b a ab ba", "", "a é a", "éé"]
+    assert [ids.tolist() for ids in encoder.encode(batch)] == [oracle(tokenizer, text) for text in batch]
 
 
 def test_the_table_forgets_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +92,7 @@ def test_the_table_forgets_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert encoder is not None
     for text in [WORDS, WORDS[::-1], WORDS * 2]:
         assert encoder.encode([text])[0].tolist() == oracle(SAFE[0], text)
-        assert len(encoder._rows) <= 60
+        assert len(encoder._rows) == len(encoder._lengths) - 1 <= 60
 
 
 def test_nothing_is_a_batch_too() -> None:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from trilobit.config.fields import Count
+from trilobit.config.fields import Count, require_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,3 +17,6 @@ class DemoConfig:
     """`auto`, `cpu`, `cuda`, …"""
     seed: int = 0
     """Seed of data order and sampling."""
+
+    def __post_init__(self) -> None:
+        require_seed(self.seed)

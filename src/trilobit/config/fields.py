@@ -7,6 +7,8 @@ from typing import Annotated
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
+from trilobit.errors import ConfigError
+
 UNITS = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
 
 
@@ -19,6 +21,12 @@ def parse_count(text: str) -> int:
     if value < 1 or value.denominator != 1:
         raise ValueError(f"{text!r} is not a whole number ≥ 1")
     return int(value)
+
+
+def require_seed(seed: int) -> None:
+    """Raise ConfigError unless random generators take `seed`."""
+    if not 0 <= seed < 2**63:
+        raise ConfigError(f"--seed is {seed}; it must be from 0 to 2⁶³ − 1.")
 
 
 def format_count(value: int) -> str:

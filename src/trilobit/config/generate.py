@@ -5,7 +5,7 @@ from typing import Annotated
 
 import tyro
 
-from trilobit.config.fields import Count, ModelPath
+from trilobit.config.fields import Count, ModelPath, require_seed
 from trilobit.errors import ConfigError
 
 
@@ -29,6 +29,7 @@ class GenerateConfig:
     """`auto`, `cpu`, `cuda`, `cuda:1`, …"""
 
     def __post_init__(self) -> None:
+        require_seed(self.seed)
         if not 0 <= self.temperature < float("inf"):
             raise ConfigError(f"--temperature is {self.temperature}; it must be 0 or above.")
         if not 0 < self.top_p <= 1:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from trilobit.config.fields import Count
+from trilobit.config.fields import Count, require_seed
 from trilobit.errors import ConfigError
 
 
@@ -80,6 +80,7 @@ class TrainingConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be above 0.")
+        require_seed(self.seed)
         if self.lr is not None and not 0 < self.lr < float("inf"):
             raise ConfigError(f"--lr is {self.lr}; it must be a number above 0.")
         if not 0 <= self.weight_decay < float("inf"):

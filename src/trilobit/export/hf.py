@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trilobit import __version__, quant
-from trilobit.errors import ConfigError, VerificationError
+from trilobit.errors import ConfigError, OutputError, VerificationError
 from trilobit.export.verify import Agreement, compare, load_stock, noise_floor
 from trilobit.formats import Bitnet
 from trilobit.infer.load import CARD, PACKED_FILE, read_ours, ternary_tensors
@@ -303,6 +303,9 @@ def _write_companions(
     if model.generation_config is not None:
         # not save_pretrained: that refuses what many published checkpoints carry (a temperature without do_sample)
         model.generation_config.to_json_file(directory / "generation_config.json")
-    tokenizer.save_pretrained(directory)
+    try:
+        tokenizer.save_pretrained(directory)
+    except Exception as error:  # the tokenizers library has no kind of its own for a full disk
+        raise OutputError(f"cannot write the tokenizer to {directory.parent}: {error}. Nothing was left behind.") from error
     card = {"form": form, "plan": plan.to_json() if plan else None, "trilobit": __version__}
     write_json(directory / CARD, card | ({"norms": content["norms"]} if "norms" in content else {}))

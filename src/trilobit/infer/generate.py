@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.generation.streamers import TextStreamer
 
 from trilobit.config.generate import GenerateConfig
-from trilobit.errors import ConfigError
+from trilobit.errors import ConfigError, ModelError
 from trilobit.infer.load import load, pick_device
 from trilobit.listener import SILENT, Listener
 
@@ -49,6 +49,7 @@ def run(config: GenerateConfig, listener: Listener = SILENT) -> GenerateResult:
         if loaded.tokenizer.bos_token_id is None:
             raise ConfigError("the prompt is empty, and this tokenizer has no beginning-of-text token to start from.")
         inputs = torch.tensor([[loaded.tokenizer.bos_token_id]])
+    _require_positions(loaded.model, inputs.shape[1], config.max_tokens)
     started = time.perf_counter()
     stream = _Stream(loaded.tokenizer, listener)
     output = continue_tokens(
@@ -59,6 +60,18 @@ def run(config: GenerateConfig, listener: Listener = SILENT) -> GenerateResult:
     text = str(loaded.tokenizer.decode(new, skip_special_tokens=True))
     listener.note(f"{len(new)} tokens, {len(new) / seconds:.1f} tokens/s")
     return GenerateResult(text, len(new), seconds, len(new) / seconds, str(config.model))
+
+
+def _require_positions(model: PreTrainedModel, prompt: int, new: int) -> None:
+    """Raise ConfigError if the model has fewer positions than the prompt and what may follow it."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and prompt >= positions:
+        raise ConfigError(f"the prompt has {prompt} tokens, and the model {positions} positions: shorten it.")
+    if positions is not None and prompt + new > positions:
+        raise ConfigError(
+            f"--max-tokens {new} after a prompt of {prompt} tokens is more than the model's {positions} positions: "
+            f"at most {positions - prompt} fit."
+        )
 
 
 @torch.no_grad()
@@ -89,14 +102,22 @@ def end_tokens(model: PreTrainedModel) -> list[int]:
     return eos if isinstance(eos, list) else [] if eos is None else [eos]
 
 
+def _refuse_damage(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """As a logits processor: scores that are no numbers give no token. (−inf is what sampling cuts off.)"""
+    if (scores.isnan() | scores.isposinf()).any():
+        raise ModelError("the model gives logits that are not finite: its weights are damaged, or overflow.")
+    return scores
+
+
 def _generate(
     model: PreTrainedModel, inputs: torch.Tensor, max_tokens: int, seed: int, streamer: TextStreamer | None, options: dict
 ) -> torch.Tensor:
     with torch.random.fork_rng(devices=[inputs.device] if inputs.device.type == "cuda" else []):
         torch.manual_seed(seed)
         output = model.generate(  # pyright: ignore[reportCallIssue]
-            inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=max_tokens, streamer=streamer, **options
-        )
+            inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=max_tokens, streamer=streamer,
+            logits_processor=LogitsProcessorList([_refuse_damage]), **options,
+        )  # fmt: skip
     assert isinstance(output, torch.Tensor)
     return output
 

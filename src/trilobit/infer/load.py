@@ -44,6 +44,7 @@ from trilobit.surgery.roles import vocabulary_size
 from trilobit.surgery.ternary import Plan, apply_plan
 
 CARD = "trilobit.json"
+LOCAL_PREFIXES = (".", "/", "~", "out/")  # out/ is where runs are written by default: a misspelt one is no hub id
 PACKED_FILE = "packed.safetensors"  # not model.safetensors: stock software must refuse it, not half-read it
 
 
@@ -64,7 +65,7 @@ def load(source: str | Path, *, device: str | torch.device = "cpu", dtype: torch
     the activations between modules and of what is not ternary; ternary modules compute in fp32. Raises ModelError with
     what to do when the source is missing, gated, damaged, or is no language model.
     """
-    path = Path(source)
+    path = _path(source)
     if not path.exists() and (cached := _ours_on_hub(str(source))) is not None:
         path = cached
     if (path / "run.json").exists():
@@ -82,9 +83,19 @@ def load(source: str | Path, *, device: str | torch.device = "cpu", dtype: torch
     return loaded
 
 
+def _path(source: str | Path) -> Path:
+    """`source` as a path that can be asked whether it exists. Raises ModelError if it may not be looked at."""
+    path = Path(source)
+    try:
+        path.exists()
+    except OSError as error:  # a name that is too long, a folder without permission
+        raise ModelError(f"{source} cannot be read: {error.strerror or error}.") from error
+    return path
+
+
 def _ours_on_hub(source: str) -> Path | None:
     """The local copy of a hub repository that trilobit wrote; None if it is another, or none can be reached."""
-    if source.startswith((".", "/", "~")) or source.count("/") != 1:
+    if source.startswith(LOCAL_PREFIXES) or source.count("/") != 1:
         return None
     try:
         hf_hub_download(source, CARD)
@@ -104,10 +115,12 @@ def _cast_unquantised(model: nn.Module, dtype: torch.dtype) -> None:
 
 def load_pretrained(source: str, dtype: torch.dtype = torch.float32) -> Loaded:
     """An ordinary checkpoint through transformers. Raises ModelError instead of guessing."""
-    path = Path(source)
-    local = path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1
+    path = _path(source)
+    local = path.exists() or source.startswith(LOCAL_PREFIXES) or source.count("/") > 1
     if local:
         _require_checkpoint_directory(path)
+        if (path / CARD).exists() and read_json(path / CARD).get("plan") is not None:
+            raise ModelError(f"{source} is ternary already: trilobit wrote it. Start from the full-precision checkpoint.")
     with _clear_errors(source):
         config = AutoConfig.from_pretrained(source)
         if getattr(config, "quantization_config", None) is not None:

@@ -136,6 +136,8 @@ def measure(loaded: Loaded, config: EvalConfig) -> Perplexity:
     if int(windows.max()) >= vocabulary_size(loaded.model):
         raise ModelError(f"the text has token {int(windows.max())}, beyond the model's embedding.")
     total, tokens = nats(loaded.model, windows, config.sequences, config.precision)
+    if not math.isfinite(total):
+        raise ModelError(f"{config.model} has a loss of {total} on this text: its weights are damaged, or overflow.")
     return Perplexity(
         perplexity=perplexity(total / tokens),
         nats_per_token=total / tokens,

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trilobit import corpus
 from trilobit.errors import DataError, ModelError, OutputError
-from trilobit.storage import atomic_directory, is_whole, read_json, write_json
+from trilobit.storage import atomic_directory, is_whole, read_json, recorded_sha256, write_json
 from trilobit.train.encode import encode_documents
 
 RULE = 1  # raised whenever the same text and tokenizer would give other tokens or another held-out part
@@ -30,7 +30,8 @@ Progress = Callable[[int, int], None]  # (bytes of text, tokens) done so far
 class Tokens:
     """Training and held-out tokens, memory-mapped, and the UTF-8 bytes of the text behind each (for bits per byte).
 
-    description: one line for the user. key: the hash that names the cached directory.
+    description: one line for the user. key: the hash of what the tokens were to be made of, which names the cached
+    directory. sha256: of the tokens themselves, as they were written.
     """
 
     train: np.ndarray
@@ -39,6 +40,7 @@ class Tokens:
     heldout_bytes: int
     description: str
     key: str
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,9 @@ class TokenFile:
             if counts["train_tokens"] + held == 0:
                 raise DataError("there are no tokens: the text is empty.")
             write_json(partial / "meta.json", {"rule": RULE, "dtype": dtype.str, "heldout_tokens": held, **counts})
+
+    def sha256(self) -> str:
+        return recorded_sha256(self.directory, "tokens.bin")
 
     def read(self) -> tuple[np.ndarray, dict[str, Any]]:
         """The tokens, training part first, as a read-only memory map; and meta.json."""
@@ -194,7 +199,7 @@ def _cached(
         f"{meta['documents'] - meta['left_out']:,} documents, {train:,} training tokens, {held:,} {how}, "
         f"{total_bytes / len(tokens):.2f} bytes each, {'reused from' if reused else 'kept in'} {file.directory}"
     )
-    return Tokens(tokens[:train], tokens[train:], total_bytes - heldout_bytes, heldout_bytes, description, key)
+    return Tokens(tokens[:train], tokens[train:], total_bytes - heldout_bytes, heldout_bytes, description, key, file.sha256())
 
 
 def _key(kind: str, options: list[Any], backend: Tokenizer) -> str:

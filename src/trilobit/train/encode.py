@@ -1,27 +1,24 @@
 """Documents to tokens, in batches.
 
-Where the tokenizer allows it they are encoded by distinct words (words.py), several times as fast as by the library, and
-much text on all cores (workers.py). Long documents are cut where that provably changes nothing, because batches are what
-is encoded in parallel and a 1 GB file is one document.
+Where the tokenizer allows it they are encoded by distinct words (words.py), many times as fast as by the library on a core.
+One thread encodes while the next batch is read and the last one written; the library encodes new words on all cores.
+Long documents are cut where that provably changes nothing, because a 1 GB file is one document.
 """
 
 import json
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, islice
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from trilobit import corpus
 from trilobit.train.words import WordEncoder
-from trilobit.train.workers import available_cores, encode_in_processes
 
 BATCH_CHARACTERS = 1 << 20
 CUT_CHARACTERS = 1 << 14
-FEW_BATCHES = 4  # encoded where they are: as long as starting processes would take
-MOST_WORKERS = 16  # reading and parsing feed no more
 
 _Batch = list[tuple[str, corpus.Document | None]]
 
@@ -46,20 +43,23 @@ def encode_documents(
                 parts = []
 
 
-def _encode(batches: Iterator[list[str]], backend: Tokenizer) -> Iterator[list[np.ndarray]]:
-    """The ids of each batch, in order."""
+def _encode(batches: Iterable[list[str]], backend: Tokenizer) -> Iterator[list[np.ndarray]]:
+    """The ids of each batch, in order; one batch ahead of the reader."""
+
+    def whole(texts: list[str]) -> list[np.ndarray]:
+        encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+
     words = WordEncoder.of(backend)
-    if words is None:
+    encode = whole if words is None else words.encode
+    with ThreadPoolExecutor(1) as thread:
+        ahead: Future[list[np.ndarray]] | None = None
         for texts in batches:
-            encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
-            yield [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
-        return
-    yield from map(words.encode, islice(batches, FEW_BATCHES))
-    cores = min(available_cores(), MOST_WORKERS)
-    if cores == 1:
-        yield from map(words.encode, batches)
-    elif (more := next(batches, None)) is not None:
-        yield from encode_in_processes(chain([more], batches), backend, cores)
+            before, ahead = ahead, thread.submit(encode, texts)
+            if before is not None:
+                yield before.result()
+        if ahead is not None:
+            yield ahead.result()
 
 
 def _cuts_are_safe(backend: Tokenizer) -> bool:

@@ -246,8 +246,12 @@ def _forget_rows_after(path: Path, step: int) -> None:
         except (ValueError, KeyError):
             break
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    partial.replace(path)
+    try:
+        partial.write_text("".join(kept), encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OutputError(f"cannot write {path}: {error.strerror or error}. Make room and try again.") from error
 
 
 def _append(path: Path, row: dict[str, Any]) -> None:

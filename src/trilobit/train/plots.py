@@ -7,6 +7,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from trilobit.errors import OutputError
 from trilobit.train.schedule import StrengthSchedule
 
 INK, MUTED, ACCENT, SECOND = "#1a1a1a", "#a0a0a0", "#c4472b", "#2b6cb0"
@@ -86,5 +87,9 @@ def _count(value: float) -> str:
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    figure.savefig(path, dpi=150)
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise OutputError(f"cannot write {path}: {error.strerror or error}. Make room and continue with --resume.") from error
     return path

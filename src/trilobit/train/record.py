@@ -1,6 +1,7 @@
 """run.json: what made a run, written when it begins and read when it is resumed."""
 
 import hashlib
+import os
 import platform
 import subprocess
 import sys
@@ -42,6 +43,7 @@ def new_record(
         "git": _git_revision(),
         "data": tokens.description,
         "data_key": tokens.key,
+        "data_sha256": tokens.sha256,
         "base": fingerprint,
         "compiled": compiled,
         "base_nats_per_token": base_nats,
@@ -53,10 +55,10 @@ def new_record(
 
 def record_to_resume(out: Path, config: TuneConfig) -> dict[str, Any]:
     """run.json of the run to continue. Raises OutputError if there is none, ConfigError if the settings differ."""
-    if not (out / "run.json").exists():
+    if not os.path.exists(out / "run.json"):  # unlike Path.exists, False for what may not be looked at
         raise OutputError(f"there is no run to resume in {out}: it has no run.json.")
     record = read_json(out / "run.json")
-    needed = {"config", "data_key", "base", "compiled", "base_nats_per_token", "gains", "schedules"}
+    needed = {"config", "data_key", "data_sha256", "base", "compiled", "base_nats_per_token", "gains", "schedules"}
     if missing := sorted(needed - record.keys()):
         raise OutputError(f"{out / 'run.json'} was not written by this version: it lacks {', '.join(missing)}.")
     now, then = asdict(config), record["config"]
@@ -73,7 +75,7 @@ def record_to_resume(out: Path, config: TuneConfig) -> dict[str, Any]:
 def _git_revision() -> str | None:
     try:
         done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
-    except OSError:
+    except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
 

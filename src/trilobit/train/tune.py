@@ -32,7 +32,7 @@ from trilobit.infer.generate import sample_documents
 from trilobit.infer.load import Loaded, load_pretrained, pick_device
 from trilobit.listener import SILENT, Listener
 from trilobit.measure.perplexity import nats, perplexity, require_positions
-from trilobit.storage import require_free_space, require_new_directory, write_json
+from trilobit.storage import alone_in, require_free_space, require_new_directory, write_json
 from trilobit.surgery.roles import decoder_layers, find_roles, vocabulary_size
 from trilobit.surgery.ternary import Plan, TernarySpec, apply_plan, make_plan, measure_rms, set_gains, set_strengths
 from trilobit.train.checkpoint import BYTES_PER_PARAMETER, Progress, list_checkpoints
@@ -52,6 +52,7 @@ from trilobit.train.windows import Windows, evaluation_windows
 LR_TIMES_WIDTH = 0.4
 CALIBRATION_WINDOWS = 8
 HELDOUT_TOKENS = 262_144
+COMPARED_TOKENS = 1024  # model/ is compared with what was trained on at least as many tokens, held out as far as there are any
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,8 @@ class _Run:
         self.signals.raise_if_set()
         self.operate()
         self.make_directory()
-        return self.finish(self.train())
+        with alone_in(self.out):
+            return self.finish(self.train())
 
     def load(self, record: dict[str, Any] | None) -> None:
         """The original model, and what the surgery will make of it."""
@@ -181,7 +183,7 @@ class _Run:
 
     def go_on(self, record: dict[str, Any]) -> dict[str, Any]:
         """`record`, the run.json of the run to continue, if the text is still the same."""
-        if record["data_key"] != self.tokens.key:
+        if (record["data_key"], record["data_sha256"]) != (self.tokens.key, self.tokens.sha256):
             raise DataError(
                 f"the text of --data {self.config.data} has changed since {self.out} began; --resume needs the same text."
             )
@@ -209,9 +211,15 @@ class _Run:
         if config.lr is None:
             self.listener.note(f"learning rate {self.peak_lr:.2e}: {LR_TIMES_WIDTH} / hidden size (choose with --lr)")
         prepare_layers(self.model, config, self.record["compiled"])
+        self.objective().close()  # what it refuses is refused before anything is written
+
+    def objective(self) -> TuneObjective:
+        return TuneObjective(self.config, self.model, self.teacher if self.config.distill == "logits" else None)
 
     def make_directory(self) -> None:
-        require_free_space(self.out, (self.config.keep_checkpoints + 1) * BYTES_PER_PARAMETER * self.parameters, "The run")
+        there = len(list_checkpoints(self.out)) if self.out.exists() else 0
+        more = max(1, self.config.keep_checkpoints + 1 - there)
+        require_free_space(self.out, more * BYTES_PER_PARAMETER * self.parameters, "The run")
         try:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -222,8 +230,9 @@ class _Run:
         """The warm start, if there is one and no checkpoint follows it, and all steps."""
         config = self.config
         if config.reconstruct_tokens is not None and not list_checkpoints(self.out):
+            torch.manual_seed(config.seed)  # dropout, where a model has it
             self.reconstruct(config.reconstruct_tokens)
-        objective = TuneObjective(config, self.model, self.teacher if config.distill == "logits" else None)
+        objective = self.objective()
         self.teacher = None
         hooks = Hooks(self.before_step, self.evaluate, (lambda: watch_flips(self.model)) if self.plan else None)
         hooks.log += [self.track, lambda row: self.listener.row(row, config.max_tokens)]
@@ -296,7 +305,10 @@ class _Run:
             return Written(str(self.out / "latent"), "latent", "as asked", 0, None)
         if self.plan is None:
             return write_full_precision(self.model, tokenizer, target, self.heldout)
-        return write_model(self.model, self.plan, tokenizer, target, self.heldout, config.model_format, config.store)
+        compared = evaluation_windows(self.tokens.heldout, config.sequence_length, max(config.eval_tokens, COMPARED_TOKENS))
+        if (lacking := COMPARED_TOKENS - len(compared) * config.sequence_length) > 0:  # text that was trained on will do
+            compared = torch.cat([compared, self.windows.samples(0, math.ceil(lacking / config.sequence_length))])
+        return write_model(self.model, self.plan, tokenizer, target, compared, config.model_format, config.store)
 
 
 def _spec(config: TuneConfig) -> TernarySpec:
