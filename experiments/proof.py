@@ -167,6 +167,8 @@ def run_trial(trial: Trial, study: Study, arguments: argparse.Namespace, report:
         settings.pop("self_tokens", None)
     if trial.budget == study.budgets[-1] and arguments.device == "cpu":
         settings["compile"] = "yes"
+    if "distill_attention" in settings:
+        settings["attention"] = "sdpa"  # the one that can be listened to
     warm = trial.budget // 8 if "reconstruct_tokens" in settings else 0
     if warm:
         settings["reconstruct_tokens"] = warm

@@ -227,10 +227,11 @@ HARD = [
     {"activation_checkpointing": True, "schedule": "layerwise-reverse", "activation_schedule": "global", "gain": "scalar"},
     {"decay": "wsd", "weight_decay": 0.1, "cover": "+lm_head", "scale": "group-64", "placement": "output"},
     {"schedule": "sensitivity", "activation_schedule": "layerwise", "attention": "eager"},
+    {"optimizer": "muon", "weight_decay": 0.1, "scale": "row", "learned_ranges": True},
 ]
 
 
-@pytest.mark.parametrize("settings", HARD, ids=["bf16-distill", "checkpointing", "wsd-head", "sensitivity"])
+@pytest.mark.parametrize("settings", HARD, ids=["bf16-distill", "checkpointing", "wsd-head", "sensitivity", "muon"])
 def test_resuming_is_bit_exact_whatever_is_trained(
     settings: dict[str, Any], place: Place, tmp_path: Path, no_writing: None, tokenizer: PreTrainedTokenizerFast
 ) -> None:

@@ -32,6 +32,8 @@ class TrainingConfig:
     sequences: int = 8
     """Sequences per micro-batch: what is in memory at once. Less needs less memory and changes no result but rounding."""
 
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """AdamW for everything, or Muon for the matrices inside the decoder layers and AdamW for the rest (one rate for both)."""
     lr: float | None = None
     """Peak learning rate. Default: 0.4 / hidden size (7e-4 at width 576, 1e-4 at 4096)."""
     warmup_fraction: float = 0.02

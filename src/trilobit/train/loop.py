@@ -24,6 +24,7 @@ from trilobit.config.training import TrainingConfig
 from trilobit.errors import NonFiniteError, OutputError
 from trilobit.train.checkpoint import Progress, list_checkpoints, load_checkpoint, save_checkpoint
 from trilobit.train.distill import Losses
+from trilobit.train.muon import Muon, hidden_matrices
 from trilobit.train.schedule import learning_rate
 from trilobit.train.windows import Windows
 
@@ -160,15 +161,23 @@ def fit(
 
 
 def make_optimizer(model: nn.Module, lr: float, config: TrainingConfig) -> torch.optim.Optimizer:
-    """Fused AdamW over every parameter once; weight decay on matrices only."""
+    """Fused AdamW over every parameter once, or Muon over the decoder's matrices and AdamW over the others; weight decay on
+    matrices only."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     assert all(p.dtype == torch.float32 for p in parameters), "latent weights are fp32, always"
+    matrices = hidden_matrices(model) if config.optimizer == "muon" else []
+    routed = {id(p) for p in matrices}
+    others = [p for p in parameters if id(p) not in routed]
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": config.weight_decay, "muon": True},
+        {"params": [p for p in others if p.ndim >= 2], "weight_decay": config.weight_decay, "muon": False},
+        {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0, "muon": False},
     ]
     assert sum(len(group["params"]) for group in groups) == len(parameters)
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=BETAS, fused=True)
+    groups = [group for group in groups if group["params"]]
+    if config.optimizer == "muon":
+        return Muon(groups, lr, BETAS)
+    return torch.optim.AdamW(groups, lr=lr, betas=BETAS, fused=True)
 
 
 def autocast(config_precision: str, device: torch.device) -> torch.autocast:

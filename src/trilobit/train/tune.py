@@ -40,6 +40,7 @@ from trilobit.train.data import Tokens, from_tokens, prepare
 from trilobit.train.flips import watch_flips
 from trilobit.train.layers import decide_compile, prepare_layers, set_attention
 from trilobit.train.loop import Hooks, Signals, autocast, fit
+from trilobit.train.muon import hidden_matrices
 from trilobit.train.objective import TuneObjective, frozen_copy
 from trilobit.train.plots import plot_flips, plot_loss, plot_strengths
 from trilobit.train.reconstruct import reconstruct
@@ -210,6 +211,10 @@ class _Run:
         self.peak_lr = config.lr or LR_TIMES_WIDTH / self.model.config.get_text_config().hidden_size
         if config.lr is None:
             self.listener.note(f"learning rate {self.peak_lr:.2e}: {LR_TIMES_WIDTH} / hidden size (choose with --lr)")
+        if config.optimizer == "muon":
+            matrices = hidden_matrices(self.model)
+            share = sum(p.numel() for p in matrices) / self.parameters
+            self.listener.note(f"Muon trains {len(matrices)} matrices, {share:.0%} of the parameters; AdamW the rest")
         prepare_layers(self.model, config, self.record["compiled"])
         self.objective().close()  # what it refuses is refused before anything is written
 

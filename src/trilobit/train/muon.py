@@ -1,0 +1,111 @@
+"""Muon: momentum, orthogonalised. For the matrices inside the decoder layers; everything else takes AdamW's step.
+
+    B ← μ·B + g        u = g + μ·B                                                     Nesterov, μ = 0.95
+    O = iterate(u)     the nearest semi-orthogonal matrix, by five odd polynomials of u / ‖u‖: X ← aX + (bA + cA²)X, A = XXᵀ
+    W ← (1 − η·wd)·W − η·s·O        s = 0.2·√max(rows, columns): steps as long as AdamW's at the same η (arXiv 2502.16982)
+
+The constants of outlier-safe pre-training (arXiv 2506.19697) are the defaults: quintic coefficients (Keller Jordan's), five
+iterations in bf16. `polar-express` has a polynomial of its own for each iteration (arXiv 2505.16932), which brings the
+singular values nearer to one. The iteration is over the whole logical matrix. Matrices of one shape are iterated as one
+batched product; tall ones are transposed, since A is as wide as the shorter side.
+
+Letters: N matrices of one shape, R rows, C columns.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from trilobit.surgery.roles import decoder_layers
+
+Coefficients = Literal["quintic", "polar-express"]
+
+MOMENTUM = 0.95
+RMS = 0.2  # of AdamW's steps
+EPS = 1e-8
+ITERATION: dict[Coefficients, list[tuple[float, float, float]]] = {
+    "quintic": [(3.4445, -4.7750, 2.0315)] * 5,
+    "polar-express": [
+        (8.1566, -22.4833, 15.8788), (4.0429, -2.8089, 0.5000), (3.8917, -2.7725, 0.5061), (3.2858, -2.3681, 0.4645),
+        (2.3465, -1.7098, 0.4232),
+    ],
+}  # fmt: skip
+MARGIN: dict[Coefficients, float] = {"quintic": 1.0, "polar-express": 1.02}
+"""The norm is overestimated by this factor: polar-express's first polynomial diverges just above one."""
+
+
+def orthogonalize(matrices: Tensor, coefficients: Coefficients = "quintic", compute: torch.dtype = torch.bfloat16) -> Tensor:
+    """[N, R, C] → the same shape, in `compute`: each matrix with its singular values brought near one.
+
+    Singular values from 0.01 of the Frobenius norm on end between 0.68 and 1.14 (quintic), 0.85 and 1.15 (polar-express).
+    Zero stays zero.
+    """
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    x = (x / (norm * MARGIN[coefficients] + EPS)).to(compute)
+    for a, b, c in ITERATION[coefficients]:
+        gram = torch.bmm(x, x.mT)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return x.mT if tall else x
+
+
+def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """Weights of the linears inside the decoder layers, by type: what Muon is for. Not embeddings, head, gains or biases."""
+    linears = [module for _, layer in decoder_layers(model) for module in layer.modules() if isinstance(module, nn.Linear)]
+    weights = {id(linear.weight): linear.weight for linear in linears if linear.weight.requires_grad}
+    return [weight for weight in weights.values() if isinstance(weight, nn.Parameter)]
+
+
+class Muon(torch.optim.AdamW):
+    """Muon for the parameters of groups that say `muon`, AdamW (fused) for the others. One rate serves both.
+
+    groups: as for torch's optimizers; at least one must say `"muon": True` and hold a matrix. `iterated` counts the matrices
+    of the last step. A `found_inf` of one (as a GradScaler sets it) holds the step back, on the device.
+    """
+
+    def __init__(
+        self, groups: Iterable[dict[str, Any]], lr: float, betas: tuple[float, float], weight_decay: float = 0.0,
+        coefficients: Coefficients = "quintic", compute: torch.dtype = torch.bfloat16,
+    ):  # fmt: skip
+        super().__init__(
+            [{"muon": False, **group} for group in groups], lr=lr, betas=betas, weight_decay=weight_decay, fused=True
+        )
+        self.coefficients: Coefficients = coefficients
+        self.compute = compute
+        self.iterated = 0
+        chosen = [p for group in self.param_groups if group["muon"] for p in group["params"]]
+        assert chosen, "no parameter was given to Muon"
+        assert all(p.ndim == 2 for p in chosen), [p.shape for p in chosen if p.ndim != 2]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        assert closure is None
+        self.iterated = 0
+        for group in self.param_groups:
+            if group["muon"]:
+                self._step_matrices(group)
+        super().step()  # of what still has a gradient
+
+    def _step_matrices(self, group: dict[str, Any]) -> None:
+        shapes: dict[tuple[torch.Size, torch.device], list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                shapes[parameter.shape, parameter.device].append((parameter, parameter.grad))
+        for (shape, _), found in shapes.items():
+            parameters = [parameter for parameter, _ in found]
+            for parameter, gradient in found:
+                momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
+                gradient.add_(momentum.mul_(MOMENTUM).add_(gradient), alpha=MOMENTUM)
+            steps = orthogonalize(torch.stack([gradient for _, gradient in found]), self.coefficients, self.compute)
+            keep, scale = 1 - group["lr"] * group["weight_decay"], group["lr"] * RMS * max(shape) ** 0.5
+            for parameter, step in zip(parameters, steps, strict=True):
+                new = torch.mul(parameter, keep).sub_(step.to(parameter.dtype), alpha=scale)
+                bad = getattr(self, "found_inf", None)
+                parameter.copy_(new if bad is None else torch.where(bad > 0, parameter, new))
+                parameter.grad = None
+            self.iterated += len(parameters)

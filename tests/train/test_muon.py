@@ -1,0 +1,143 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.optim._muon import _zeropower_via_newtonschulz
+
+from families import FAMILIES, build
+from trilobit.surgery.roles import decoder_layers
+from trilobit.surgery.ternary import TernarySpec, ternarize
+from trilobit.train.muon import ITERATION, MARGIN, Coefficients, Muon, hidden_matrices, orthogonalize
+
+SIDES = st.integers(1, 40)
+
+
+def naive(matrix: torch.Tensor, coefficients: Coefficients) -> torch.Tensor:
+    """The iteration on singular values alone, in float64: an odd polynomial of a matrix is that of its singular values."""
+    u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
+    s = s / (s.square().sum().sqrt() * MARGIN[coefficients] + 1e-8)
+    for a, b, c in ITERATION[coefficients]:
+        s = a * s + b * s**3 + c * s**5
+    return u @ torch.diag(s) @ v
+
+
+@given(SIDES, SIDES, st.integers(1, 3), st.sampled_from(["quintic", "polar-express"]), st.integers(0, 99))
+@settings(deadline=None)
+def test_the_iteration_is_the_oracles(rows: int, columns: int, number: int, coefficients: Coefficients, seed: int) -> None:
+    """In float64, for wide, tall and thin matrices, every matrix of the batch is the oracle's to 1e-10."""
+    matrices = torch.randn(number, rows, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    found = orthogonalize(matrices, coefficients, torch.float64)
+    for matrix, result in zip(matrices, found, strict=True):
+        assert (result - naive(matrix, coefficients)).norm() <= 1e-10 * min(rows, columns) ** 0.5
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (48, 128), (160, 60), (1, 9), (200, 7)])
+def test_bf16_is_as_near_as_torchs(shape: tuple[int, int]) -> None:
+    """In bf16 the error against the float64 oracle is at most 1.5 times that of torch.optim.Muon."""
+    torch.manual_seed(0)
+    matrices = torch.randn(4, *shape)
+    ours = orthogonalize(matrices)
+    for matrix, result in zip(matrices, ours, strict=True):
+        exact = naive(matrix, "quintic")
+        theirs = _zeropower_via_newtonschulz(matrix, (3.4445, -4.7750, 2.0315), 5, 1e-7)
+        assert (result - exact).norm() <= 1.5 * (theirs - exact).norm()
+
+
+@pytest.mark.parametrize(("coefficients", "band"), [("quintic", (0.67, 1.15)), ("polar-express", (0.85, 1.15))])
+def test_singular_values_end_near_one(coefficients: Coefficients, band: tuple[float, float]) -> None:
+    """Whatever they were, from a hundredth of the norm to all of it."""
+    torch.manual_seed(0)
+    for largest in (0.1, 1.0):
+        values = torch.logspace(-2, 0, 12, dtype=torch.float64) * largest
+        u, v = (torch.linalg.qr(torch.randn(n, 12, dtype=torch.float64))[0] for n in (30, 20))
+        found = torch.linalg.svdvals(orthogonalize((u @ values.diag() @ v.T)[None], coefficients, torch.float64)[0])[:12]
+        assert band[0] <= found.min() and found.max() <= band[1]
+    assert orthogonalize(torch.zeros(1, 3, 5)).abs().max() == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_routing_is_by_type_and_complete(family: str) -> None:
+    """Every linear of every decoder layer goes to Muon, once, before and after the surgery; gains, biases, embeddings and
+    head do not."""
+    model = build(family, tied=True)
+    assert_routed(model)
+    ternarize(model, TernarySpec(scale="row", learned_ranges=True))
+    assert_routed(model)
+    ranges = {id(p) for name, p in model.named_parameters() if name.endswith("ranges")}
+    assert ranges and not ranges & {id(p) for p in hidden_matrices(model)}
+
+
+def assert_routed(model: nn.Module) -> None:
+    chosen = [id(p) for p in hidden_matrices(model)]
+    inside = [p for _, layer in decoder_layers(model) for p in layer.parameters() if p.ndim == 2 and p.shape[1] > 1]
+    assert len(set(chosen)) == len(chosen) > 0
+    assert set(chosen) == {id(p) for p in inside}
+
+
+class Pair(nn.Module):
+    """Two matrices of one shape, a tall one, and what is AdamW's."""
+
+    def __init__(self, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.matrices = nn.ParameterList([torch.randn(6, 8), torch.randn(6, 8), torch.randn(9, 4)])
+        self.gain = nn.Parameter(torch.randn(5))
+        self.to(dtype)
+
+    def optimizer(self, lr: float = 1e-2, weight_decay: float = 0.1, **options: object) -> Muon:
+        groups = [{"params": list(self.matrices), "muon": True}, {"params": [self.gain]}]
+        return Muon(groups, lr, (0.9, 0.95), weight_decay, **options)  # pyright: ignore[reportArgumentType]
+
+    def give_gradients(self, seed: int) -> None:
+        torch.manual_seed(seed)
+        for parameter in self.parameters():
+            parameter.grad = torch.randn_like(parameter)
+
+
+def test_steps_are_those_of_torchs_two_optimizers() -> None:
+    """Five steps with weight decay equal torch's Muon, scaled to AdamW's length, on the matrices, up to bf16's rounding of the
+    iteration, and torch's AdamW on the rest, exactly."""
+    ours, theirs = Pair(), Pair()
+    optimizer = ours.optimizer()
+    muon = torch.optim.Muon(list(theirs.matrices), lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW([theirs.gain], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    for seed in range(5):
+        for pair in (ours, theirs):
+            pair.give_gradients(seed)
+        optimizer.step()
+        muon.step()
+        adamw.step()
+        assert optimizer.iterated == 3
+    assert torch.equal(ours.gain, theirs.gain)
+    start = Pair()
+    for a, b, first in zip(ours.matrices, theirs.matrices, start.matrices, strict=True):
+        assert (a - b).norm() <= 0.02 * (b - first).norm()
+
+
+def test_what_is_not_finite_is_held_back() -> None:
+    """With found_inf at one no parameter changes, whatever the gradients; at zero, and for matrices without gradient, the
+    others step."""
+    pair = Pair()
+    before = [p.clone() for p in pair.parameters()]
+    optimizer = pair.optimizer()
+    pair.give_gradients(0)
+    assert pair.matrices[0].grad is not None
+    pair.matrices[0].grad.fill_(float("nan"))
+    optimizer.grad_scale, optimizer.found_inf = None, torch.ones(())  # pyright: ignore[reportAttributeAccessIssue]
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(pair.parameters(), before, strict=True))
+    pair = Pair()
+    optimizer = pair.optimizer()
+    pair.give_gradients(0)
+    pair.matrices[1].grad = None
+    optimizer.grad_scale, optimizer.found_inf = None, torch.zeros(())  # pyright: ignore[reportAttributeAccessIssue]
+    optimizer.step()
+    assert [torch.equal(a, b) for a, b in zip(pair.parameters(), before, strict=True)] == [False, False, True, False]
+    assert optimizer.iterated == 2
+
+
+def test_nothing_for_muon_is_refused() -> None:
+    """Groups without a matrix for Muon would be AdamW alone under another name."""
+    with pytest.raises(AssertionError, match="no parameter was given to Muon"):
+        Muon([{"params": [nn.Parameter(torch.ones(3))]}], 1e-2, (0.9, 0.95))
