@@ -118,8 +118,8 @@ def score(records: Records, trial: Trial) -> float:
 
 
 def best_rates(records: Records, study: Study, arm: str, budget: int) -> list[float]:
-    """Rates by held-out nats at a budget, best first, among those that were tried."""
-    tried = [rate for rate in study.rates if Trial(arm, budget, rate, 0) in records]
+    """Rates by held-out nats at a budget, best first, among those that were tried (post_training.py has its own)."""
+    tried = sorted({trial.rate for trial in records if (trial.arm, trial.budget, trial.seed) == (arm, budget, 0)})
     return sorted(tried, key=lambda rate: score(records, Trial(arm, budget, rate, 0)))
 
 
@@ -183,6 +183,9 @@ def run_trial(trial: Trial, study: Study, arguments: argparse.Namespace, report:
     begun = json.loads((out / "run.json").read_text()) if (out / "run.json").exists() else None
     try:
         if begun is None or "result" not in begun:
+            if begun is not None and begun["config"].keys() != asdict(config).keys():  # another version began it
+                shutil.rmtree(out)
+                begun = None
             tune.run(replace(config, resume=begun is not None), Quiet())
         result = json.loads((out / "run.json").read_text())["result"]
     except NonFiniteError as error:

@@ -44,7 +44,8 @@ def reconstruct(
     hears of each layer: its index, the relative error of its first and its last eighth of batches.
     """
     device = next(model.parameters()).device
-    states, targets, call = _inputs(model, batches, precision), _inputs(original, batches, precision), _calls(model, batches[0])
+    states, targets = (first_layer_inputs(side, batches, precision) for side in (model, original))
+    call = layer_calls(model, batches[0])
     found = Reconstruction([], [])
     for index, ((_, layer), (_, reference)) in enumerate(zip(decoder_layers(model), decoder_layers(original), strict=True)):
         optimizer = torch.optim.AdamW(layer.parameters(), lr=lr, betas=BETAS, weight_decay=0.0, fused=True)
@@ -54,8 +55,8 @@ def reconstruct(
                 group["lr"] = lr * (1 - step / len(batches))
             with autocast(precision, device):
                 with torch.no_grad():
-                    wanted = _hidden(reference(target.to(device), **call[index]))
-                error = _relative_error(_hidden(layer(x.to(device), **call[index])), wanted)
+                    wanted = hidden_states_of(reference(target.to(device), **call[index]))
+                error = _relative_error(hidden_states_of(layer(x.to(device), **call[index])), wanted)
             error.backward()
             nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
             optimizer.step()
@@ -67,7 +68,7 @@ def reconstruct(
         found.after.append(torch.stack(errors[-part:]).mean().item())
         with torch.no_grad(), autocast(precision, device):
             for step, x in enumerate(states):
-                states[step] = _hidden(layer(x.to(device), **call[index])).to(x.dtype)
+                states[step] = hidden_states_of(layer(x.to(device), **call[index])).to(x.dtype)
         after_layer(index, found.before[-1], found.after[-1])
     return found
 
@@ -78,19 +79,19 @@ def _relative_error(output: Tensor, wanted: Tensor) -> Tensor:
     return ((output - wanted).square().sum(dim=-1) / wanted.square().sum(dim=-1).clamp(min=1e-6)).mean()
 
 
-class _Stop(Exception):
-    pass
+class Stopped(Exception):
+    """Ends a forward whose rest nobody needs."""
 
 
 @torch.no_grad()
-def _inputs(model: PreTrainedModel, batches: Sequence[Tensor], precision: str) -> list[Tensor]:
+def first_layer_inputs(model: PreTrainedModel, batches: Sequence[Tensor], precision: str) -> list[Tensor]:
     """What the first decoder layer gets, for each batch: [N, T, D]."""
     device, dtype = next(model.parameters()).device, torch.bfloat16 if precision == "bf16" else torch.float32
     found: list[Tensor] = []
 
     def stop(module: nn.Module, arguments: tuple[Tensor, ...], options: dict[str, Any]) -> None:
         found.append((arguments[0] if arguments else options["hidden_states"]).to(dtype))
-        raise _Stop
+        raise Stopped
 
     handle = decoder_layers(model)[0][1].register_forward_pre_hook(stop, with_kwargs=True)
     try:
@@ -98,7 +99,7 @@ def _inputs(model: PreTrainedModel, batches: Sequence[Tensor], precision: str) -
             try:
                 with autocast(precision, device):
                     model(input_ids=batch.to(device), use_cache=False)
-            except _Stop:
+            except Stopped:
                 pass
     finally:
         handle.remove()
@@ -106,7 +107,7 @@ def _inputs(model: PreTrainedModel, batches: Sequence[Tensor], precision: str) -
 
 
 @torch.no_grad()
-def _calls(model: PreTrainedModel, batch: Tensor) -> list[dict[str, Any]]:
+def layer_calls(model: PreTrainedModel, batch: Tensor) -> list[dict[str, Any]]:
     """What else each decoder layer gets (masks, positions), which is the same for every batch of one shape."""
     found: list[dict[str, Any]] = []
 
@@ -123,5 +124,5 @@ def _calls(model: PreTrainedModel, batch: Tensor) -> list[dict[str, Any]]:
     return found
 
 
-def _hidden(output: Any) -> Tensor:
+def hidden_states_of(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output

@@ -143,7 +143,7 @@ class _Run:
     def read_text(self) -> None:
         """Tokens, and the windows that are trained and measured on."""
         config = self.config
-        self.tokens = _tokens(config, self.base, self.signals)
+        self.tokens = read_tokens(config, self.base, self.signals)
         self.listener.note(f"data: {self.tokens.description}")
         self.windows = Windows(self.tokens.train, config.sequence_length, config.seed)
         self.heldout = evaluation_windows(self.tokens.heldout, config.sequence_length, config.eval_tokens)
@@ -323,7 +323,7 @@ def _spec(config: TuneConfig) -> TernarySpec:
     )  # fmt: skip
 
 
-def _tokens(config: TuneConfig, base: Loaded, signals: Signals) -> Tokens:
+def read_tokens(config: TuneConfig, base: Loaded, signals: Signals) -> Tokens:
     model, tokenizer = base.model, base.tokenizer
     vocabulary = vocabulary_size(model)
     cache = Path(config.cache_dir) if config.cache_dir else None
