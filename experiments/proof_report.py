@@ -37,6 +37,10 @@ NAMES = {
     "none-layerwise-kl": "distillation + schedule",
     "every-immediate-kl": "distillation + norms",
     "every-layerwise-kl": "distillation + norms + schedule",
+    "every-global-ce": "norms (calibrated) + all layers' λ at once",
+    "every-global-kl": "distillation + norms + all layers' λ at once",
+    "none-global-kl": "distillation + all layers' λ at once",
+    "every-kl-muon": "distillation + norms + schedule, Muon",
     "every-kl-wsd": "the same, rate held for half the tokens",
     "warm-every-kl": "distillation + norms, layers reconstructed first",
     "recipe-hf-blog": "Hugging Face's recipe",
@@ -44,6 +48,14 @@ NAMES = {
     "recipe-bitdistill-normalised": "BitDistill, losses of one size",
     CONTROL: "the original, tuned equally",
 }
+AFTER_TRAINING = {
+    "ptq-catq": "CAT-Q (weights only, group-128; every token passes a layer four times)",
+    "ptq-gptq": "GPTQ, absmean (weights only, group-128)",
+    "ptq-gptq-mse": "GPTQ, least square error (weights only, group-128)",
+    "ptq-rtn": "round to nearest, absmean (weights only, group-128)",
+    "ptq-rtn-mse": "round to nearest, least square error (weights only, group-128)",
+}
+"""Arms of experiments/post_training.py. Their budget is calibration tokens."""
 SHOWN = {
     "none-immediate-ce": (MUTED, "nothing"), "none-immediate-kl": (SECOND, "distillation"),
     "every-layerwise-ce": ("#d69e2e", "norms + schedule"), "every-layerwise-kl": (ACCENT, "all three"),
@@ -85,29 +97,21 @@ def highest_rate(records: Records, study: Study, arm: str) -> str:
     return f"{max(fine):g}" if fine else ""
 
 
-def speed(records: Records, arm: str, budget: int) -> float:
-    """Median tokens per second over an arm's trials at a budget."""
-    found = [
-        r["tokens_per_second"] for t, r in records.items() if t.arm == arm and t.budget == budget and "tokens_per_second" in r
-    ]
-    return float(np.median(found)) if found else 0.0
-
-
 def table(records: Records, study: Study) -> str:
     """Arms by their gap at the largest budget they reached."""
-    arms = [arm for arm in ARMS if any(trial.arm == arm for trial in records)]
+    known = {trial.arm for trial in records}
+    arms = [arm for arm in [*ARMS, *AFTER_TRAINING] if arm in known]
+    assert known == set(arms), known - set(arms)
     cells = {arm: [cell(records, study, arm, budget) for budget in study.budgets] for arm in arms}
 
     def order(arm: str) -> tuple[int, float]:
         reached = [c for c in cells[arm] if c.gaps]
         return -len(reached), float(np.mean(reached[-1].gaps)) if reached else 0.0
 
-    base = speed(records, "none-immediate-ce", study.budget)
     heads = [
         "arm",
         *(f"{budget / 1e6:.2g} M" for budget in study.budgets),
         "other text",
-        "time",
         "rate",
         "highest rate",
         "spikes",
@@ -116,11 +120,11 @@ def table(records: Records, study: Study) -> str:
     for arm in sorted(arms, key=order):
         last = next((c for c in reversed(cells[arm]) if c.gaps), None)
         bumps = sum(row["spikes"] for trial, row in records.items() if trial.arm == arm and trial.rate == (last and last.rate))
-        name = NAMES.get(arm) or _described(arm)
+        name = NAMES.get(arm) or AFTER_TRAINING.get(arm) or _described(arm)
         other = f"{np.mean(last.other):.3f}" if last and last.other else ""
-        time = f"{base / own:.2f}" if (own := speed(records, arm, study.budget)) else ""
         rate = f"{last.rate:g}" if last else ""
-        row = [name, *map(str, cells[arm]), other, time, rate, highest_rate(records, study, arm), str(bumps)]
+        highest = highest_rate(records, study, arm) if arm in ARMS else ""
+        row = [name, *map(str, cells[arm]), other, rate, highest, str(bumps)]
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
 
@@ -159,7 +163,8 @@ def plot_budgets(records: Records, study: Study, axes: Axes) -> dict[str, tuple[
             label=f"{label}: {a * 1e8**-b:.2f} at 100 M, {a * 1e9**-b:.2f} at 1 B",
         )
     axes.set(xscale="log", yscale="log", xlabel="tokens trained on", ylabel="nats above the original")
-    axes.legend(frameon=False, fontsize=8)
+    if laws:
+        axes.legend(frameon=False, fontsize=8)
     return laws
 
 
@@ -172,7 +177,8 @@ def plot_curves(records: Records, study: Study, axes: Axes) -> None:
             tokens, nats = zip(*row["curve"], strict=True)
             axes.plot(tokens, [value - row["base_nats"] for value in nats], color=color, linewidth=1.6, label=label)
     axes.set(xlabel="tokens", ylabel="nats above the original, held out", ylim=(0, None))
-    axes.legend(frameon=False, fontsize=8)
+    if axes.lines:
+        axes.legend(frameon=False, fontsize=8)
 
 
 def plot_flips(records: Records, study: Study, figure: Figure) -> None:

@@ -1,0 +1,116 @@
+"""The runner of the proof study: which trials are wanted, and what the page shows of those that are done."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from proof import STUDIES, Records, Trial, best_rates, claim, model_class, spikes, wanted
+from proof_arms import ALWAYS, ARMS
+from proof_report import NAMES, SHOWN, power_law, table
+
+from trilobit.config.tune import TuneConfig
+
+ROOT = Path(__file__).parents[2]
+STUDY = STUDIES["stories260k"]
+
+
+def done(trials: list[Trial], nats: dict[str, float] | None = None) -> Records:
+    """Records in which an arm's loss is its place in ARMS (or what `nats` says), best at the second rate."""
+    order = nats or {arm: 2 + 0.01 * index for index, arm in enumerate(ARMS)}
+    return {
+        trial: {
+            "diverged": False, "nats": order[trial.arm] + abs(trial.rate - STUDY.rates[1]), "base_nats": 1.0, "spikes": 0,
+            "report_gap": order[trial.arm] - 1, "other_gap": 0.5, "tokens_per_second": 1000.0, "curve": [],
+        }
+        for trial in trials
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_arms_are_settings_of_tune(arm: str) -> None:
+    """Every arm is a configuration that tune accepts, and what the study sets for all arms does not undo it."""
+    for study in STUDIES.values():
+        settings = {**study.settings, **ARMS[arm]}
+        settings.pop("self_tokens", None)
+        config = TuneConfig(**{"model": "m", "data": "d", **settings, "max_tokens": study.budget})
+        assert all(getattr(config, name) == value for name, value in ARMS[arm].items())
+
+
+def test_rungs_follow_from_what_is_done() -> None:
+    """All arms at all rates; then at their two best; then references and the best third of each class with three seeds; then
+    the same arms at the smaller budgets. Nothing is wanted of a later rung before the one under it is done."""
+    arms = list(ARMS)
+    small, middle, large = STUDY.budgets
+    (first,) = wanted({}, STUDY, arms)
+    assert first == [Trial(arm, small, rate, 0) for arm in arms for rate in STUDY.rates]
+    records = done(first)
+    del records[first[-1]]
+    assert wanted(records, STUDY, arms) == [first]
+    records = done(first)
+    second = wanted(records, STUDY, arms)[1]
+    assert {(t.budget, t.seed) for t in second} == {(middle, 0)} and len(second) == 2 * len(arms)
+    assert all(STUDY.rates[1] in [t.rate for t in second if t.arm == arm] for arm in arms)
+    records |= done(second)
+    third = wanted(records, STUDY, arms)[2]
+    finalists = list(dict.fromkeys(t.arm for t in third))
+    assert set(ALWAYS) <= set(finalists) and len(finalists) < len(arms)
+    assert {model_class(arm) for arm in finalists} == {model_class(arm) for arm in arms}, "no class is left out"
+    assert {(t.budget, t.rate) for t in third} == {(large, STUDY.rates[1])}
+    assert all(sorted(t.seed for t in third if t.arm == arm) == [0, 1, 2] for arm in finalists)
+    records |= done(third)
+    fourth = wanted(records, STUDY, arms)[3]
+    assert {t.arm for t in fourth} == set(finalists) and {t.budget for t in fourth} == {small, middle}
+    assert wanted(records | done(fourth), STUDY, arms)[3] == fourth
+
+
+def test_a_rate_that_diverges_is_not_the_best() -> None:
+    """It is known, and last."""
+    arm = ALWAYS[0]
+    records = done([Trial(arm, STUDY.budget, rate, 0) for rate in STUDY.rates])
+    records[Trial(arm, STUDY.budget, STUDY.rates[1], 0)] = {"diverged": True}
+    assert best_rates(records, STUDY, arm, STUDY.budget)[0] == STUDY.rates[0]
+    assert best_rates(records, STUDY, arm, STUDY.budget)[-1] == STUDY.rates[1]
+
+
+def test_a_trial_has_one_owner(tmp_path: Path) -> None:
+    """While one process holds a claim another does not get it; when it ends, however it ends, the claim is free."""
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from proof import claim\n"
+    code += "with claim(Path(sys.argv[2])) as mine:\n    print(mine, flush=True); sys.stdin.read()"
+    command = [sys.executable, "-W", "ignore", "-c", code, str(ROOT / "experiments"), str(tmp_path / "a" / "trial.lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None and process.stdout is not None
+        assert process.stdout.readline() == "True\n"
+        with claim(tmp_path / "a" / "trial.lock") as mine:
+            assert not mine
+        process.stdin.close()
+    with claim(tmp_path / "a" / "trial.lock") as mine:
+        assert mine
+
+
+def test_spikes_are_counted_against_the_median_before_them() -> None:
+    """A step half a nat above the median of the twenty before it is one; a slow rise is none."""
+    calm = [3.0 - 0.01 * i for i in range(60)]
+    assert spikes(calm) == spikes([0.02 * i for i in range(60)]) == 0
+    assert spikes([*calm[:30], 3.5, *calm[31:]]) == 1
+
+
+def test_a_power_law_is_found_again() -> None:
+    """From three exact points."""
+    assert power_law([1e5, 4e5, 1.6e6], [3 * n**-0.2 for n in (1e5, 4e5, 1.6e6)]) == pytest.approx((3, 0.2))
+
+
+def test_the_page_names_arms_that_exist() -> None:
+    """Names and colours are for arms of the study, and every arm with a record has a row."""
+    assert set(NAMES) <= set(ARMS) and set(SHOWN) <= set(NAMES)
+    arms = list(ARMS)[:7]
+    rows = table(done([Trial(arm, STUDY.budget, rate, 0) for arm in arms for rate in STUDY.rates]), STUDY).splitlines()
+    assert len(rows) == 2 + len(arms)
+    assert len({row.count("|") for row in rows}) == 1, "as many cells as columns"
+
+
+def test_the_page_shows_the_records() -> None:
+    """docs/proof.md has the table that experiments/proof_report.py makes of docs/data/proof."""
+    command = [sys.executable, "-W", "ignore", str(ROOT / "experiments" / "proof_report.py"), "stories260k", "--check"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
