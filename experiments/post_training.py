@@ -87,7 +87,7 @@ class Bench:
                "cache_dir": str(arguments.out / "tokens")}
         )  # fmt: skip
         self.tokens = read_tokens(config, base, Signals())
-        self.heldout = evaluation_windows(self.tokens.heldout, self.length, config.eval_tokens)
+        self.heldout = evaluation_windows(self.tokens.heldout, self.length, config.evaluation_tokens)
         self.base_nats = self.measure(base.model)
 
     def load(self) -> Loaded:

@@ -80,6 +80,18 @@ def test_one_process_at_a_time_works_in_a_directory(tmp_path: Path) -> None:
     verify_manifest(tmp_path / "step-1")
 
 
+def test_files_are_for_everyone_the_umask_lets(tmp_path: Path) -> None:
+    """Also those that a library made for their owner alone."""
+    before = os.umask(0o027)
+    try:
+        with atomic_directory(tmp_path / "out") as directory:
+            (directory / "private").write_text("")
+            (directory / "private").chmod(0o600)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out" / "private").stat().st_mode & 0o777 == 0o640
+
+
 def test_directory_is_replaced_as_a_whole(tmp_path: Path) -> None:
     """A second write leaves only its own files, and the first is untouched until the block ends."""
     target = tmp_path / "out"

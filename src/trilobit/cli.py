@@ -270,6 +270,8 @@ def _text(result: Any) -> str:
     lines = []
     for field in fields(result):
         value = getattr(result, field.name)
+        if isinstance(value, dict):
+            value = ", ".join(f"{name} {number:.6g}" for name, number in value.items() if number is not None)
         shown = f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" if type(value) is int else value
         lines.append(f"{field.name.replace('_', ' '):<{width}}  {shown}")
     return "\n".join(lines)

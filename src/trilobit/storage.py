@@ -178,7 +178,10 @@ def _exchange(new: Path, old: Path) -> None:
 
 def _seal(directory: Path) -> None:
     files = {}
+    mask = os.umask(0)
+    os.umask(mask)
     for path in sorted(p for p in directory.rglob("*") if p.is_file()):
+        path.chmod(0o666 & ~mask)  # safetensors makes files that only their owner may read
         _fsync(path)
         files[path.relative_to(directory).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
     write_json(directory / MANIFEST, {"files": files})

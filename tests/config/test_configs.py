@@ -38,6 +38,12 @@ def test_defaults_are_valid() -> None:
     assert (config.accumulation, config.tokens_per_step, config.steps) == (4, 16_384, 610)
 
 
+def test_evaluations_stay_small_beside_training() -> None:
+    """By default a thirty-second of the budget is held out for each evaluation, between 4,096 tokens and 65,536."""
+    assert [tune(max_tokens=n).evaluation_tokens for n in (40_000, 320_000, 10**7)] == [4096, 10_000, 65_536]
+    assert tune(max_tokens=10**7, eval_tokens=64).evaluation_tokens == 64
+
+
 WRONG: list[tuple[dict[str, Any], str]] = [
     *[({name: 0}, f"--{name.replace('_', '-')} is 0") for name in (
         "sequence_length", "sequences", "keep_checkpoints", "clip", "lr", "max_tokens", "batch_tokens", "eval_tokens",

@@ -13,6 +13,7 @@ from infer.checkpoints import byte_model, byte_tokenizer, save
 from trilobit.config.eval import EvalConfig
 from trilobit.corpus import documents
 from trilobit.errors import ConfigError, DataError, ModelError
+from trilobit.listener import Listener
 from trilobit.measure import perplexity as perplexity_module
 from trilobit.measure.evaluate import run
 from trilobit.measure.perplexity import nats, text_windows, uses_bos
@@ -201,3 +202,15 @@ def test_a_model_without_numbers_has_no_perplexity(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(TEXT)
     with pytest.raises(ModelError, match="has a loss of nan on this text"):
         run(EvalConfig(model=str(tmp_path / "model"), data=str(tmp_path / "text.txt"), sequence_length=16, device="cpu"))
+
+
+def test_progress_is_heard_batch_by_batch() -> None:
+    """Measuring says how many of its tokens are done, up to all of them."""
+    heard: list[tuple[int, int]] = []
+
+    class Ears(Listener):
+        def progress(self, what: str, done: int, total: int, seconds: float) -> None:
+            heard.append((done, total))
+
+    nats(byte_model(), torch.randint(0, 200, (5, 9)), 2, listener=Ears())
+    assert heard == [(16, 40), (32, 40), (40, 40)]

@@ -351,3 +351,13 @@ def test_other_threads_keep_their_hands_off_signals() -> None:
     thread.start()
     thread.join()
     assert failed == []
+
+
+def test_a_signal_is_answered_at_once() -> None:
+    """Whoever listens hears of the first signal when it arrives, long before the step ends."""
+    heard: list[str] = []
+    with Signals(say=heard.append).watch() as signals:
+        assert heard == []
+        signal.raise_signal(signal.SIGTERM)
+        assert signals.number == signal.SIGTERM
+    assert len(heard) == 1 and heard[0].startswith("SIGTERM: stopping")

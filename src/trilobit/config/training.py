@@ -6,6 +6,8 @@ from typing import Literal
 from trilobit.config.fields import Count, require_seed
 from trilobit.errors import ConfigError
 
+LEAST_EVALUATION = 4096  # tokens, unless --eval-tokens says less
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
@@ -62,8 +64,8 @@ class TrainingConfig:
 
     eval_every: Count | None = None
     """Tokens between evaluations. Default: a tenth of --max-tokens."""
-    eval_tokens: Count = 65_536
-    """Held-out tokens per evaluation."""
+    eval_tokens: Count | None = None
+    """Held-out tokens per evaluation. Default: 65,536, or a thirty-second of --max-tokens where that is less."""
     checkpoint_every: Count | None = None
     """Tokens between checkpoints. Default: a quarter of --max-tokens."""
     keep_checkpoints: int = 1
@@ -98,6 +100,11 @@ class TrainingConfig:
                 f"({self.sequences} sequences of {self.sequence_length}); lower --batch-tokens, --sequences or "
                 "--sequence-length."
             )
+
+    @property
+    def evaluation_tokens(self) -> int:
+        """Held-out tokens per evaluation."""
+        return self.eval_tokens or max(LEAST_EVALUATION, min(65_536, self.max_tokens // 32))
 
     @property
     def accumulation(self) -> int:

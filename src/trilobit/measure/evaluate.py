@@ -60,7 +60,7 @@ def run(config: EvalConfig, listener: Listener = SILENT) -> EvalResult:
     device = pick_device(config.device)
     choice = [] if config.tasks is None else wanted(config.tasks, config.shots)
     with opened(choice, config.task_data, listener) if choice else nullcontext() as tasks:
-        measured = {} if config.data is None else asdict(measure(load(config.model, device=device), config))
+        measured = {} if config.data is None else asdict(measure(load(config.model, device=device), config, listener))
         result = EvalResult(model=str(config.model), precision=config.precision, data=config.data, **measured)
         return result if tasks is None else _with_tasks(result, tasks, config, device, listener)
 

@@ -10,6 +10,7 @@ tokenizer does when it encodes a text.
 """
 
 import math
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from trilobit.config.eval import EvalConfig
 from trilobit.corpus import documents
 from trilobit.errors import DataError, ModelError
 from trilobit.infer.load import Loaded
+from trilobit.listener import SILENT, Listener
 from trilobit.surgery.roles import vocabulary_size
 
 BLOCK_ELEMENTS = 1 << 24  # of logits that are fp32 at once: 64 MB
@@ -41,8 +43,11 @@ class Perplexity:
 
 
 @torch.no_grad()
-def nats(model: torch.nn.Module, windows: Tensor, sequences: int, precision: str = "fp32") -> tuple[float, int]:
+def nats(
+    model: torch.nn.Module, windows: Tensor, sequences: int, precision: str = "fp32", listener: Listener = SILENT
+) -> tuple[float, int]:
     """Total nats and number of predicted tokens. windows: [N, W + 1] holds W inputs and, shifted, W targets each."""
+    start = time.perf_counter()
     device = next(iter(model.parameters()), windows).device
     training = model.training
     model.eval()
@@ -53,6 +58,7 @@ def nats(model: torch.nn.Module, windows: Tensor, sequences: int, precision: str
             logits = model(input_ids=batch[:, :-1], use_cache=False).logits
         total += _sum_nats(logits.flatten(0, 1), batch[:, 1:].flatten()).item()
         count += batch[:, 1:].numel()
+        listener.progress("Measuring tokens", count, windows[:, 1:].numel(), time.perf_counter() - start)
     model.train(training)
     return total, count
 
@@ -124,7 +130,7 @@ def require_positions(model: Any, length: int) -> None:
         raise ModelError(f"--sequence-length {length} is longer than the model's {positions} positions.")
 
 
-def measure(loaded: Loaded, config: EvalConfig) -> Perplexity:
+def measure(loaded: Loaded, config: EvalConfig, listener: Listener = SILENT) -> Perplexity:
     """The text part of `trilobit eval`. Raises DataError and ModelError."""
     assert config.data is not None
     split = "heldout" if config.data == "stdlib" else None
@@ -135,7 +141,7 @@ def measure(loaded: Loaded, config: EvalConfig) -> Perplexity:
     windows, sizes = text_windows(texts, loaded.tokenizer, config.sequence_length, bos, limit)
     if int(windows.max()) >= vocabulary_size(loaded.model):
         raise ModelError(f"the text has token {int(windows.max())}, beyond the model's embedding.")
-    total, tokens = nats(loaded.model, windows, config.sequences, config.precision)
+    total, tokens = nats(loaded.model, windows, config.sequences, config.precision, listener)
     if not math.isfinite(total):
         raise ModelError(f"{config.model} has a loss of {total} on this text: its weights are damaged, or overflow.")
     return Perplexity(

@@ -105,7 +105,7 @@ def require_files(choice: list[Wanted], folder: Path) -> None:
     for want in choice:
         if want.name not in OFFLINE:
             raise ConfigError(
-                f"--task-data has no files for {want.name}{nearest(want.name, [*SUITES, *OFFLINE])}. "
+                f"--task-data has no files for {want.name}{nearest(want.name, [*SUITES, *OFFLINE])} "
                 f"It covers {', '.join(OFFLINE)}."
             )
         file, holds = file_of(want.name)
@@ -161,7 +161,7 @@ def _load(choice: list[Wanted], folder: Path | None, definitions: dict[str, Path
     for want in choice:
         if want.name not in definitions and want.name not in manager.task_index:
             known = [*SUITES, *definitions, *manager.all_tasks]
-            raise ConfigError(f"lm-eval has no task {want.name!r}{nearest(want.name, known)}.")
+            raise ConfigError(f"lm-eval has no task {want.name!r}{nearest(want.name, known)}")
     tasks = Tasks()
     for want in choice:
         try:
@@ -201,9 +201,9 @@ def _examples(task: Any) -> int:
 
 
 def nearest(word: str, known: list[str]) -> str:
-    """`; did you mean …?`, or nothing."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
+    """How a sentence about `word` ends: `; did you mean …?`, or a full stop."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else "."
 
 
 @contextmanager

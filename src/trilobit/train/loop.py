@@ -45,6 +45,8 @@ class Signals:
     """Remembers the first SIGTERM or SIGINT, so that long work can stop at a boundary of its own choosing."""
 
     number: int | None = None
+    say: Callable[[str], None] = lambda text: None
+    """Hears at once that the first one was noticed."""
 
     def raise_if_set(self) -> None:
         if self.number is not None:
@@ -56,6 +58,7 @@ class Signals:
             if self.number is not None:  # a second one means it
                 raise KeyboardInterrupt
             self.number = number
+            self.say(f"{signal.Signals(number).name}: stopping at the next boundary")
 
         try:
             before = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}

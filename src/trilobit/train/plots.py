@@ -63,7 +63,7 @@ def _plot_layers(axes: Axes, tokens: list[float], values: list[list[float]]) -> 
     layers = len(values[0])
     for layer in range(layers):
         light = (layers - 1 - layer) / max(layers - 1, 1)
-        color = (0.77 + 0.18 * light, 0.28 + 0.42 * light, 0.17 + 0.5 * light)
+        color = (0.77 + 0.13 * light, 0.28 + 0.36 * light, 0.17 + 0.44 * light)
         axes.plot(tokens, [value[layer] for value in values], color=color, linewidth=1.4)
     axes.set_title(f"{layers} layers, first (light) to last (dark)", fontsize=9, color=INK, loc="left")
 

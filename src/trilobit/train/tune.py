@@ -82,7 +82,7 @@ class TuneResult:
 
 def run(config: TuneConfig, listener: Listener = SILENT) -> TuneResult:
     """Tune `config.model` as configured. Raises a TrilobitError that says what to do, and leaves nothing half-written."""
-    with Signals().watch() as signals:
+    with Signals(say=listener.note).watch() as signals:
         return _run(config, listener, signals)
 
 
@@ -124,6 +124,7 @@ class _Run:
     def load(self, record: dict[str, Any] | None) -> None:
         """The original model, and what the surgery will make of it."""
         config = self.config
+        self.listener.note(f"model: {config.model}")
         self.base = load_pretrained(config.model)
         self.model = self.base.model
         self.model.to(self.device)  # pyright: ignore[reportArgumentType]
@@ -146,7 +147,7 @@ class _Run:
         self.tokens = read_tokens(config, self.base, self.signals)
         self.listener.note(f"data: {self.tokens.description}")
         self.windows = Windows(self.tokens.train, config.sequence_length, config.seed)
-        self.heldout = evaluation_windows(self.tokens.heldout, config.sequence_length, config.eval_tokens)
+        self.heldout = evaluation_windows(self.tokens.heldout, config.sequence_length, config.evaluation_tokens)
         seen, there = config.steps * config.tokens_per_step, self.windows.count * config.sequence_length
         if seen > there:
             self.listener.note(f"the data is seen {seen / there:.1f} times")
@@ -155,7 +156,7 @@ class _Run:
     def begin(self) -> dict[str, Any]:
         """run.json of a new run: the original measured, everything that depends on it decided."""
         config, model = self.config, self.model
-        total, count = nats(model, self.heldout, config.sequences)  # in fp32, like the final measurement
+        total, count = nats(model, self.heldout, config.sequences, listener=self.listener)  # fp32, like the final measurement
         if not math.isfinite(total):
             raise ModelError(f"{config.model} itself has a loss of {total} on held-out text: its weights are damaged.")
         compiled, why = decide_compile(config, model, self.device)
@@ -270,7 +271,7 @@ class _Run:
         return {"lambda": sum(weights) / len(weights), "lambda_activations": sum(activations) / len(activations)}
 
     def evaluate(self) -> dict[str, float]:
-        total, count = nats(self.model, self.heldout, self.config.sequences, self.config.precision)
+        total, count = nats(self.model, self.heldout, self.config.sequences, self.config.precision, self.listener)
         return {"heldout_nats": total / count}
 
     def finish(self, progress: Progress) -> TuneResult:
@@ -284,7 +285,7 @@ class _Run:
             write_latent(model, plan, self.base.tokenizer, out / "latent")
             if plan is not None and config.model_format != "none":
                 round_kept(model, plan, stored_precision(plan, model, config.model_format, config.store))
-            total, count = nats(model, self.heldout, config.sequences)
+            total, count = nats(model, self.heldout, config.sequences, listener=self.listener)
             self.signals.raise_if_set()
             written = self.write()
         base_nats = self.record["base_nats_per_token"]
@@ -310,7 +311,9 @@ class _Run:
             return Written(str(self.out / "latent"), "latent", "as asked", 0, None)
         if self.plan is None:
             return write_full_precision(self.model, tokenizer, target, self.heldout)
-        compared = evaluation_windows(self.tokens.heldout, config.sequence_length, max(config.eval_tokens, COMPARED_TOKENS))
+        compared = evaluation_windows(
+            self.tokens.heldout, config.sequence_length, max(config.evaluation_tokens, COMPARED_TOKENS)
+        )
         if (lacking := COMPARED_TOKENS - len(compared) * config.sequence_length) > 0:  # text that was trained on will do
             compared = torch.cat([compared, self.windows.samples(0, math.ceil(lacking / config.sequence_length))])
         return write_model(self.model, self.plan, tokenizer, target, compared, config.model_format, config.store)
@@ -331,7 +334,8 @@ def read_tokens(config: TuneConfig, base: Loaded, signals: Signals) -> Tokens:
     if config.data != "self":
         return prepare(
             config.data, tokenizer, vocab_size=vocabulary, text_field=config.text_field, max_tokens=needed,
-            sequence_length=config.sequence_length, heldout_tokens=max(HELDOUT_TOKENS, config.eval_tokens), cache_dir=cache,
+            sequence_length=config.sequence_length, cache_dir=cache,
+            heldout_tokens=max(HELDOUT_TOKENS, config.evaluation_tokens),
             progress=lambda size, count: signals.raise_if_set(),
         )  # fmt: skip
     end: Any = tokenizer.eos_token_id
@@ -339,7 +343,7 @@ def read_tokens(config: TuneConfig, base: Loaded, signals: Signals) -> Tokens:
     if start is None:
         raise ConfigError("--data self: this tokenizer has no beginning-of-text or end-of-text token to start from.")
     # the last document held out ends past eval_tokens
-    wanted = (config.self_tokens or needed) + config.eval_tokens + config.sequence_length
+    wanted = (config.self_tokens or needed) + config.evaluation_tokens + config.sequence_length
     key = f"self {weights_fingerprint(model)} {wanted} {config.sequence_length}"
 
     def make() -> Iterator[Any]:
@@ -348,7 +352,7 @@ def read_tokens(config: TuneConfig, base: Loaded, signals: Signals) -> Tokens:
             yield document
 
     return from_tokens(
-        key, make, tokenizer, vocab_size=vocabulary, heldout_tokens=config.eval_tokens,
+        key, make, tokenizer, vocab_size=vocabulary, heldout_tokens=config.evaluation_tokens,
         sequence_length=config.sequence_length, cache_dir=cache,
     )  # fmt: skip
 
