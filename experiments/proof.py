@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from trilobit.config.fields import parse_count
 from trilobit.config.tune import TuneConfig
 from trilobit.corpus import documents
 from trilobit.errors import NonFiniteError
-from trilobit.infer.generate import sample_documents
+from trilobit.infer.generate import sample_windows
 from trilobit.infer.load import load, load_pretrained
 from trilobit.listener import Listener
 from trilobit.measure.perplexity import nats, text_windows
@@ -73,11 +74,13 @@ class Study:
 
 
 SMALL = {"batch_tokens": 4096, "compile": "no", "eval_tokens": 16_384}
+STORIES = Study(  # eager: flash attention is slow where heads are eight wide
+    262_144, (2.5e-3, 5e-3, 1e-2, 2e-2),
+    SMALL | {"sequence_length": 128, "sequences": 32, "attention": "eager", "self_tokens": 2_000_000},
+)  # fmt: skip
 STUDIES = {
-    "stories260k": Study(  # eager: flash attention is slow where heads are eight wide
-        262_144, (2.5e-3, 5e-3, 1e-2, 2e-2),
-        SMALL | {"sequence_length": 128, "sequences": 32, "attention": "eager", "self_tokens": 2_000_000},
-    ),
+    "stories260k": STORIES,
+    "stories260k-cut": STORIES,  # before --data self sampled windows as they are read: docs/proof.md says what that did
     "embedded": Study(1_228_800, (1e-3, 2e-3, 4e-3, 8e-3), SMALL | {"sequence_length": 256, "sequences": 16}),
     "smollm2": Study(
         2_097_152, (2e-4, 4e-4, 8e-4, 1.6e-3),
@@ -234,11 +237,10 @@ def reporter(arguments: argparse.Namespace, study: Study) -> Callable[[Path], di
     length = study.settings["sequence_length"]
     sets: dict[str, Any] = {}
     if arguments.data == "self":
-        ends: Any = base.tokenizer.eos_token_id
-        start: Any = base.tokenizer.bos_token_id if base.tokenizer.bos_token_id is not None else ends
+        start: Any = base.tokenizer.bos_token_id if base.tokenizer.bos_token_id is not None else base.tokenizer.eos_token_id
         sampled = from_tokens(
-            f"report {weights_fingerprint(base.model)} {length}",
-            lambda: sample_documents(base.model, start, ends, REPORT_TOKENS * 11 // 10, length, 1_000_003),
+            f"report windows {weights_fingerprint(base.model)} {length}",
+            lambda: islice(sample_windows(base.model, start, REPORT_TOKENS, length, 1_000_003, rows=9), 9),
             base.tokenizer, vocab_size=vocabulary_size(base.model), heldout_tokens=1, sequence_length=length,
             cache_dir=arguments.out / "tokens",
         )  # fmt: skip

@@ -14,5 +14,5 @@ export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 python3 -c 'import torch; assert torch.cuda.is_available(), "no CUDA device: this study needs one"'
 exec python3 experiments/proof.py smollm2 "$model" --data "$text" ${report:+--report "$report"} ${other:+--other "$other"} \
     --minutes 9 --device cuda --one-rung --budget 33M --rates 8e-4 --arms \
-    full-precision none-immediate-ce every-ones-immediate-ce every-layerwise-ce every-layerwise-kl none-immediate-kl \
-    output-layerwise-ce recipe-weights-only
+    full-precision none-immediate-ce every-ones-immediate-ce every-layerwise-ce every-global-ce every-global-kl \
+    none-immediate-kl recipe-weights-only

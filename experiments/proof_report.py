@@ -2,9 +2,9 @@
 
     python experiments/proof_report.py STUDY [--check]
 
-Writes the table between the markers of docs/proof.md, and three plots to docs/: nats above the original against tokens;
-against the budget, with a power law fitted to it; λ and flips of codes by layer. --check writes nothing and fails if the
-table in docs/proof.md is not the one the records give.
+Writes the table between the markers of docs/proof.md and, once there are trials at the largest budget, three plots to docs/:
+nats above the original against tokens; against the budget, with a power law fitted to it; λ and flips of codes by layer.
+--check writes nothing and fails if the table in docs/proof.md is not the one the records give.
 
 Gap means nats per token above the original, on text that nothing was trained or chosen on; ± is half the range over seeds.
 """
@@ -216,6 +216,8 @@ def main() -> None:
     if arguments.check:
         raise SystemExit(0 if new == page else f"docs/proof.md does not show the records of {arguments.study}")
     (DOCS / "proof.md").write_text(new, encoding="utf-8")
+    if not any(trial.budget == study.budgets[-1] for trial in records):
+        return  # the plots are of the largest budget
     for name, draw in (("curves", plot_curves), ("budgets", plot_budgets)):
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.add_subplot()

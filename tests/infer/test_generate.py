@@ -1,6 +1,8 @@
-"""Continuing prompts, and sampling documents from a model."""
+"""Continuing prompts, and sampling text from a model."""
 
+import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from transformers import GenerationConfig
 from infer.checkpoints import byte_model, byte_tokenizer, save
 from trilobit.config.generate import GenerateConfig
 from trilobit.errors import ConfigError, ModelError
-from trilobit.infer.generate import continue_tokens, run, sample_documents
+from trilobit.infer.generate import continue_tokens, run, sample_windows
 from trilobit.listener import Listener
 
 PROMPT = torch.tensor([[1, 20, 30, 40]])
@@ -113,37 +115,62 @@ def test_an_empty_prompt_starts_at_beginning_of_text(checkpoint: Path, tmp_path:
         run(GenerateConfig(model=str(tmp_path), prompt="", max_tokens=8, device="cpu"))
 
 
-def test_documents_sampled_from_a_model() -> None:
-    """Documents have at most `length` tokens, end at their first end-of-text and nowhere later, start after the start
-    token, reach `tokens` in total with the last and not before, and depend on the seed."""
+def chains(model: Any, number: int, **settings: Any) -> list[np.ndarray]:
+    return list(
+        itertools.islice(sample_windows(model, 1, **{"tokens": 500, "length": 16, "seed": 0, "rows": 8, **settings}), number)
+    )
+
+
+def test_windows_sampled_from_a_model() -> None:
+    """Chains are whole windows long, as many as make up the tokens asked for, start with the start token, run on after an
+    end-of-text token, go on without end, and depend on the seed alone."""
     model = byte_model(vocab_size=12)
-    model.generation_config.eos_token_id = 2
-    found = list(sample_documents(model, 1, 2, tokens=500, length=16, seed=0, rows=8))
-    assert all(0 < len(document) <= 16 for document in found)
-    assert any(document[-1] == 2 for document in found)
-    assert any(len(document) == 16 and document[-1] != 2 for document in found)
-    assert all(2 not in document[:-1] for document in found)
-    assert sum(map(len, found)) >= 500
-    assert sum(map(len, found[:-8])) < 500
-    again = list(sample_documents(model, 1, 2, tokens=500, length=16, seed=0, rows=8))
-    assert all(map(np.array_equal, found, again))
-    other = list(sample_documents(model, 1, 2, tokens=500, length=16, seed=99, rows=8))
-    assert not all(map(np.array_equal, found, other))
+    model.generation_config.eos_token_id = [2, 5]
+    found = chains(model, 20)
+    assert {len(chain) for chain in found} == {4 * 16}  # 4 windows of 16 in 8 rows are the first 512
+    assert all(chain[0] == 1 for chain in found)
+    assert any(set(chain[:-1].tolist()) & {2, 5} for chain in found)
+    assert len({chain.tobytes() for chain in found}) == 20
+    torch.manual_seed(5)
+    assert all(map(np.array_equal, found, chains(model, 20)))
+    assert not any(map(np.array_equal, found, chains(model, 20, seed=99)))
+    assert model.generation_config.eos_token_id == [2, 5]
 
 
-def test_documents_hold_no_padding_after_another_end_of_text() -> None:
-    """Where the checkpoint stops at other tokens than the tokenizer's, a document ends there (old code: kept the pads)."""
+def test_a_models_loss_on_its_own_windows_is_its_entropy() -> None:
+    """Read as windows of that length, text is drawn from just what the model predicts there, but for the start token of the
+    next chain; read as windows of another length it is not (nor were documents cut into windows)."""
     model = byte_model(vocab_size=12)
-    model.generation_config.eos_token_id = [5, 6]
-    for document in sample_documents(model, 1, 2, tokens=300, length=16, seed=0, rows=8):
-        assert not set(document[:-1].tolist()) & {2, 5, 6}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0)  # far from uniform, and sensitive to what came before
+    text = torch.from_numpy(np.concatenate(chains(model, 64, tokens=64 * 16 * 16, rows=64)))
+    excess = {}
+    for length in (16, 5):
+        windows = text[: (len(text) - 1) // length * length + 1].unfold(0, length + 1, length)
+        with torch.no_grad():
+            scores = torch.log_softmax(model(input_ids=windows[:, :-1]).logits.double(), dim=-1)
+        drawn = -scores.gather(2, windows[:, 1:, None])[..., 0]
+        sampled = torch.ones_like(drawn, dtype=torch.bool)
+        if length == 16:
+            sampled[15::16, 15] = False  # the next chain's start token
+        difference = (drawn + (scores.exp() * scores).sum(dim=-1))[sampled]
+        excess[length] = (difference.mean() / difference.std() * len(difference) ** 0.5).item()
+    assert abs(excess[16]) < 4, "standard errors"
+    assert excess[5] > 8
 
 
-def test_documents_without_end_of_text_have_full_length() -> None:
-    """A model that never ends a text gives documents of `length` tokens."""
-    model = byte_model(vocab_size=12)
-    model.generation_config.eos_token_id = None
-    assert {len(d) for d in sample_documents(model, 1, None, tokens=100, length=7, seed=0, rows=4)} == {7}
+def test_work_between_windows_can_stop_the_sampling() -> None:
+    """What is called between windows ends it by raising, before a chain is whole."""
+
+    class Stop(Exception):
+        pass
+
+    def stop() -> None:
+        raise Stop
+
+    with pytest.raises(Stop):
+        chains(byte_model(vocab_size=12), 1, between=stop)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -329,7 +329,7 @@ def test_the_command_saves_and_resumes(
 
 @pytest.mark.parametrize(
     ("data", "module", "source"),
-    [(None, data_module, "encode_documents"), ("self", tune_module, "sample_documents")],
+    [(None, data_module, "encode_documents"), ("self", tune_module, "sample_windows")],
     ids=["file", "self"],
 )
 def test_a_signal_stops_the_tokenising(
@@ -338,8 +338,8 @@ def test_a_signal_stops_the_tokenising(
     """A signal amid the documents, read or sampled, ends the run at the next one: no directory, no cached tokens."""
     original, taken = getattr(module, source), []
 
-    def documents(*arguments: Any) -> Iterator[Any]:
-        for document in original(*arguments):
+    def documents(*arguments: Any, **settings: Any) -> Iterator[Any]:
+        for document in original(*arguments, **settings):
             taken.append(document)
             if len(taken) == 3:
                 signal.raise_signal(signal.SIGTERM)

@@ -1,7 +1,8 @@
 """Continue a prompt through transformers, streaming; and sample text from a model to tune it on."""
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,9 +78,10 @@ def _require_positions(model: PreTrainedModel, prompt: int, new: int) -> None:
 @torch.no_grad()
 def continue_tokens(
     model: PreTrainedModel, inputs: torch.Tensor, max_tokens: int, temperature: float = 0.0, top_p: float = 1.0,
-    seed: int = 0, streamer: TextStreamer | None = None,
+    seed: int = 0, streamer: TextStreamer | None = None, ends: bool = True,
 ) -> torch.Tensor:  # fmt: skip
-    """[B, T] token ids → [B, T + up to max_tokens]. Temperature 0 takes the likeliest token; rows end with end-of-text.
+    """[B, T] token ids → [B, T + up to max_tokens]. Temperature 0 takes the likeliest token; rows end with end-of-text, or
+    where not `ends`, only with the last token.
 
     Of the checkpoint's generation_config.json only the end-of-text tokens count: its penalties and cut-offs would make the
     text another distribution than the model's.
@@ -87,9 +89,9 @@ def continue_tokens(
     options: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         options = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-    ends = end_tokens(model)
+    stops = end_tokens(model) if ends else []
     own = model.generation_config
-    model.generation_config = GenerationConfig(eos_token_id=ends or None, pad_token_id=ends[0] if ends else None)
+    model.generation_config = GenerationConfig(eos_token_id=stops or None, pad_token_id=stops[0] if stops else None)
     try:
         return _generate(model, inputs, max_tokens, seed, streamer, options)
     finally:
@@ -123,6 +125,7 @@ def _generate(
 
 
 SAMPLING_CACHE_BYTES = 1 << 30
+MOST_CHAINED = 64  # windows
 
 
 def _cache_bytes(model: PreTrainedModel) -> int:
@@ -133,26 +136,30 @@ def _cache_bytes(model: PreTrainedModel) -> int:
     return 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
 
 
-def sample_documents(
-    model: PreTrainedModel, start_token: int, end_token: int | None, tokens: int, length: int, seed: int,
-    rows: int | None = None,
+def sample_windows(
+    model: PreTrainedModel, start_token: int, tokens: int, length: int, seed: int, rows: int | None = None,
+    between: Callable[[], None] = lambda: None,
 ) -> Iterator[np.ndarray]:  # fmt: skip
-    """Yield documents sampled from the model itself at temperature 1, until they hold `tokens` tokens.
+    """Yield text sampled from the model itself at temperature 1, without end, for windows of `length` tokens to be read from.
 
-    Each starts from `start_token` (not yielded), is at most `length` tokens long, and ends with the first end-of-text
-    token it has: `end_token` or one of the checkpoint's own. `rows` are sampled at once: by default, as many as keep the
-    keys and values in 1 GB, 8 at least and 256 at most.
-    Tuning on them needs no data, and the loss gap is then a KL divergence to the original.
+    Window k of what is yielded, tokens k·length to (k + 1)·length, is sampled given its own first token alone, as it will be
+    read: the model's loss on it is the entropy of what it samples, and another model's loss above that is a KL divergence.
+    (Documents cut into windows would be read without the beginnings they were sampled after; the model itself can then be
+    trained to a lower loss on its own text.) Each array is a chain of windows, the last token of one the first of the next.
+    It begins with `start_token`, which stands where the last target of the chain before it would: one token of a chain was
+    not sampled. Texts run on after an end-of-text token, as in packed training data.
+
+    tokens: about how many will be taken, which decides how long chains are. `rows` are sampled at once: by default, as many
+    as keep the keys and values in 1 GB, 8 at least and 256 at most. `between` is called after each row of windows.
     """
     model.eval()
     rows = rows or max(8, min(256, SAMPLING_CACHE_BYTES // (length * _cache_bytes(model))))
-    stops = end_tokens(model) + ([] if end_token is None else [end_token])
-    done = 0
-    while done < tokens:
-        prompt = torch.full((rows, 1), start_token, device=next(model.parameters()).device)
-        for row in continue_tokens(model, prompt, length, temperature=1.0, seed=seed)[:, 1:].cpu().numpy():
-            ends = np.flatnonzero(np.isin(row, stops))
-            document = row[: ends[0] + 1] if len(ends) else row
-            done += len(document)
-            yield document
-        seed += 1
+    windows = max(1, min(MOST_CHAINED, math.ceil(tokens / (rows * length))))
+    while True:
+        last = torch.full((rows, 1), start_token, device=next(model.parameters()).device)
+        parts = [last]
+        for _ in range(windows):
+            parts.append(continue_tokens(model, last, length, temperature=1.0, seed=seed, ends=False)[:, 1:])
+            last, seed = parts[-1][:, -1:], seed + 1
+            between()
+        yield from torch.cat(parts, dim=1)[:, :-1].cpu().numpy()

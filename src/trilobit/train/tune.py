@@ -28,7 +28,7 @@ from trilobit.export.hf import (
     write_latent,
     write_model,
 )
-from trilobit.infer.generate import sample_documents
+from trilobit.infer.generate import sample_windows
 from trilobit.infer.load import Loaded, load_pretrained, pick_device
 from trilobit.listener import SILENT, Listener
 from trilobit.measure.perplexity import nats, perplexity, require_positions
@@ -342,14 +342,21 @@ def read_tokens(config: TuneConfig, base: Loaded, signals: Signals) -> Tokens:
     start: Any = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else end
     if start is None:
         raise ConfigError("--data self: this tokenizer has no beginning-of-text or end-of-text token to start from.")
-    # the last document held out ends past eval_tokens
-    wanted = (config.self_tokens or needed) + config.evaluation_tokens + config.sequence_length
-    key = f"self {weights_fingerprint(model)} {wanted} {config.sequence_length}"
+    wanted, length = config.self_tokens or needed, config.sequence_length
+    key = f"self windows {weights_fingerprint(model)} {wanted} {length}"
 
     def make() -> Iterator[Any]:
-        for document in sample_documents(model, start, end, wanted, config.sequence_length, 0):
+        held = trained = 0
+        hint = wanted + config.evaluation_tokens
+        for chain in sample_windows(model, start, hint, length, 0, between=signals.raise_if_set):
             signals.raise_if_set()
-            yield document
+            yield chain
+            if held < config.evaluation_tokens:
+                held += len(chain)
+            else:
+                trained += len(chain)
+            if trained >= wanted:
+                return
 
     return from_tokens(
         key, make, tokenizer, vocab_size=vocabulary, heldout_tokens=config.evaluation_tokens,
