@@ -41,7 +41,7 @@ NAMES = {
     "every-global-kl": "distillation + norms + all layers' λ at once",
     "none-global-kl": "distillation + all layers' λ at once",
     "every-kl-muon": "distillation + norms + schedule, Muon",
-    "every-kl-wsd": "the same, rate held for half the tokens",
+    "every-kl-wsd": "distillation + norms + schedule, rate held for half the tokens",
     "warm-every-kl": "distillation + norms, layers reconstructed first",
     "recipe-hf-blog": "Hugging Face's recipe",
     "recipe-bitdistill": "BitDistill, published constants",
@@ -90,7 +90,7 @@ def cell(records: Records, study: Study, arm: str, budget: int) -> Cell:
 
 
 def highest_rate(records: Records, study: Study, arm: str) -> str:
-    """The highest rate tried at the smallest budget whose loss stays below that of the lowest rate plus 0.5 nats."""
+    """The highest rate tried at the smallest budget whose loss stays below that of the best rate plus 0.5 nats."""
     rows = {rate: records.get(Trial(arm, study.budget, rate, 0)) for rate in study.rates}
     best = min((row["nats"] for row in rows.values() if row and not row["diverged"]), default=float("inf"))
     fine = [rate for rate, row in rows.items() if row and not row["diverged"] and row["nats"] < best + 0.5]

@@ -2,6 +2,7 @@
 
 The embedded checkpoint (assets/model) is a Llama of 2.8 M parameters trained to saturation on Python's standard library
 by experiments/embedded_model.py. The demo makes it ternary on the same text and shows both on the part neither has seen.
+It learns from the original's logits: the text alone would teach it what the original was stopped before it overfitted to.
 """
 
 import shutil
@@ -64,8 +65,8 @@ def run(config: DemoConfig, listener: Listener = SILENT) -> DemoResult:
     _clear_earlier_demo(out)
     settings = TuneConfig(
         model=str(MODEL), data="stdlib", out=str(out), max_tokens=config.max_tokens, batch_tokens=4096,
-        sequence_length=256, sequences=16, lr=4e-3, eval_tokens=65_536, eval_every=max(config.max_tokens // 5, 1),
-        device=config.device, seed=config.seed,
+        sequence_length=256, sequences=16, lr=4e-3, schedule="global", distill="logits", eval_tokens=65_536,
+        eval_every=max(config.max_tokens // 5, 1), device=config.device, seed=config.seed,
     )  # fmt: skip
     result = tune.run(settings, listener)
     return DemoResult(

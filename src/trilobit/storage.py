@@ -101,8 +101,8 @@ def recorded_sha256(directory: Path, name: str) -> str:
 def alone_in(directory: Path) -> Iterator[None]:
     """Hold `directory` as the only process that works in it, and clear away what killed ones left half-written.
 
-    Raises OutputError if another process holds it. The system lets go when a process ends, however it ends. Where there
-    are no such locks (Windows), nothing is held.
+    Raises OutputError if another process on this machine holds it. The system lets go when a process ends, however it ends.
+    Where there are no such locks (Windows, some network file systems), nothing is held.
     """
     try:
         import fcntl
@@ -115,7 +115,9 @@ def alone_in(directory: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise OutputError(f"{directory} is in use: another process is working in it.") from error
-        for left in [*directory.glob(".*.partial-*"), *directory.glob("*/.*.partial-*")]:
+        except OSError:  # a file system without locks
+            pass
+        for left in [*directory.glob(".*.partial-*"), *(directory / "checkpoints").glob(".*.partial-*")]:
             remove_directory(left)
         yield
     finally:

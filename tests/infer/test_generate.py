@@ -122,12 +122,14 @@ def chains(model: Any, number: int, **settings: Any) -> list[np.ndarray]:
 
 
 def test_windows_sampled_from_a_model() -> None:
-    """Chains are whole windows long, as many as make up the tokens asked for, start with the start token, run on after an
-    end-of-text token, go on without end, and depend on the seed alone."""
+    """Chains are whole windows long, as many as make up the tokens asked for and one more, begin with the start token, run on
+    after an end-of-text token, go on without end, and depend on the seed alone."""
     model = byte_model(vocab_size=12)
     model.generation_config.eos_token_id = [2, 5]
     found = chains(model, 20)
-    assert {len(chain) for chain in found} == {4 * 16}  # 4 windows of 16 in 8 rows are the first 512
+    assert {len(chain) for chain in found} == {16 * 16}  # 16 windows at least
+    assert {len(chain) for chain in chains(model, 3, tokens=8 * 20 * 16)} == {21 * 16}
+    assert {len(chain) for chain in chains(model, 3, tokens=900, rows=None)} == {20 * 16}, "three rows rather than short chains"
     assert all(chain[0] == 1 for chain in found)
     assert any(set(chain[:-1].tolist()) & {2, 5} for chain in found)
     assert len({chain.tobytes() for chain in found}) == 20
@@ -144,7 +146,7 @@ def test_a_models_loss_on_its_own_windows_is_its_entropy() -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3.0)  # far from uniform, and sensitive to what came before
-    text = torch.from_numpy(np.concatenate(chains(model, 64, tokens=64 * 16 * 16, rows=64)))
+    text = torch.from_numpy(np.concatenate(chains(model, 64, tokens=64 * 15 * 16, rows=64)))
     excess = {}
     for length in (16, 5):
         windows = text[: (len(text) - 1) // length * length + 1].unfold(0, length + 1, length)

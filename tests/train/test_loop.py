@@ -361,3 +361,19 @@ def test_a_signal_is_answered_at_once() -> None:
         signal.raise_signal(signal.SIGTERM)
         assert signals.number == signal.SIGTERM
     assert len(heard) == 1 and heard[0].startswith("SIGTERM: stopping")
+
+
+def test_a_listener_that_is_gone_costs_no_checkpoint(tmp_path: Path) -> None:
+    """Where saying that a signal arrived fails (a closed pipe), the run is saved and stopped as ever."""
+
+    def gone(text: str) -> None:
+        raise BrokenPipeError
+
+    def stop(tokens: int) -> dict[str, float]:
+        if tokens == 24:
+            signal.raise_signal(signal.SIGTERM)
+        return {}
+
+    with Signals(say=gone).watch() as signals, pytest.raises(Interrupted, match="SIGTERM"):
+        train(tmp_path / "run", signals=signals, before_step=stop)
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-2"]

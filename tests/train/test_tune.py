@@ -563,10 +563,31 @@ def test_a_run_is_not_continued_twice_at_once(place: Place, tmp_path: Path, no_w
     config = place.config(tmp_path / "run")
     with pytest.raises(Interrupted):
         run(config, At(2, lambda: signal.raise_signal(signal.SIGTERM)))
-    log = (tmp_path / "run" / "log.jsonl").read_bytes()
+    before = {name: (tmp_path / "run" / name).read_bytes() for name in ("log.jsonl", "run.json")}
     with alone_in(tmp_path / "run"), pytest.raises(OutputError, match="is in use"):
         run(replace(config, resume=True))
-    assert (tmp_path / "run" / "log.jsonl").read_bytes() == log
+    assert all((tmp_path / "run" / name).read_bytes() == content for name, content in before.items())
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_that_another_process_took_meanwhile_is_left_alone(
+    resume: bool, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_writing: None
+) -> None:
+    """Where another process begins or finishes a run in the same directory while this one loads, this one is refused and the
+    other's run.json stays."""
+    config = place.config(tmp_path / "run")
+    if resume:
+        config = replace(interrupted(place, tmp_path / "run"), resume=True)
+    make = tune_module._Run.make_directory
+
+    def taken(self: Any) -> None:
+        make(self)
+        (tmp_path / "run" / "run.json").write_text('{"command": "tune", "result": {}}')
+
+    monkeypatch.setattr(tune_module._Run, "make_directory", taken)
+    with pytest.raises(OutputError, match="another process has been working in it"):
+        run(config)
+    assert (tmp_path / "run" / "run.json").read_text() == '{"command": "tune", "result": {}}'
 
 
 def test_layers_that_cost_more_get_more_of_the_ramp(

@@ -65,7 +65,7 @@ class TrainingConfig:
     eval_every: Count | None = None
     """Tokens between evaluations. Default: a tenth of --max-tokens."""
     eval_tokens: Count | None = None
-    """Held-out tokens per evaluation. Default: 65,536, or a thirty-second of --max-tokens where that is less."""
+    """Held-out tokens per evaluation. Default: a thirty-second of --max-tokens, but 4,096 at least and 65,536 at most."""
     checkpoint_every: Count | None = None
     """Tokens between checkpoints. Default: a quarter of --max-tokens."""
     keep_checkpoints: int = 1

@@ -125,7 +125,7 @@ def _generate(
 
 
 SAMPLING_CACHE_BYTES = 1 << 30
-MOST_CHAINED = 64  # windows
+CHAINED = 16  # windows of a chain at least, at most four times as many
 
 
 def _cache_bytes(model: PreTrainedModel) -> int:
@@ -150,11 +150,14 @@ def sample_windows(
     not sampled. Texts run on after an end-of-text token, as in packed training data.
 
     tokens: about how many will be taken, which decides how long chains are. `rows` are sampled at once: by default, as many
-    as keep the keys and values in 1 GB, 8 at least and 256 at most. `between` is called after each row of windows.
+    as keep the keys and values in 1 GB, 256 at most, and fewer where chains would become short. `between` is called after
+    each row of windows.
     """
     model.eval()
-    rows = rows or max(8, min(256, SAMPLING_CACHE_BYTES // (length * _cache_bytes(model))))
-    windows = max(1, min(MOST_CHAINED, math.ceil(tokens / (rows * length))))
+    most = max(8, min(256, SAMPLING_CACHE_BYTES // (length * _cache_bytes(model))))
+    rows = rows or max(2, min(most, tokens // (CHAINED * length)))  # few rows rather than short chains
+    windows = max(CHAINED, math.ceil(tokens / (rows * length)) + 1)  # one more: held-out and training parts are whole chains
+    windows = min(windows, 4 * CHAINED)
     while True:
         last = torch.full((rows, 1), start_token, device=next(model.parameters()).device)
         parts = [last]

@@ -11,7 +11,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -58,7 +58,8 @@ class Signals:
             if self.number is not None:  # a second one means it
                 raise KeyboardInterrupt
             self.number = number
-            self.say(f"{signal.Signals(number).name}: stopping at the next boundary")
+            with suppress(OSError, RuntimeError, ValueError):  # nobody may be listening any more; the run is saved all the same
+                self.say(f"{signal.Signals(number).name}: stopping at the next boundary")
 
         try:
             before = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}

@@ -99,7 +99,9 @@ class Muon(torch.optim.AdamW):
         for (shape, _), found in shapes.items():
             parameters = [parameter for parameter, _ in found]
             for parameter, gradient in found:
-                momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
+                if "momentum" not in self.state[parameter]:
+                    self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+                momentum = self.state[parameter]["momentum"]
                 gradient.add_(momentum.mul_(MOMENTUM).add_(gradient), alpha=MOMENTUM)
             steps = orthogonalize(torch.stack([gradient for _, gradient in found]), self.coefficients, self.compute)
             keep, scale = 1 - group["lr"] * group["weight_decay"], group["lr"] * RMS * max(shape) ** 0.5

@@ -32,7 +32,7 @@ from trilobit.infer.generate import sample_windows
 from trilobit.infer.load import Loaded, load_pretrained, pick_device
 from trilobit.listener import SILENT, Listener
 from trilobit.measure.perplexity import nats, perplexity, require_positions
-from trilobit.storage import alone_in, require_free_space, require_new_directory, write_json
+from trilobit.storage import alone_in, read_json, require_free_space, require_new_directory, write_json
 from trilobit.surgery.roles import decoder_layers, find_roles, vocabulary_size
 from trilobit.surgery.ternary import Plan, TernarySpec, apply_plan, make_plan, measure_rms, set_gains, set_strengths
 from trilobit.train.checkpoint import BYTES_PER_PARAMETER, Progress, list_checkpoints
@@ -119,6 +119,8 @@ class _Run:
         self.operate()
         self.make_directory()
         with alone_in(self.out):
+            self.require_unchanged(record)
+            write_json(self.out / "run.json", self.record)
             return self.finish(self.train())
 
     def load(self, record: dict[str, Any] | None) -> None:
@@ -230,7 +232,12 @@ class _Run:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"cannot write {self.out}: {error.strerror or error}.") from error
-        write_json(self.out / "run.json", self.record)
+
+    def require_unchanged(self, record: dict[str, Any] | None) -> None:
+        """Raise OutputError if another process began or finished a run here since this one looked."""
+        path = self.out / "run.json"
+        if (read_json(path) if path.exists() else None) != record:
+            raise OutputError(f"{self.out} is not as it was: another process has been working in it.")
 
     def train(self) -> Progress:
         """The warm start, if there is one and no checkpoint follows it, and all steps."""
@@ -343,15 +350,15 @@ def read_tokens(config: TuneConfig, base: Loaded, signals: Signals) -> Tokens:
     if start is None:
         raise ConfigError("--data self: this tokenizer has no beginning-of-text or end-of-text token to start from.")
     wanted, length = config.self_tokens or needed, config.sequence_length
-    key = f"self windows {weights_fingerprint(model)} {wanted} {length}"
+    heldout = config.evaluation_tokens + 1  # the last token of a part is a target alone
+    key = f"self windows {weights_fingerprint(model)} {start} {wanted} {length}"
 
     def make() -> Iterator[Any]:
         held = trained = 0
-        hint = wanted + config.evaluation_tokens
-        for chain in sample_windows(model, start, hint, length, 0, between=signals.raise_if_set):
+        for chain in sample_windows(model, start, wanted + heldout, length, 0, between=signals.raise_if_set):
             signals.raise_if_set()
             yield chain
-            if held < config.evaluation_tokens:
+            if held < heldout:
                 held += len(chain)
             else:
                 trained += len(chain)
@@ -359,7 +366,7 @@ def read_tokens(config: TuneConfig, base: Loaded, signals: Signals) -> Tokens:
                 return
 
     return from_tokens(
-        key, make, tokenizer, vocab_size=vocabulary, heldout_tokens=config.evaluation_tokens,
+        key, make, tokenizer, vocab_size=vocabulary, heldout_tokens=heldout,
         sequence_length=config.sequence_length, cache_dir=cache,
     )  # fmt: skip
 
