@@ -39,7 +39,7 @@ from trilobit.infer.load import Loaded, load_pretrained, pick_device
 from trilobit.measure.perplexity import nats
 from trilobit.surgery.roles import decoder_layers
 from trilobit.train.loop import Signals
-from trilobit.train.tune import read_tokens
+from trilobit.train.text import read_tokens
 from trilobit.train.windows import Windows, evaluation_windows
 
 ARMS = ("ptq-rtn", "ptq-rtn-mse", "ptq-gptq", "ptq-gptq-mse", "ptq-catq")

@@ -31,6 +31,7 @@ from trilobit.storage import alone_in
 from trilobit.train import data as data_module
 from trilobit.train import layers as layers_module
 from trilobit.train import objective as objective_module
+from trilobit.train import text as text_module
 from trilobit.train import tune as tune_module
 from trilobit.train.checkpoint import list_checkpoints
 from trilobit.train.loop import Interrupted
@@ -329,7 +330,7 @@ def test_the_command_saves_and_resumes(
 
 @pytest.mark.parametrize(
     ("data", "module", "source"),
-    [(None, data_module, "encode_documents"), ("self", tune_module, "sample_windows")],
+    [(None, data_module, "encode_documents"), ("self", text_module, "sample_windows")],
     ids=["file", "self"],
 )
 def test_a_signal_stops_the_tokenising(
@@ -853,7 +854,7 @@ def test_as_much_is_held_out_as_is_measured(
         assert heldout_tokens == held_out
         raise Prepared
 
-    monkeypatch.setattr(tune_module, "prepare", prepare)
+    monkeypatch.setattr(text_module, "prepare", prepare)
     with pytest.raises(Prepared):
         run(place.config(tmp_path / "run", eval_tokens=wanted))
 

@@ -9,7 +9,6 @@ out/loss.png, out/lambda.png, out/flips.png
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from trilobit.config.tune import TuneConfig
-from trilobit.errors import ConfigError, DataError, ModelError, OutputError
+from trilobit.errors import DataError, ModelError, OutputError
 from trilobit.export.hf import (
     Written,
     require_form,
@@ -28,15 +27,13 @@ from trilobit.export.hf import (
     write_latent,
     write_model,
 )
-from trilobit.infer.generate import sample_windows
-from trilobit.infer.load import Loaded, load_pretrained, pick_device
+from trilobit.infer.load import load_pretrained, pick_device
 from trilobit.listener import SILENT, Listener
 from trilobit.measure.perplexity import nats, perplexity, require_positions
 from trilobit.storage import alone_in, read_json, require_free_space, require_new_directory, write_json
-from trilobit.surgery.roles import decoder_layers, find_roles, vocabulary_size
+from trilobit.surgery.roles import decoder_layers, find_roles
 from trilobit.surgery.ternary import Plan, TernarySpec, apply_plan, make_plan, measure_rms, set_gains, set_strengths
 from trilobit.train.checkpoint import BYTES_PER_PARAMETER, Progress, list_checkpoints
-from trilobit.train.data import Tokens, from_tokens, prepare
 from trilobit.train.flips import watch_flips
 from trilobit.train.layers import decide_compile, prepare_layers, set_attention
 from trilobit.train.loop import Hooks, Signals, autocast, fit
@@ -47,12 +44,12 @@ from trilobit.train.reconstruct import reconstruct
 from trilobit.train.record import new_record, record_to_resume, weights_fingerprint
 from trilobit.train.schedule import StrengthSchedule, sensitivity_schedule, strength_schedule
 from trilobit.train.sensitivity import layer_costs
+from trilobit.train.text import read_tokens
 from trilobit.train.track import Track, tracker
 from trilobit.train.windows import Windows, evaluation_windows
 
 LR_TIMES_WIDTH = 0.4
 CALIBRATION_WINDOWS = 8
-HELDOUT_TOKENS = 262_144
 COMPARED_TOKENS = 1024  # model/ is compared with what was trained on at least as many tokens, held out as far as there are any
 
 
@@ -330,44 +327,6 @@ def _spec(config: TuneConfig) -> TernarySpec:
     return TernarySpec(
         placement=config.placement, gain=config.gain, activations=config.activations, scale=config.scale,
         cover=config.cover, dead_zone_bias=config.dead_zone_bias or 0.0, learned_ranges=config.learned_ranges,
-    )  # fmt: skip
-
-
-def read_tokens(config: TuneConfig, base: Loaded, signals: Signals) -> Tokens:
-    model, tokenizer = base.model, base.tokenizer
-    vocabulary = vocabulary_size(model)
-    cache = Path(config.cache_dir) if config.cache_dir else None
-    needed = config.max_tokens + config.sequence_length + 1
-    if config.data != "self":
-        return prepare(
-            config.data, tokenizer, vocab_size=vocabulary, text_field=config.text_field, max_tokens=needed,
-            sequence_length=config.sequence_length, cache_dir=cache,
-            heldout_tokens=max(HELDOUT_TOKENS, config.evaluation_tokens),
-            progress=lambda size, count: signals.raise_if_set(),
-        )  # fmt: skip
-    end: Any = tokenizer.eos_token_id
-    start: Any = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else end
-    if start is None:
-        raise ConfigError("--data self: this tokenizer has no beginning-of-text or end-of-text token to start from.")
-    wanted, length = config.self_tokens or needed, config.sequence_length
-    heldout = config.evaluation_tokens + 1  # the last token of a part is a target alone
-    key = f"self windows {weights_fingerprint(model)} {start} {wanted} {length}"
-
-    def make() -> Iterator[Any]:
-        held = trained = 0
-        for chain in sample_windows(model, start, wanted + heldout, length, 0, between=signals.raise_if_set):
-            signals.raise_if_set()
-            yield chain
-            if held < heldout:
-                held += len(chain)
-            else:
-                trained += len(chain)
-            if trained >= wanted:
-                return
-
-    return from_tokens(
-        key, make, tokenizer, vocab_size=vocabulary, heldout_tokens=heldout,
-        sequence_length=config.sequence_length, cache_dir=cache,
     )  # fmt: skip
 
 
