@@ -57,11 +57,13 @@ def _beyond() -> dict[str, Settings]:
         "every-kl-late-activations": {**start, "activation_schedule": "global", "activation_ramp_fraction": 0.5},
         "every-kl-wsd": {**start, "decay": "wsd", "decay_fraction": 0.5},
         "none-kl-wsd": {**NONE, "schedule": "immediate", **KL, "decay": "wsd", "decay_fraction": 0.5},
+        "every-global-kl-wsd": {**start, "schedule": "global", "decay": "wsd", "decay_fraction": 0.5},
         "every-kl-sensitivity": {**start, "schedule": "sensitivity"},
         "every-kl-muon": {**start, "optimizer": "muon"},
         "none-kl-muon": {**NONE, "schedule": "global", **KL, "optimizer": "muon"},
         "every-group-128-weights-only-kl": {**start, **groups},
         "none-group-128-weights-only-kl": {**NONE, "schedule": "layerwise", **KL, **groups},
+        "none-group-128-weights-only-global-kl": {**NONE, "schedule": "global", **KL, **groups},
     }  # fmt: skip
 
 

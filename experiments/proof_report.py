@@ -91,7 +91,7 @@ def cell(records: Records, study: Study, arm: str, budget: int) -> Cell:
 
 def highest_rate(records: Records, study: Study, arm: str) -> str:
     """The highest rate tried at the smallest budget whose loss stays below that of the best rate plus 0.5 nats."""
-    rows = {rate: records.get(Trial(arm, study.budget, rate, 0)) for rate in study.rates}
+    rows = {rate: records.get(Trial(arm, study.budget, rate, 0)) for rate in study.rates_of(arm)}
     best = min((row["nats"] for row in rows.values() if row and not row["diverged"]), default=float("inf"))
     fine = [rate for rate, row in rows.items() if row and not row["diverged"] and row["nats"] < best + 0.5]
     return f"{max(fine):g}" if fine else ""

@@ -56,7 +56,8 @@ class TrainingConfig:
     compile: Literal["auto", "yes", "no"] = "auto"
     """torch.compile each decoder layer. auto: where a compiler is found and the run is long enough to repay it."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] | None = None
-    """Attention implementation of transformers. Default: its own choice. (On a CPU `eager` can be faster for narrow heads.)"""
+    """Attention implementation of transformers while training. Default: its own choice. (On a CPU `eager` can be faster for
+    narrow heads.)"""
     activation_checkpointing: bool = False
     """Recompute activations in the backward: less memory, about a third more time."""
     seed: int = 0

@@ -7,7 +7,7 @@
 The constants of outlier-safe pre-training (arXiv 2506.19697) are the defaults: quintic coefficients (Keller Jordan's), five
 iterations in bf16. `polar-express` has a polynomial of its own for each iteration (arXiv 2505.16932), which brings the
 singular values nearer to one. The iteration is over the whole logical matrix. Matrices of one shape are iterated as one
-batched product; tall ones are transposed, since A is as wide as the shorter side.
+batched product. Of tall ones A = XᵀX, and X ← X·(a + bA + cA²).
 
 Letters: N matrices of one shape, R rows, C columns.
 """
@@ -35,6 +35,11 @@ ITERATION: dict[Coefficients, list[tuple[float, float, float]]] = {
 }  # fmt: skip
 MARGIN: dict[Coefficients, float] = {"quintic": 1.0, "polar-express": 1.02}
 """The norm is overestimated by this factor: polar-express's first polynomial diverges just above one."""
+WIDE = 2
+GROUPS = (3, 2)
+"""Of wide matrices, this many polynomials at a time are multiplied out on A, which is small, before X is touched."""
+CHUNK_BYTES = {True: 1 << 23, False: 1 << 28}
+"""Of fp32 updates that are iterated at once. CPU: what stays in its caches; elsewhere: few launches, little memory."""
 
 
 def orthogonalize(matrices: Tensor, coefficients: Coefficients = "quintic", compute: torch.dtype = torch.bfloat16) -> Tensor:
@@ -43,15 +48,34 @@ def orthogonalize(matrices: Tensor, coefficients: Coefficients = "quintic", comp
     Singular values from 0.01 of the Frobenius norm on end between 0.68 and 1.14 (quintic), 0.85 and 1.15 (polar-express).
     Zero stays zero.
     """
-    tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.mT if tall else matrices
+    x, tall = matrices, matrices.shape[-2] > matrices.shape[-1]
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-    x = (x / (norm * MARGIN[coefficients] + EPS)).to(compute)
-    for a, b, c in ITERATION[coefficients]:
-        gram = torch.bmm(x, x.mT)
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, polynomial, x, beta=a)
-    return x.mT if tall else x
+    x = torch.mul(x, 1 / (norm * MARGIN[coefficients] + EPS), out=torch.empty_like(x, dtype=compute))
+    rows, columns = sorted(x.shape[-2:])
+    # The mean of A's diagonal, known: what is taken from it before it is rounded, and carried along as a number.
+    shift = 1 / (max(rows, 1) * MARGIN[coefficients] ** 2)
+    identity = torch.eye(rows, dtype=compute, device=x.device)
+    remaining = iter(ITERATION[coefficients])
+    for steps in GROUPS if coefficients == "quintic" and columns >= WIDE * rows else (1,) * len(ITERATION[coefficients]):
+        pair = (x.mT, x) if tall else (x, x.mT)  # A is as wide as the shorter side
+        gram = torch.baddbmm(identity, *pair, beta=-shift)  # A = shift + gram
+        product, diagonal = gram, 0.0  # of the polynomials so far: diagonal + product
+        for index in range(steps):
+            a, b, c = next(remaining)
+            lone = a + b * shift + c * shift**2
+            polynomial = torch.baddbmm(gram, gram, gram, beta=b + 2 * c * shift, alpha=c)  # a + bA + cA² = lone + polynomial
+            if index == 0:
+                product, diagonal = polynomial, lone
+            else:
+                product = torch.baddbmm(product, polynomial, product, beta=lone).add_(polynomial, alpha=diagonal)
+                diagonal *= lone
+            if index + 1 < steps:  # A ← A · (lone + polynomial)²: all of these commute
+                square = torch.baddbmm(polynomial, polynomial, polynomial, beta=2 * lone)
+                gram = torch.baddbmm(gram, square, gram, beta=lone**2).add_(square, alpha=shift)
+            shift *= lone**2
+        pair = (x, product) if tall else (product, x)
+        x = torch.baddbmm(x, *pair, beta=diagonal)
+    return x
 
 
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
@@ -96,18 +120,29 @@ class Muon(torch.optim.AdamW):
         for parameter in group["params"]:
             if parameter.grad is not None:
                 shapes[parameter.shape, parameter.device].append((parameter, parameter.grad))
-        for (shape, _), found in shapes.items():
-            parameters = [parameter for parameter, _ in found]
-            for parameter, gradient in found:
-                if "momentum" not in self.state[parameter]:
-                    self.state[parameter]["momentum"] = torch.zeros_like(parameter)
-                momentum = self.state[parameter]["momentum"]
-                gradient.add_(momentum.mul_(MOMENTUM).add_(gradient), alpha=MOMENTUM)
-            steps = orthogonalize(torch.stack([gradient for _, gradient in found]), self.coefficients, self.compute)
-            keep, scale = 1 - group["lr"] * group["weight_decay"], group["lr"] * RMS * max(shape) ** 0.5
-            for parameter, step in zip(parameters, steps, strict=True):
-                new = torch.mul(parameter, keep).sub_(step.to(parameter.dtype), alpha=scale)
-                bad = getattr(self, "found_inf", None)
-                parameter.copy_(new if bad is None else torch.where(bad > 0, parameter, new))
-                parameter.grad = None
-            self.iterated += len(parameters)
+        for (shape, device), found in shapes.items():
+            size = max(1, CHUNK_BYTES[device.type == "cpu"] // (4 * shape.numel()))
+            workspace = found[0][1].new_empty(min(size, len(found)), *shape)  # fresh memory costs more than what is done in it
+            for start in range(0, len(found), size):
+                self._step_chunk(group, found[start : start + size], workspace)
+
+    def _step_chunk(self, group: dict[str, Any], found: list[tuple[nn.Parameter, Tensor]], workspace: Tensor) -> None:
+        """One step of matrices of one shape. workspace: as many of them, overwritten."""
+        updates = workspace[: len(found)]
+        for (parameter, gradient), update in zip(found, updates, strict=True):
+            if "momentum" not in self.state[parameter]:
+                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+            momentum = self.state[parameter]["momentum"].mul_(MOMENTUM).add_(gradient)
+            torch.add(gradient, momentum, alpha=MOMENTUM, out=update)
+        updates = orthogonalize(updates, self.coefficients, self.compute)
+        keep, length = 1 - group["lr"] * group["weight_decay"], group["lr"] * RMS * max(workspace.shape[-2:]) ** 0.5
+        bad = getattr(self, "found_inf", None)
+        held_back = bad is not None and bad.device.type == "cpu" and bool(bad > 0)
+        for (parameter, _), update in zip(found, updates, strict=True):
+            if bad is not None and bad.device.type != "cpu":  # decided there: reading it here would wait
+                new = torch.mul(parameter, keep).sub_(update.to(parameter.dtype), alpha=length)
+                parameter.copy_(torch.where(bad > 0, parameter, new))
+            elif not held_back:
+                parameter.mul_(keep).sub_(update, alpha=length)
+            parameter.grad = None
+        self.iterated += len(found)

@@ -127,6 +127,7 @@ class _Run:
         self.base = load_pretrained(config.model)
         self.model = self.base.model
         self.model.to(self.device)  # pyright: ignore[reportArgumentType]
+        self.own_attention = self.model.config._attn_implementation
         if config.attention is not None:
             set_attention(self.model, config.attention)
         require_positions(self.model, config.sequence_length)
@@ -196,6 +197,8 @@ class _Run:
         self.listener.note(f"original model: {base_nats:.4f} nats per token held out (perplexity {perplexity(base_nats):.2f})")
         if config.distill == "logits" or config.reconstruct_tokens is not None:
             self.teacher = frozen_copy(self.model, config.precision)
+            if config.attention is not None and config.distill_attention is None:  # forward alone, other things are fast
+                set_attention(self.teacher, self.own_attention)
         if self.plan is not None:
             surgery = apply_plan(self.model, self.plan)
             set_gains(self.model, self.record["gains"])
