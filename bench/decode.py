@@ -3,7 +3,8 @@
     python bench/decode.py MODEL [--run RUN] [--device cuda] [--tokens 64] [--batch 1]
 
 MODEL: a checkpoint directory. RUN: a finished run of `trilobit tune` on it; without one MODEL is made ternary untrained,
-which costs the same. GB/s counts the bytes of all weights once a token, as they lie in memory (codes are one byte here).
+which costs the same, with the norms and without: what they cost, in bytes and in time.
+GB/s counts the bytes of all weights once a token, as they lie in memory (codes are one byte here).
 """
 
 import argparse
@@ -15,7 +16,7 @@ from torch import nn
 
 from trilobit.infer.generate import continue_tokens
 from trilobit.infer.load import freeze, load
-from trilobit.surgery.ternary import ternarize
+from trilobit.surgery.ternary import TernarySpec, ternarize
 
 
 def main() -> None:
@@ -31,9 +32,10 @@ def main() -> None:
     if arguments.run:
         models["ternary"] = load(arguments.run, device=arguments.device, dtype=torch.bfloat16).model
     else:
-        untrained = load(arguments.model)
-        ternarize(untrained.model)
-        models["ternary, untrained"] = freeze(untrained.model).to(arguments.device)  # pyright: ignore
+        for name, placement in (("ternary, untrained", "every"), ("the same without norms", "none")):
+            untrained = load(arguments.model)
+            ternarize(untrained.model, TernarySpec(placement=placement))
+            models[name] = freeze(untrained.model).to(arguments.device)  # pyright: ignore
     prompt = torch.full((arguments.batch, 8), 7, device=arguments.device)
     rates: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(arguments.rounds + 1):

@@ -65,12 +65,13 @@ class Study:
     rates: tuple[float, ...]
     settings: dict[str, Any]
     """Of TuneConfig, for every arm."""
+    control_rates: float = 1.0
+    """The control's rates over those of the others: what is not quantised has little to learn, and forgets at high rates."""
     one_rung: bool = False
     """Every arm at one budget, and no more."""
 
     def rates_of(self, arm: str) -> tuple[float, ...]:
-        """Of the control, lower ones: what is not quantised has little to learn, and forgets at the rates that others need."""
-        return tuple(rate / 32 for rate in self.rates) if arm == CONTROL else self.rates
+        return tuple(rate * self.control_rates for rate in self.rates) if arm == CONTROL else self.rates
 
     @property
     def budgets(self) -> tuple[int, int, int]:
@@ -82,7 +83,12 @@ STORIES = SMALL | {  # eager: flash attention is slow backwards where heads are 
     "sequence_length": 128, "sequences": 32, "attention": "eager", "self_tokens": 2_000_000,
 }  # fmt: skip
 STUDIES = {
-    "stories260k": Study(262_144, (1.25e-3, 2.5e-3, 5e-3, 1e-2), STORIES | {"batch_tokens": 1024, "sequences": 8}),
+    "stories260k": Study(
+        262_144, (1.25e-3, 2.5e-3, 5e-3, 1e-2), STORIES | {"batch_tokens": 1024, "sequences": 8}, control_rates=1 / 32
+    ),
+    "stories260k-rates": Study(  # how high may a rate be?
+        262_144, (2e-2, 4e-2, 8e-2, 1.6e-1), STORIES | {"batch_tokens": 1024, "sequences": 8}, one_rung=True
+    ),
     "stories260k-cut": Study(262_144, (2.5e-3, 5e-3, 1e-2, 2e-2), STORIES),  # docs/proof.md says what was wrong with it
     "embedded": Study(1_228_800, (1e-3, 2e-3, 4e-3, 8e-3), SMALL | {"sequence_length": 256, "sequences": 16}),
     "smollm2": Study(
@@ -302,7 +308,7 @@ def main() -> None:
     arguments = parser.parse_args()
     study = STUDIES[arguments.study]
     rates = tuple(arguments.rates or study.rates)
-    study = replace(study, budget=arguments.budget or study.budget, rates=rates, one_rung=arguments.one_rung)
+    study = replace(study, budget=arguments.budget or study.budget, rates=rates, one_rung=arguments.one_rung or study.one_rung)
     folder = RECORDS / arguments.study
     if not arguments.table:
         end = time.monotonic() + 60 * arguments.minutes

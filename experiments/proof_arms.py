@@ -7,9 +7,10 @@ activations, cover and gain; then other people's recipes as they define them.
 
 from typing import Any
 
-from trilobit.recipes import RECIPES
+from trilobit.recipes import RECIPES as ALL_RECIPES
 
 Settings = dict[str, Any]
+RECIPES = ALL_RECIPES["tune"]
 
 CE: Settings = {"distill": "none"}
 KL: Settings = {"distill": "logits"}

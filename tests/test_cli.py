@@ -17,9 +17,14 @@ from trilobit.cli import COMMANDS, Console, main
 from trilobit.config.demo import DemoConfig
 from trilobit.config.eval import EvalConfig
 from trilobit.config.generate import GenerateConfig
+from trilobit.config.outliers import OutliersConfig
+from trilobit.config.pretrain import PretrainConfig
 from trilobit.config.tune import TuneConfig
 
-CONFIGS = {"tune": TuneConfig, "eval": EvalConfig, "generate": GenerateConfig, "demo": DemoConfig}
+CONFIGS = {
+    "tune": TuneConfig, "pretrain": PretrainConfig, "eval": EvalConfig, "outliers": OutliersConfig,
+    "generate": GenerateConfig, "demo": DemoConfig,
+}  # fmt: skip
 TEXT = "naïve text, and more of it.\n" * 20
 
 
@@ -73,6 +78,7 @@ def cli(capsys: pytest.CaptureFixture[str], place: Path, monkeypatch: pytest.Mon
 
 
 EVAL = ("eval", "model", "--sequence-length", "16", "--device", "cpu", "--data")
+OUTLIERS = ("outliers", "model", "--device", "cpu", "--data")
 TUNE = ("tune", "model", "--data", "text.txt", "--device", "cpu")
 
 
@@ -93,7 +99,7 @@ TUNE = ("tune", "model", "--data", "text.txt", "--device", "cpu")
         ((*TUNE, "--recipe", "papr"), "there is no recipe 'papr'; did you mean paper?"),
         ((*TUNE, "--recipe", "nothing-like"), "There are: paper, autobitlinear"),
         ((*TUNE, "--recipe"), "--recipe: expected one argument"),
-        ((*EVAL, "text.txt", "--recipe", "paper"), "--recipe is for `trilobit tune`, not for `trilobit eval`"),
+        ((*EVAL, "text.txt", "--recipe", "paper"), "`trilobit eval` has no recipes"),
         ((*TUNE, "--json=yes"), "--json: ignored explicit argument 'yes'"),
         ((*TUNE, "--lr", "fast"), "fast"),
         ((*TUNE, "--lr", "nan"), "--lr is nan"),
@@ -129,6 +135,11 @@ TUNE = ("tune", "model", "--data", "text.txt", "--device", "cpu")
         (("eval", "m" * 300, "--data", "text.txt"), "cannot be read: File name too long"),
         (("tune", "m" * 300, "--data", "text.txt", "--out", "new"), "cannot be read: File name too long"),
         (("eval", "there", "--data", "text.txt"), "there is not a checkpoint directory: it has no config.json"),
+        (("outliers", "model"), "--data"),
+        ((*OUTLIERS, "text.txt", "--protocol", "neither"), "neither"),
+        ((*OUTLIERS, "text.txt", "--out", "there"), "there exists already. Choose another name"),
+        ((*OUTLIERS, "text.txt", "--sequence-length", "65"), "--sequence-length 65 is longer than the model's 64 positions"),
+        ((*OUTLIERS, "short.txt", "--protocol", "osp"), "the text has 5 tokens, fewer than one sequence of 2048"),
         (("generate", "someone/model", "hello"), "someone/model is not a directory here, and the hub cannot be reached"),
         (("generate", "model", "hello", "--temperature", "-1"), "--temperature"),
         (("generate", "model", "hello", "--top-p", "1.5"), "--top-p is 1.5; it must be above 0 and at most 1"),
@@ -255,15 +266,16 @@ def test_help_mentions_every_field(cli: Any, command: str) -> None:
     """`trilobit COMMAND --help` exits 0, on stdout, with every field of its configuration and its docstring."""
     outcome = cli(command, "--help")
     assert outcome.code == 0
-    positional = {"model": "MODEL", "prompt": "PROMPT"}
+    positional = {"model": "MODEL", "prompt": "PROMPT", "architecture": "ARCHITECTURE"}
     for field in fields(CONFIGS[command]):
         name = positional.get(field.name, f"--{field.name.replace('_', '-')}")
         name = "--max-tokens" if name == "--max_tokens" else name
         assert re.search(rf"{re.escape(name)}\b", outcome.out), name
     assert "--json" in outcome.out
-    assert ("--from" in outcome.out) == (command == "tune"), "a run.json is written by tune alone"
-    if command == "tune":
-        assert "hf-blog" in outcome.out
+    trains = command in ("tune", "pretrain")
+    assert ("--from" in outcome.out) == trains, "a run.json is written by what trains"
+    if trains:
+        assert {"tune": "hf-blog", "pretrain": "osp-60m"}[command] in outcome.out
 
 
 def test_help_and_version(cli: Any) -> None:

@@ -1,4 +1,4 @@
-"""Turn full-precision language models into ternary ones. Importing this loads no torch: names resolve on first use."""
+"""Low-bit language models: ternary ones, and ones without outliers. Importing this loads no torch: names are lazy."""
 
 from importlib import import_module
 from typing import Any
@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "TuneConfig": "trilobit.config.tune",
+    "PretrainConfig": "trilobit.config.pretrain",
     "EvalConfig": "trilobit.config.eval",
     "GenerateConfig": "trilobit.config.generate",
     "TernarySpec": "trilobit.surgery.ternary",
@@ -14,10 +15,13 @@ _PUBLIC = {
     "PackedLinear": "trilobit.nn.packed",
     "TrilobitError": "trilobit.errors",
     "ternarize": "trilobit.surgery.ternary",
+    "outlier_safe": "trilobit.surgery.outlier_safe",
+    "fold": "trilobit.surgery.fold",
     "load": "trilobit.infer.load",
 }
 _COMMANDS = {
     "tune": "trilobit.train.tune",
+    "pretrain": "trilobit.train.pretrain",
     "evaluate": "trilobit.measure.evaluate",
     "generate": "trilobit.infer.generate",
 }

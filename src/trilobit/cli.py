@@ -32,7 +32,11 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "tune": Command("trilobit.config.tune:TuneConfig", "trilobit.train.tune", "make a checkpoint ternary"),
+    "pretrain": Command("trilobit.config.pretrain:PretrainConfig", "trilobit.train.pretrain", "train without outliers"),
     "eval": Command("trilobit.config.eval:EvalConfig", "trilobit.measure.evaluate", "perplexity, benchmarks"),
+    "outliers": Command(
+        "trilobit.config.outliers:OutliersConfig", "trilobit.report.outliers", "activation outliers: where, carried by what"
+    ),
     "generate": Command("trilobit.config.generate:GenerateConfig", "trilobit.infer.generate", "continue a prompt"),
     "demo": Command("trilobit.config.demo:DemoConfig", "trilobit.demo", "tune the embedded model in minutes"),
 }
@@ -112,11 +116,9 @@ def parse(name: str, arguments: list[str]) -> tuple[Any, bool]:
             value = (defaults | required).get(field.name, field.default)
             object.__setattr__(default, field.name, value)
     epilog = "Every command also takes --json: the result as one JSON object."
-    if name == "tune":
-        from trilobit.recipes import RECIPES
-
+    if recipes := _recipes(name):
         epilog += " --from RUN/run.json repeats a run."
-        epilog += f" --recipe is one of: {', '.join(RECIPES)}."
+        epilog += f" --recipe is one of: {', '.join(recipes)}."
     description = f"{config_type.__doc__}\n\n{epilog}"
     try:
         with warnings.catch_warnings():
@@ -135,14 +137,19 @@ def _required(field: Any) -> bool:
     return field.default is MISSING and field.default_factory is MISSING
 
 
-def _recipe(command: str, name: str) -> dict[str, Any]:
+def _recipes(command: str) -> dict[str, Any]:
     from trilobit.recipes import RECIPES
 
-    if command != "tune":
-        raise ConfigError(f"--recipe is for `trilobit tune`, not for `trilobit {command}`.")
-    if name not in RECIPES:
-        raise ConfigError(f"there is no recipe {name!r}{_nearest(name, RECIPES)} There are: {', '.join(RECIPES)}.")
-    return RECIPES[name]()
+    return RECIPES.get(command, {})
+
+
+def _recipe(command: str, name: str) -> dict[str, Any]:
+    recipes = _recipes(command)
+    if not recipes:
+        raise ConfigError(f"`trilobit {command}` has no recipes.")
+    if name not in recipes:
+        raise ConfigError(f"there is no recipe {name!r}{_nearest(name, recipes)} There are: {', '.join(recipes)}.")
+    return recipes[name]()
 
 
 def _from_run(command: str, source: str, config_type: Any) -> dict[str, Any]:
@@ -196,7 +203,13 @@ def _fail(message: str) -> int:
 def _help() -> str:
     lines = [f"  trilobit {name:<10} {command.summary}" for name, command in COMMANDS.items()]
     return "\n".join(
-        ["Turn full-precision language models into ternary ones.", "", *lines, "", "`trilobit COMMAND --help` has the rest."]
+        [
+            "Low-bit language models: made ternary, or trained without outliers, measured and run.",
+            "",
+            *lines,
+            "",
+            "`trilobit COMMAND --help` has the rest.",
+        ]
     )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from proof import STUDIES, Records, Trial, best_rates, claim, model_class, spikes, wanted
-from proof_arms import ALWAYS, ARMS
+from proof_arms import ALWAYS, ARMS, CONTROL
 from proof_report import NAMES, SHOWN, power_law, table
 
 from trilobit.config.tune import TuneConfig
@@ -20,7 +20,8 @@ def done(trials: list[Trial], nats: dict[str, float] | None = None) -> Records:
     order = nats or {arm: 2 + 0.01 * index for index, arm in enumerate(ARMS)}
     return {
         trial: {
-            "diverged": False, "nats": order[trial.arm] + abs(trial.rate - STUDY.rates[1]), "base_nats": 1.0, "spikes": 0,
+            "diverged": False, "nats": order[trial.arm] + abs(trial.rate - STUDY.rates_of(trial.arm)[1]), "base_nats": 1.0,
+            "spikes": 0,
             "report_gap": order[trial.arm] - 1, "other_gap": 0.5, "tokens_per_second": 1000.0, "curve": [],
         }
         for trial in trials
@@ -43,20 +44,21 @@ def test_rungs_follow_from_what_is_done() -> None:
     arms = list(ARMS)
     small, middle, large = STUDY.budgets
     (first,) = wanted({}, STUDY, arms)
-    assert first == [Trial(arm, small, rate, 0) for arm in arms for rate in STUDY.rates]
+    assert first == [Trial(arm, small, rate, 0) for arm in arms for rate in STUDY.rates_of(arm)]
+    assert max(STUDY.rates_of(CONTROL)) < min(STUDY.rates) and len(STUDY.rates_of(CONTROL)) == len(STUDY.rates)
     records = done(first)
     del records[first[-1]]
     assert wanted(records, STUDY, arms) == [first]
     records = done(first)
     second = wanted(records, STUDY, arms)[1]
     assert {(t.budget, t.seed) for t in second} == {(middle, 0)} and len(second) == 2 * len(arms)
-    assert all(STUDY.rates[1] in [t.rate for t in second if t.arm == arm] for arm in arms)
+    assert all(STUDY.rates_of(arm)[1] in [t.rate for t in second if t.arm == arm] for arm in arms)
     records |= done(second)
     third = wanted(records, STUDY, arms)[2]
     finalists = list(dict.fromkeys(t.arm for t in third))
     assert set(ALWAYS) <= set(finalists) and len(finalists) < len(arms)
     assert {model_class(arm) for arm in finalists} == {model_class(arm) for arm in arms}, "no class is left out"
-    assert {(t.budget, t.rate) for t in third} == {(large, STUDY.rates[1])}
+    assert {(t.budget, t.rate) for t in third} == {(large, STUDY.rates_of(t.arm)[1]) for t in third}
     assert all(sorted(t.seed for t in third if t.arm == arm) == [0, 1, 2] for arm in finalists)
     records |= done(third)
     fourth = wanted(records, STUDY, arms)[3]
@@ -66,7 +68,7 @@ def test_rungs_follow_from_what_is_done() -> None:
 
 def test_a_rate_that_diverges_is_not_the_best() -> None:
     """It is known, and last."""
-    arm = ALWAYS[0]
+    arm = ALWAYS[1]
     records = done([Trial(arm, STUDY.budget, rate, 0) for rate in STUDY.rates])
     records[Trial(arm, STUDY.budget, STUDY.rates[1], 0)] = {"diverged": True}
     assert best_rates(records, STUDY, arm, STUDY.budget)[0] == STUDY.rates[0]

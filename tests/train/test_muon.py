@@ -32,11 +32,23 @@ def test_the_iteration_is_the_oracles(rows: int, columns: int, number: int, coef
         assert (result - naive(matrix, coefficients)).norm() <= 1e-10 * min(rows, columns) ** 0.5
 
 
-@pytest.mark.parametrize("shape", [(64, 64), (48, 128), (160, 60), (1, 9), (200, 7)])
-def test_bf16_is_as_near_as_torchs(shape: tuple[int, int]) -> None:
+def with_spectrum(rows: int, columns: int, spectrum: str) -> torch.Tensor:
+    """Four matrices: Gaussian, or of singular values that fall as 1/√i, or over four decades."""
+    matrices = torch.randn(4, rows, columns)
+    if spectrum == "gaussian":
+        return matrices
+    u, s, v = torch.linalg.svd(matrices, full_matrices=False)
+    number = s.shape[-1]
+    s = torch.arange(1, number + 1) ** -0.5 if spectrum == "decaying" else torch.logspace(0, -4, number)
+    return (u * s) @ v
+
+
+@pytest.mark.parametrize("spectrum", ["gaussian", "decaying", "steep"])
+@pytest.mark.parametrize("shape", [(64, 64), (48, 128), (160, 60), (1, 9), (200, 7), (256, 512), (300, 1000)])
+def test_bf16_is_as_near_as_torchs(shape: tuple[int, int], spectrum: str) -> None:
     """In bf16 the error against the float64 oracle is at most 1.5 times that of torch.optim.Muon."""
     torch.manual_seed(0)
-    matrices = torch.randn(4, *shape)
+    matrices = with_spectrum(*shape, spectrum)
     ours = orthogonalize(matrices)
     for matrix, result in zip(matrices, ours, strict=True):
         exact = naive(matrix, "quintic")
@@ -113,6 +125,67 @@ def test_steps_are_those_of_torchs_two_optimizers() -> None:
     start = Pair()
     for a, b, first in zip(ours.matrices, theirs.matrices, start.matrices, strict=True):
         assert (a - b).norm() <= 0.02 * (b - first).norm()
+
+
+def test_scales_are_torchs_two() -> None:
+    """`rms` makes steps as long as AdamW's, `spectral` of spectral norm √max(1, R/C): torch's match_rms_adamw and original."""
+    for ours, theirs in (("rms", "match_rms_adamw"), ("spectral", "original")):
+        pair, other = Pair(), Pair()
+        optimizer = pair.optimizer(weight_decay=0.0, scale=ours)
+        muon = torch.optim.Muon(list(other.matrices), lr=1e-2, weight_decay=0.0, adjust_lr_fn=theirs)
+        pair.give_gradients(1)
+        other.give_gradients(1)
+        optimizer.step()
+        muon.step()
+        for a, b, first in zip(pair.matrices, other.matrices, Pair().matrices, strict=True):
+            assert (a - b).norm() <= 0.04 * (b - first).norm()
+
+
+def test_normuon_evens_out_the_rows() -> None:
+    """Three steps equal the definition in float64; as long as Muon's, rows equally long at first."""
+    pair = Pair(dtype=torch.float64)
+    optimizer = pair.optimizer(weight_decay=0.0, normuon=True, compute=torch.float64)
+    moments = [torch.zeros(len(matrix), 1, dtype=torch.float64) for matrix in pair.matrices]
+    momenta = [torch.zeros_like(matrix) for matrix in pair.matrices]
+    for seed in range(3):
+        pair.give_gradients(seed)
+        before = [matrix.detach().clone() for matrix in pair.matrices]
+        gradients = [matrix.grad.clone() for matrix in pair.matrices if matrix.grad is not None]
+        optimizer.step()
+        for i, matrix in enumerate(pair.matrices):
+            momenta[i] = 0.95 * momenta[i] + gradients[i]
+            update = naive(gradients[i] + 0.95 * momenta[i], "quintic")
+            moments[i] = 0.95 * moments[i] + 0.05 * update.square().mean(dim=1, keepdim=True)
+            update = update / (moments[i].sqrt() + 1e-8)
+            update *= min(update.shape) ** 0.5 / update.norm()
+            expected = before[i] - 1e-2 * 0.2 * max(update.shape) ** 0.5 * update
+            assert (matrix - expected).norm() <= 1e-9
+            if seed == 0:
+                rows = (matrix - before[i]).norm(dim=1)
+                assert rows.max() <= rows.min() * (1 + 1e-4)
+
+
+def test_matrices_are_stepped_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However few matrices are iterated at once, the step is the same."""
+    whole, parts = Pair(), Pair()
+    optimizers = whole.optimizer(), parts.optimizer()
+    for seed in range(2):
+        whole.give_gradients(seed)
+        parts.give_gradients(seed)
+        optimizers[0].step()
+        with monkeypatch.context() as patch:
+            patch.setattr("trilobit.train.muon.CHUNK_BYTES", {True: 1, False: 1})
+            optimizers[1].step()
+    assert optimizers[1].iterated == 3
+    for a, b in zip(whole.matrices, parts.matrices, strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-6)
+
+
+def test_odd_shapes_are_refused() -> None:
+    """What is no matrix, or an empty one, is never quietly given to AdamW."""
+    for shape in [(3,), (2, 3, 4), (0, 5)]:
+        with pytest.raises(AssertionError):
+            Muon([{"params": [nn.Parameter(torch.ones(shape))], "muon": True}], 1e-2, (0.9, 0.95))
 
 
 def test_what_is_not_finite_is_held_back() -> None:

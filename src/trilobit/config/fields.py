@@ -49,5 +49,8 @@ Count = Annotated[
 ]
 """A number of tokens on the command line: `4096`, `12k`, `3M`, `1B`."""
 
+Architecture = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ARCHITECTURE")]
+"""A name of ours, a hub id, or a directory with a config.json."""
+
 ModelPath = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
 """A hub id, a checkpoint directory, or a run directory."""

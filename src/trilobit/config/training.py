@@ -36,6 +36,14 @@ class TrainingConfig:
 
     optimizer: Literal["adamw", "muon"] = "adamw"
     """AdamW for everything, or Muon for the matrices inside the decoder layers and AdamW for the rest (one rate for both)."""
+    muon_coefficients: Literal["quintic", "polar-express"] = "quintic"
+    """Polynomials of Muon's iteration: Jordan's one, five times, or five of their own (arXiv 2505.16932)."""
+    muon_scale: Literal["rms", "spectral"] = "rms"
+    """Length of Muon's steps: root mean square as AdamW's, so that one rate serves both, or one spectral norm."""
+    normuon: bool = False
+    """Divide each row of Muon's update by its running root mean square (NorMuon, arXiv 2510.05491)."""
+    muon_embeddings: bool = False
+    """Muon trains embedding and head as well."""
     lr: float | None = None
     """Peak learning rate. Default: 0.4 / hidden size (7e-4 at width 576, 1e-4 at 4096)."""
     warmup_fraction: float = 0.02
@@ -93,6 +101,10 @@ class TrainingConfig:
         for name in ("warmup_fraction", "decay_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be from 0 to 1.")
+        if self.optimizer != "muon":
+            chosen = {"muon_coefficients": "quintic", "muon_scale": "rms", "normuon": False, "muon_embeddings": False}
+            if changed := [name for name, usual in chosen.items() if getattr(self, name) != usual]:
+                raise ConfigError(f"--{changed[0].replace('_', '-')} needs --optimizer muon.")
         if self.self_tokens is not None and self.data != "self":
             raise ConfigError("--self-tokens needs --data self.")
         if self.max_tokens < self.tokens_per_step:

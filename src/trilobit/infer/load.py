@@ -101,7 +101,7 @@ def _ours_on_hub(source: str) -> Path | None:
         hf_hub_download(source, CARD)
     except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError):  # load_pretrained says what is wrong
         return None
-    with _clear_errors(source):
+    with clear_errors(source):
         return Path(snapshot_download(source))
 
 
@@ -121,7 +121,7 @@ def load_pretrained(source: str, dtype: torch.dtype = torch.float32) -> Loaded:
         _require_checkpoint_directory(path)
         if (path / CARD).exists() and read_json(path / CARD).get("plan") is not None:
             raise ModelError(f"{source} is ternary already: trilobit wrote it. Start from the full-precision checkpoint.")
-    with _clear_errors(source):
+    with clear_errors(source):
         config = AutoConfig.from_pretrained(source)
         if getattr(config, "quantization_config", None) is not None:
             raise ModelError(f"{source} is a quantised checkpoint. Start from the full-precision one.")
@@ -136,14 +136,14 @@ def load_pretrained(source: str, dtype: torch.dtype = torch.float32) -> Loaded:
         )
     if missing := sorted(report["missing_keys"]):
         raise ModelError(f"{source} lacks {len(missing)} of the model's weights ({missing[0]}, …): it is incomplete.")
-    tokenizer = _load_tokenizer(source)
+    tokenizer = load_tokenizer(source)
     check_tokenizer(source, model, tokenizer)
     return Loaded(model, tokenizer, None, "full precision")
 
 
-def _load_tokenizer(source: str | Path) -> Any:
+def load_tokenizer(source: str | Path) -> Any:
     """The tokenizer of `source`, without the truncation and padding that some tokenizer.json files carry."""
-    with _clear_errors(f"the tokenizer of {source}"):
+    with clear_errors(f"the tokenizer of {source}"):
         tokenizer = AutoTokenizer.from_pretrained(source)
         if getattr(tokenizer, "is_fast", False):
             tokenizer.backend_tokenizer.no_truncation()
@@ -188,8 +188,8 @@ def read_ours(path: Path) -> Loaded:
     card = read_json(path / CARD)
     form = card["form"]
     plan = Plan.from_json(card["plan"]) if card["plan"] else None
-    tokenizer = _load_tokenizer(path)
-    with _clear_errors(str(path)):
+    tokenizer = load_tokenizer(path)
+    with clear_errors(str(path)):
         if plan is None or form == "dense":
             with quiet_transformers():
                 model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
@@ -279,7 +279,7 @@ def _require_checkpoint_directory(path: Path) -> None:
 
 
 @contextmanager
-def _clear_errors(source: str) -> Iterator[None]:
+def clear_errors(source: str) -> Iterator[None]:
     """Turn what transformers and the hub raise, which is nearly every kind there is, into a ModelError that says what to do."""
     try:
         yield

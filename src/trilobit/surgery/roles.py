@@ -73,7 +73,7 @@ def decoder_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def vocabulary_size(model: PreTrainedModel) -> int:
     """Rows of the embedding: token ids are below it."""
-    return model.get_input_embeddings().weight.shape[0]  # pyright: ignore[reportReturnType, reportIndexIssue]
+    return model.get_input_embeddings().num_embeddings  # pyright: ignore[reportReturnType] (packed ones have no weight)
 
 
 def find_roles(model: PreTrainedModel) -> Roles:
@@ -92,23 +92,30 @@ def find_roles(model: PreTrainedModel) -> Roles:
         raise ModelError(f"{kind} is not a decoder-only text model.")
     if not isinstance(head, nn.Linear):
         raise ModelError(f"{kind} has no linear language-model head.")
-    layers = decoder_layers(model)
-    linears: dict[nn.Module, tuple[str, int]] = {}
-    for index, (layer_path, layer) in enumerate(layers):
-        for name, module in layer.named_modules(prefix=layer_path):
-            if type(module) is nn.Linear:
-                linears[module] = (name, index)
-            else:
-                _refuse_foreign_matrix(name, module)
     paths: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
-    sites = _probe(model, linears, paths)
     return Roles(
-        sites=tuple(sites),
-        layers=tuple(path for path, _ in layers),
+        sites=find_sites(model),
+        layers=tuple(path for path, _ in decoder_layers(model)),
         embedding=paths[embedding],
         head=paths[head],
         tied=head.weight is embedding.weight,
     )
+
+
+def find_sites(model: PreTrainedModel, kinds: tuple[type[nn.Module], ...] = (nn.Linear,)) -> tuple[Site, ...]:
+    """Probe `model` for its decoder linears (modules of exactly these kinds) alone, in running order; it is left as it was.
+
+    Raises ModelError for models without decoder layers, encoders, and decoder modules of other kinds that own matrices.
+    """
+    linears: dict[nn.Module, tuple[str, int]] = {}
+    for index, (layer_path, layer) in enumerate(decoder_layers(model)):
+        for name, module in layer.named_modules(prefix=layer_path):
+            if type(module) in kinds:
+                linears[module] = (name, index)
+            else:
+                _refuse_foreign_matrix(name, module)
+    paths: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
+    return tuple(_probe(model, linears, paths))
 
 
 def _refuse_foreign_matrix(name: str, module: nn.Module) -> None:
@@ -151,7 +158,9 @@ def _probe(model: PreTrainedModel, linears: dict[nn.Module, tuple[str, int]], pa
         pinned, _ = _watch(model, tokens.to(device), linears, paths, pin(0.0))
         moved, _ = _watch(model, tokens.to(device), linears, paths, pin(1.0))
     if not torch.isfinite(logits).all():
-        raise ModelError(f"{type(model).__name__} gives logits that are not finite: its weights are damaged.")
+        broken = [linears[module][0] for module, seen in plain.items() if not torch.isfinite(seen.value).all()]
+        where = f"what {broken[0]} reads" if broken else "what follows the last of its linears"
+        raise ModelError(f"{type(model).__name__} gives logits that are not finite, first in {where}: its weights are damaged.")
     if not torch.equal(logits[:, :-1], causal[:, :-1]):
         raise ModelError(f"{type(model).__name__} is not causal (an encoder?): earlier positions see later tokens.")
     missed = [name for module, (name, _) in linears.items() if module not in plain]

@@ -169,7 +169,7 @@ def make_optimizer(model: nn.Module, lr: float, config: TrainingConfig) -> torch
     matrices only."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     assert all(p.dtype == torch.float32 for p in parameters), "latent weights are fp32, always"
-    matrices = hidden_matrices(model) if config.optimizer == "muon" else []
+    matrices = muon_matrices(model, config) if config.optimizer == "muon" else []
     routed = {id(p) for p in matrices}
     others = [p for p in parameters if id(p) not in routed]
     groups = [
@@ -180,8 +180,18 @@ def make_optimizer(model: nn.Module, lr: float, config: TrainingConfig) -> torch
     assert sum(len(group["params"]) for group in groups) == len(parameters)
     groups = [group for group in groups if group["params"]]
     if config.optimizer == "muon":
-        return Muon(groups, lr, BETAS)
+        return Muon(groups, lr, BETAS, coefficients=config.muon_coefficients, scale=config.muon_scale, normuon=config.normuon)
     return torch.optim.AdamW(groups, lr=lr, betas=BETAS, fused=True)
+
+
+def muon_matrices(model: nn.Module, config: TrainingConfig) -> list[nn.Parameter]:
+    """What Muon trains: the decoder's matrices and embedding projections, and embedding and head where that is asked for."""
+    matrices = hidden_matrices(model)
+    if config.muon_embeddings:
+        ends = [module.weight for module in model.modules() if isinstance(module, nn.Embedding | nn.Linear)]
+        known = {id(p) for p in matrices}
+        matrices += [p for p in dict.fromkeys(ends) if id(p) not in known and isinstance(p, nn.Parameter) and p.requires_grad]
+    return matrices
 
 
 def autocast(config_precision: str, device: torch.device) -> torch.autocast:

@@ -2,7 +2,10 @@
 
     B ← μ·B + g        u = g + μ·B                                                     Nesterov, μ = 0.95
     O = iterate(u)     the nearest semi-orthogonal matrix, by five odd polynomials of u / ‖u‖: X ← aX + (bA + cA²)X, A = XXᵀ
-    W ← (1 − η·wd)·W − η·s·O        s = 0.2·√max(rows, columns): steps as long as AdamW's at the same η (arXiv 2502.16982)
+    W ← (1 − η·wd)·W − η·s·O        s = 0.2·√max(R, C): steps as long as AdamW's at the same η (`rms`, arXiv 2502.16982),
+                                    or √max(1, R/C): steps of one spectral norm (`spectral`, Jordan's own)
+
+NorMuon (arXiv 2510.05491) divides each row of O by the root of its running mean square, and gives the whole its length back.
 
 The constants of outlier-safe pre-training (arXiv 2506.19697) are the defaults: quintic coefficients (Keller Jordan's), five
 iterations in bf16. `polar-express` has a polynomial of its own for each iteration (arXiv 2505.16932), which brings the
@@ -19,13 +22,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from trilobit.nn.outlier_safe import EmbeddingProjection
 from trilobit.surgery.roles import decoder_layers
 
 Coefficients = Literal["quintic", "polar-express"]
+Scale = Literal["rms", "spectral"]
 
 MOMENTUM = 0.95
 RMS = 0.2  # of AdamW's steps
 EPS = 1e-8
+ROW_MOMENTUM = 0.95
 ITERATION: dict[Coefficients, list[tuple[float, float, float]]] = {
     "quintic": [(3.4445, -4.7750, 2.0315)] * 5,
     "polar-express": [
@@ -35,9 +41,10 @@ ITERATION: dict[Coefficients, list[tuple[float, float, float]]] = {
 }  # fmt: skip
 MARGIN: dict[Coefficients, float] = {"quintic": 1.0, "polar-express": 1.02}
 """The norm is overestimated by this factor: polar-express's first polynomial diverges just above one."""
-WIDE = 2
 GROUPS = (3, 2)
 """Of wide matrices, this many polynomials at a time are multiplied out on A, which is small, before X is touched."""
+WIDE, WORTHWHILE = 2, 256
+"""What counts as wide: at least twice as many columns as rows, and rows enough that products are what takes the time."""
 CHUNK_BYTES = {True: 1 << 23, False: 1 << 28}
 """Of fp32 updates that are iterated at once. CPU: what stays in its caches; elsewhere: few launches, little memory."""
 
@@ -56,7 +63,8 @@ def orthogonalize(matrices: Tensor, coefficients: Coefficients = "quintic", comp
     shift = 1 / (max(rows, 1) * MARGIN[coefficients] ** 2)
     identity = torch.eye(rows, dtype=compute, device=x.device)
     remaining = iter(ITERATION[coefficients])
-    for steps in GROUPS if coefficients == "quintic" and columns >= WIDE * rows else (1,) * len(ITERATION[coefficients]):
+    grouped = coefficients == "quintic" and columns >= WIDE * rows >= WIDE * WORTHWHILE
+    for steps in GROUPS if grouped else (1,) * len(ITERATION[coefficients]):
         pair = (x.mT, x) if tall else (x, x.mT)  # A is as wide as the shorter side
         gram = torch.baddbmm(identity, *pair, beta=-shift)  # A = shift + gram
         product, diagonal = gram, 0.0  # of the polynomials so far: diagonal + product
@@ -78,10 +86,26 @@ def orthogonalize(matrices: Tensor, coefficients: Coefficients = "quintic", comp
     return x
 
 
+def step_scale(shape: torch.Size, scale: Scale) -> float:
+    """s of the update of an [R, C] matrix."""
+    return RMS * max(shape) ** 0.5 if scale == "rms" else max(1, shape[0] / max(1, shape[1])) ** 0.5
+
+
+def normalize_rows(update: Tensor, moment: Tensor) -> Tensor:
+    """NorMuon: each row of `update` [R, C] over the root of its running mean square `moment` [R, 1] (updated in place), at
+    the Frobenius norm that √(R·C) unit entries would have in an orthogonal matrix, √min(R, C)."""
+    update = update.to(moment.dtype)
+    moment.lerp_(update.square().mean(dim=1, keepdim=True), 1 - ROW_MOMENTUM)
+    update = update / (moment.sqrt() + EPS)
+    return update * (min(update.shape) ** 0.5 / (torch.linalg.vector_norm(update) + EPS))
+
+
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """Weights of the linears inside the decoder layers, by type: what Muon is for. Not embeddings, head, gains or biases."""
-    linears = [module for _, layer in decoder_layers(model) for module in layer.modules() if isinstance(module, nn.Linear)]
-    weights = {id(linear.weight): linear.weight for linear in linears if linear.weight.requires_grad}
+    """Weights of the linears inside the decoder layers, and of embedding projections, by type: what Muon is for. Not
+    embeddings, head, gains or biases."""
+    inside = [module for _, layer in decoder_layers(model) for module in layer.modules() if isinstance(module, nn.Linear)]
+    added = [module for module in model.modules() if isinstance(module, EmbeddingProjection)]
+    weights = {id(linear.weight): linear.weight for linear in [*inside, *added] if linear.weight.requires_grad}
     return [weight for weight in weights.values() if isinstance(weight, nn.Parameter)]
 
 
@@ -94,17 +118,19 @@ class Muon(torch.optim.AdamW):
 
     def __init__(
         self, groups: Iterable[dict[str, Any]], lr: float, betas: tuple[float, float], weight_decay: float = 0.0,
-        coefficients: Coefficients = "quintic", compute: torch.dtype = torch.bfloat16,
+        coefficients: Coefficients = "quintic", scale: Scale = "rms", normuon: bool = False,
+        compute: torch.dtype = torch.bfloat16,
     ):  # fmt: skip
         super().__init__(
             [{"muon": False, **group} for group in groups], lr=lr, betas=betas, weight_decay=weight_decay, fused=True
         )
         self.coefficients: Coefficients = coefficients
-        self.compute = compute
+        self.scale: Scale = scale
+        self.normuon, self.compute = normuon, compute
         self.iterated = 0
         chosen = [p for group in self.param_groups if group["muon"] for p in group["params"]]
         assert chosen, "no parameter was given to Muon"
-        assert all(p.ndim == 2 for p in chosen), [p.shape for p in chosen if p.ndim != 2]
+        assert all(p.ndim == 2 and p.numel() for p in chosen), [p.shape for p in chosen if p.ndim != 2 or not p.numel()]
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
@@ -135,10 +161,15 @@ class Muon(torch.optim.AdamW):
             momentum = self.state[parameter]["momentum"].mul_(MOMENTUM).add_(gradient)
             torch.add(gradient, momentum, alpha=MOMENTUM, out=update)
         updates = orthogonalize(updates, self.coefficients, self.compute)
-        keep, length = 1 - group["lr"] * group["weight_decay"], group["lr"] * RMS * max(workspace.shape[-2:]) ** 0.5
+        keep = 1 - group["lr"] * group["weight_decay"]
+        length = group["lr"] * step_scale(workspace.shape[-2:], self.scale)
         bad = getattr(self, "found_inf", None)
         held_back = bad is not None and bad.device.type == "cpu" and bool(bad > 0)
         for (parameter, _), update in zip(found, updates, strict=True):
+            if self.normuon:
+                if "row_moment" not in self.state[parameter]:
+                    self.state[parameter]["row_moment"] = torch.zeros_like(parameter[:, :1])
+                update = normalize_rows(update, self.state[parameter]["row_moment"])
             if bad is not None and bad.device.type != "cpu":  # decided there: reading it here would wait
                 new = torch.mul(parameter, keep).sub_(update.to(parameter.dtype), alpha=length)
                 parameter.copy_(torch.where(bad > 0, parameter, new))

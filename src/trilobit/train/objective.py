@@ -21,6 +21,17 @@ def frozen_copy(model: PreTrainedModel, precision: str) -> PreTrainedModel:
     return teacher
 
 
+class NextToken:
+    """Cross-entropy of a micro-batch of token windows [B, T + 1], as the loop calls it."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+
+    def __call__(self, windows: Tensor, /) -> Losses:
+        logits = self.model(input_ids=windows[:, :-1], use_cache=False).logits
+        return mixed_loss(logits, windows[:, 1:], None, 0.0, 1.0)
+
+
 class TuneObjective:
     """Losses of a micro-batch of token windows [B, T + 1], as the loop calls it. `close` puts the models back as they were."""
 

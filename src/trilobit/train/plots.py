@@ -19,8 +19,8 @@ def read_log(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def plot_loss(run: Path, base_nats: float) -> Path:
-    """loss.png: training loss (thin), held-out loss (dots), and the original model's held-out loss (dashed)."""
+def plot_loss(run: Path, base_nats: float | None = None) -> Path:
+    """loss.png: training loss (thin), held-out loss (dots), the original model's held-out loss (dashed, if there is one)."""
     rows = read_log(run)
     figure, axes = _figure("nats per token")
     training = [(row["tokens"], row["cross_entropy"]) for row in rows]
@@ -28,9 +28,11 @@ def plot_loss(run: Path, base_nats: float) -> Path:
     axes.plot(*zip(*training, strict=True), color=MUTED, linewidth=0.8, label="training")
     if held:
         axes.plot(*zip(*held, strict=True), color=ACCENT, marker="o", markersize=4, linewidth=1.6, label="held out")
-    axes.axhline(base_nats, color=SECOND, linestyle="--", linewidth=1.2, label="original model, held out")
     shown = [value for _, value in [*training[len(training) // 20 :], *held]]  # the first steps would flatten the rest
-    low, high = min([*shown, base_nats]), max([*shown, base_nats])
+    if base_nats is not None:
+        axes.axhline(base_nats, color=SECOND, linestyle="--", linewidth=1.2, label="original model, held out")
+        shown.append(base_nats)
+    low, high = min(shown), max(shown)
     margin = 0.05 * (high - low) or 0.1
     axes.set_ylim(low - margin, high + margin)
     axes.legend(frameon=False)
@@ -56,6 +58,23 @@ def plot_flips(run: Path) -> Path:
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.2%}")
     return _save(figure, run / "flips.png")
+
+
+def plot_kurtosis(run: Path) -> Path:
+    """kurtosis.png: excess kurtosis of what each layer passes on and of what its last linear reads, over the run."""
+    figure, axes = _figure("excess kurtosis")
+    rows = [row for row in read_log(run) if "kurtosis" in row]
+    for site, color, label in (("residual", ACCENT, "residual stream"), ("mlp-output", SECOND, "what down_proj reads")):
+        values = [(row["tokens"], row["kurtosis"].get(site)) for row in rows]
+        points = [(tokens, layers) for tokens, layers in values if layers]
+        for layer in range(len(points[0][1]) if points else 0):
+            axes.plot([t for t, _ in points], [v[layer] for _, v in points], color=color, linewidth=0.7, alpha=0.4)
+        means = [sum(layers) / len(layers) for _, layers in points]
+        axes.plot([t for t, _ in points], means, color=color, linewidth=1.8, label=label)
+    axes.set_yscale("symlog", linthresh=1.0)
+    axes.legend(frameon=False)
+    axes.set_title("mean over layers (thick), each layer (thin)", fontsize=9, color=INK, loc="left")
+    return _save(figure, run / "kurtosis.png")
 
 
 def _plot_layers(axes: Axes, tokens: list[float], values: list[list[float]]) -> None:

@@ -15,24 +15,25 @@ import transformers
 from torch import nn
 
 from trilobit import __version__
-from trilobit.config.tune import TuneConfig
+from trilobit.config.training import TrainingConfig
 from trilobit.errors import ConfigError, OutputError
 from trilobit.storage import read_json
-from trilobit.surgery.ternary import Plan
 from trilobit.train.data import Tokens
-from trilobit.train.schedule import StrengthSchedule
 
 FREE_TO_CHANGE = frozenset(
     {"resume", "track", "keep_checkpoints", "checkpoint_every", "out", "cache_dir", "model_format", "store"}
 )
 
 
+DECIDED = frozenset({"config", "data_key", "data_sha256", "base", "compiled"})
+
+
 def new_record(
-    config: TuneConfig, plan: Plan | None, schedules: list[StrengthSchedule], gains: dict[str, float], base_nats: float,
-    tokens: Tokens, fingerprint: str, compiled: bool,
+    command: str, config: TrainingConfig, tokens: Tokens, base: str, compiled: bool, **decided: Any
 ) -> dict[str, Any]:  # fmt: skip
+    """run.json of a run that begins. base: the fingerprint of the weights it starts from. decided: what else is kept."""
     return {
-        "command": "tune",
+        "command": command,
         "config": asdict(config),
         "argv": sys.argv[1:],
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -44,22 +45,18 @@ def new_record(
         "data": tokens.description,
         "data_key": tokens.key,
         "data_sha256": tokens.sha256,
-        "base": fingerprint,
+        "base": base,
         "compiled": compiled,
-        "base_nats_per_token": base_nats,
-        "schedules": [asdict(schedule) for schedule in schedules],
-        "gains": gains,
-        "plan": plan.to_json() if plan else None,
+        **decided,
     }  # fmt: skip
 
 
-def record_to_resume(out: Path, config: TuneConfig) -> dict[str, Any]:
+def record_to_resume(out: Path, config: TrainingConfig, decided: frozenset[str] = frozenset()) -> dict[str, Any]:
     """run.json of the run to continue. Raises OutputError if there is none, ConfigError if the settings differ."""
     if not os.path.exists(out / "run.json"):  # unlike Path.exists, False for what may not be looked at
         raise OutputError(f"there is no run to resume in {out}: it has no run.json.")
     record = read_json(out / "run.json")
-    needed = {"config", "data_key", "data_sha256", "base", "compiled", "base_nats_per_token", "gains", "schedules"}
-    if missing := sorted(needed - record.keys()):
+    if missing := sorted((DECIDED | decided) - record.keys()):
         raise OutputError(f"{out / 'run.json'} was not written by this version: it lacks {', '.join(missing)}.")
     now, then = asdict(config), record["config"]
     changed = [

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from trilobit.config.training import TrainingConfig
 from trilobit.config.tune import TuneConfig
 from trilobit.errors import ConfigError
 from trilobit.infer.generate import sample_windows
@@ -16,6 +17,18 @@ from trilobit.train.record import weights_fingerprint
 HELDOUT_TOKENS = 262_144
 
 
+def read_corpus(config: TrainingConfig, tokenizer: Any, vocabulary: int, signals: Signals) -> Tokens:
+    """Training and held-out tokens of --data, from the cache if they are there; a signal stops the work between documents.
+    Raises DataError for text that is missing or too short."""
+    return prepare(
+        config.data, tokenizer, vocab_size=vocabulary, text_field=config.text_field,
+        max_tokens=config.max_tokens + config.sequence_length + 1, sequence_length=config.sequence_length,
+        cache_dir=Path(config.cache_dir) if config.cache_dir else None,
+        heldout_tokens=max(HELDOUT_TOKENS, config.evaluation_tokens),
+        progress=lambda size, count: signals.raise_if_set(),
+    )  # fmt: skip
+
+
 def read_tokens(config: TuneConfig, base: Loaded, signals: Signals) -> Tokens:
     """Training and held-out tokens of --data for `base`, from the cache if they are there; a signal stops the work between
     documents. Raises DataError for text that is missing or too short, ConfigError where nothing can be sampled from."""
@@ -24,12 +37,7 @@ def read_tokens(config: TuneConfig, base: Loaded, signals: Signals) -> Tokens:
     cache = Path(config.cache_dir) if config.cache_dir else None
     needed = config.max_tokens + config.sequence_length + 1
     if config.data != "self":
-        return prepare(
-            config.data, tokenizer, vocab_size=vocabulary, text_field=config.text_field, max_tokens=needed,
-            sequence_length=config.sequence_length, cache_dir=cache,
-            heldout_tokens=max(HELDOUT_TOKENS, config.evaluation_tokens),
-            progress=lambda size, count: signals.raise_if_set(),
-        )  # fmt: skip
+        return read_corpus(config, tokenizer, vocabulary, signals)
     end: Any = tokenizer.eos_token_id
     start: Any = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else end
     if start is None:

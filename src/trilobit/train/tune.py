@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from trilobit.config.tune import TuneConfig
-from trilobit.errors import DataError, ModelError, OutputError
+from trilobit.errors import ModelError
 from trilobit.export.hf import (
     Written,
     require_form,
@@ -27,27 +27,27 @@ from trilobit.export.hf import (
     write_latent,
     write_model,
 )
-from trilobit.infer.load import load_pretrained, pick_device
+from trilobit.infer.load import load_pretrained
 from trilobit.listener import SILENT, Listener
 from trilobit.measure.perplexity import nats, perplexity, require_positions
-from trilobit.storage import alone_in, read_json, require_free_space, require_new_directory, write_json
-from trilobit.surgery.roles import decoder_layers, find_roles
+from trilobit.surgery.roles import find_roles
 from trilobit.surgery.ternary import Plan, TernarySpec, apply_plan, make_plan, measure_rms, set_gains, set_strengths
-from trilobit.train.checkpoint import BYTES_PER_PARAMETER, Progress, list_checkpoints
+from trilobit.train.checkpoint import list_checkpoints
+from trilobit.train.data import Tokens
 from trilobit.train.flips import watch_flips
 from trilobit.train.layers import decide_compile, prepare_layers, set_attention
-from trilobit.train.loop import Hooks, Signals, autocast, fit
-from trilobit.train.muon import hidden_matrices
+from trilobit.train.loop import Hooks, autocast, fit
 from trilobit.train.objective import TuneObjective, frozen_copy
 from trilobit.train.plots import plot_flips, plot_loss, plot_strengths
 from trilobit.train.reconstruct import reconstruct
-from trilobit.train.record import new_record, record_to_resume, weights_fingerprint
+from trilobit.train.record import new_record, weights_fingerprint
+from trilobit.train.run import Run, start
 from trilobit.train.schedule import StrengthSchedule, sensitivity_schedule, strength_schedule
 from trilobit.train.sensitivity import layer_costs
 from trilobit.train.text import read_tokens
-from trilobit.train.track import Track, tracker
 from trilobit.train.windows import Windows, evaluation_windows
 
+DECIDED = frozenset({"base_nats_per_token", "gains", "schedules"})
 LR_TIMES_WIDTH = 0.4
 CALIBRATION_WINDOWS = 8
 COMPARED_TOKENS = 1024  # model/ is compared with what was trained on at least as many tokens, held out as far as there are any
@@ -79,46 +79,15 @@ class TuneResult:
 
 def run(config: TuneConfig, listener: Listener = SILENT) -> TuneResult:
     """Tune `config.model` as configured. Raises a TrilobitError that says what to do, and leaves nothing half-written."""
-    with Signals(say=listener.note).watch() as signals:
-        return _run(config, listener, signals)
+    return start(_Tune, config, Path(config.model).absolute().name, listener, DECIDED)
 
 
-def _run(config: TuneConfig, listener: Listener, signals: Signals) -> TuneResult:
-    out = Path(config.out or f"out/{Path(config.model).absolute().name}")
-    record = record_to_resume(out, config) if config.resume else None
-    if record is None:
-        require_new_directory(out, f"Continue it with --resume, or choose another name with --out {out}-2.")
-    elif "result" in record:
-        raise OutputError(f"{out} has finished already; its model is in {out / 'model'}.")
+class _Tune(Run[TuneConfig, TuneResult]):
+    """A checkpoint's way to a ternary model."""
 
-    with tracker(config.track, out, asdict(config)) as track:
-        return _Run(config, listener, signals, track, out, pick_device(config.device)).whole(record)
-
-
-class _Run:
-    """One run, from the checkpoint to model/. Its methods are the stages, in order; between them it stops at a signal."""
-
-    def __init__(
-        self, config: TuneConfig, listener: Listener, signals: Signals, track: Track, out: Path, device: torch.device
-    ) -> None:
-        self.config, self.listener, self.signals, self.track = config, listener, signals, track
-        self.out, self.device = out, device
-        self.teacher: PreTrainedModel | None = None
-        self.ternary_parameters = 0
-
-    def whole(self, record: dict[str, Any] | None) -> TuneResult:
-        """Everything. `record`: run.json of the run to continue."""
-        self.load(record)
-        self.read_text()
-        self.record = self.begin() if record is None else self.go_on(record)
-        self.schedules = [StrengthSchedule.from_json(value) for value in self.record["schedules"]]
-        self.signals.raise_if_set()
-        self.operate()
-        self.make_directory()
-        with alone_in(self.out):
-            self.require_unchanged(record)
-            write_json(self.out / "run.json", self.record)
-            return self.finish(self.train())
+    teacher: PreTrainedModel | None = None
+    ternary_parameters = 0
+    own_attention: Any = None
 
     def load(self, record: dict[str, Any] | None) -> None:
         """The original model, and what the surgery will make of it."""
@@ -139,19 +108,9 @@ class _Run:
             raise ModelError(
                 f"the weights of {config.model} have changed since {self.out} began; --resume needs the same ones."
             )
-        self.signals.raise_if_set()
 
-    def read_text(self) -> None:
-        """Tokens, and the windows that are trained and measured on."""
-        config = self.config
-        self.tokens = read_tokens(config, self.base, self.signals)
-        self.listener.note(f"data: {self.tokens.description}")
-        self.windows = Windows(self.tokens.train, config.sequence_length, config.seed)
-        self.heldout = evaluation_windows(self.tokens.heldout, config.sequence_length, config.evaluation_tokens)
-        seen, there = config.steps * config.tokens_per_step, self.windows.count * config.sequence_length
-        if seen > there:
-            self.listener.note(f"the data is seen {seen / there:.1f} times")
-        self.signals.raise_if_set()
+    def read_tokens(self) -> Tokens:
+        return read_tokens(self.config, self.base, self.signals)
 
     def begin(self) -> dict[str, Any]:
         """run.json of a new run: the original measured, everything that depends on it decided."""
@@ -163,8 +122,13 @@ class _Run:
         if config.compile == "auto":
             self.listener.note(f"{'compiled' if compiled else 'not compiled'}: {why}")
         gains = _calibrate(config, self.plan, model, self.windows, self.device)
-        schedules, fingerprint = self.plan_schedules(gains), weights_fingerprint(model)
-        return new_record(config, self.plan, schedules, gains, total / count, self.tokens, fingerprint, compiled)
+        return new_record(
+            "tune", config, self.tokens, weights_fingerprint(model), compiled,
+            base_nats_per_token=total / count,
+            schedules=[asdict(schedule) for schedule in self.plan_schedules(gains)],
+            gains=gains,
+            plan=self.plan.to_json() if self.plan else None,
+        )  # fmt: skip
 
     def plan_schedules(self, gains: dict[str, float]) -> list[StrengthSchedule]:
         """λ of weights, λ of activations."""
@@ -175,7 +139,7 @@ class _Run:
         if plan is not None and "sensitivity" in kinds:
             costs = layer_costs(self.model, plan, gains, self.windows.samples(0, CALIBRATION_WINDOWS), config.sequences)
             self.listener.note("quantising one layer alone costs, in nats: " + ", ".join(f"{cost:.2f}" for cost in costs))
-        layers = len(decoder_layers(self.model))
+        layers = self.layers()
         return [
             sensitivity_schedule(costs, config.max_tokens, ramp, config.overlap)
             if kind == "sensitivity"
@@ -183,17 +147,10 @@ class _Run:
             for kind, ramp in zip(kinds, ramps, strict=True)
         ]
 
-    def go_on(self, record: dict[str, Any]) -> dict[str, Any]:
-        """`record`, the run.json of the run to continue, if the text is still the same."""
-        if (record["data_key"], record["data_sha256"]) != (self.tokens.key, self.tokens.sha256):
-            raise DataError(
-                f"the text of --data {self.config.data} has changed since {self.out} began; --resume needs the same text."
-            )
-        return record
-
     def operate(self) -> None:
         """The teacher, if one is needed, and the surgery."""
         config, base_nats = self.config, self.record["base_nats_per_token"]
+        self.schedules = [StrengthSchedule.from_json(value) for value in self.record["schedules"]]
         self.listener.note(f"original model: {base_nats:.4f} nats per token held out (perplexity {perplexity(base_nats):.2f})")
         if config.distill == "logits" or config.reconstruct_tokens is not None:
             self.teacher = frozen_copy(self.model, config.precision)
@@ -214,32 +171,14 @@ class _Run:
         self.peak_lr = config.lr or LR_TIMES_WIDTH / self.model.config.get_text_config().hidden_size
         if config.lr is None:
             self.listener.note(f"learning rate {self.peak_lr:.2e}: {LR_TIMES_WIDTH} / hidden size (choose with --lr)")
-        if config.optimizer == "muon":
-            matrices = hidden_matrices(self.model)
-            share = sum(p.numel() for p in matrices) / self.parameters
-            self.listener.note(f"Muon trains {len(matrices)} matrices, {share:.0%} of the parameters; AdamW the rest")
+        self.note_optimizer()
         prepare_layers(self.model, config, self.record["compiled"])
         self.objective().close()  # what it refuses is refused before anything is written
 
     def objective(self) -> TuneObjective:
         return TuneObjective(self.config, self.model, self.teacher if self.config.distill == "logits" else None)
 
-    def make_directory(self) -> None:
-        there = len(list_checkpoints(self.out)) if self.out.exists() else 0
-        more = max(1, self.config.keep_checkpoints + 1 - there)
-        require_free_space(self.out, more * BYTES_PER_PARAMETER * self.parameters, "The run")
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"cannot write {self.out}: {error.strerror or error}.") from error
-
-    def require_unchanged(self, record: dict[str, Any] | None) -> None:
-        """Raise OutputError if another process began or finished a run here since this one looked."""
-        path = self.out / "run.json"
-        if (read_json(path) if path.exists() else None) != record:
-            raise OutputError(f"{self.out} is not as it was: another process has been working in it.")
-
-    def train(self) -> Progress:
+    def train(self) -> None:
         """The warm start, if there is one and no checkpoint follows it, and all steps."""
         config = self.config
         if config.reconstruct_tokens is not None and not list_checkpoints(self.out):
@@ -250,7 +189,7 @@ class _Run:
         hooks = Hooks(self.before_step, self.evaluate, (lambda: watch_flips(self.model)) if self.plan else None)
         hooks.log += [self.track, lambda row: self.listener.row(row, config.max_tokens)]
         try:
-            return fit(
+            self.progress = fit(
                 self.model, self.windows, objective, config, self.peak_lr, self.out, self.device, self.signals, hooks
             )  # fmt: skip
         finally:
@@ -277,17 +216,13 @@ class _Run:
         set_strengths(self.model, weights, activations)
         return {"lambda": sum(weights) / len(weights), "lambda_activations": sum(activations) / len(activations)}
 
-    def evaluate(self) -> dict[str, float]:
-        total, count = nats(self.model, self.heldout, self.config.sequences, self.config.precision, self.listener)
-        return {"heldout_nats": total / count}
-
-    def finish(self, progress: Progress) -> TuneResult:
-        """latent/ and model/, measured and compared; pictures; the result, which makes the run a finished one."""
-        config, model, plan, out = self.config, self.model, self.plan, self.out
+    def finish(self) -> TuneResult:
+        """latent/ and model/, measured and compared; pictures."""
+        config, model, plan, out, progress = self.config, self.model, self.plan, self.out, self.progress
         # What was compiled for training must not be compiled again for the batches that measure and compare.
         with torch.compiler.set_stance("force_eager"):
             if plan is not None:
-                layers = len(decoder_layers(model))
+                layers = self.layers()
                 set_strengths(model, [1.0] * layers, [1.0] * layers)
             write_latent(model, plan, self.base.tokenizer, out / "latent")
             if plan is not None and config.model_format != "none":
@@ -300,7 +235,7 @@ class _Run:
         plot_strengths(out, self.schedules[0], config.max_tokens)
         if plan is not None:
             plot_flips(out)
-        result = TuneResult(
+        return TuneResult(
             out=str(out), model=written.path, form=written.form, reason=written.reason, steps=progress.step,
             tokens=progress.tokens, seconds=progress.seconds, tokens_per_second=progress.tokens / progress.seconds,
             base_nats_per_token=base_nats, nats_per_token=total / count, base_perplexity=perplexity(base_nats),
@@ -308,8 +243,6 @@ class _Run:
             ternary_parameters=self.ternary_parameters, base_bytes=self.base_bytes, model_bytes=written.bytes,
             agreement=asdict(written.agreement) if written.agreement else {},
         )  # fmt: skip
-        write_json(out / "run.json", self.record | {"result": asdict(result)})
-        return result
 
     def write(self) -> Written:
         """model/, in the form that was asked for."""

@@ -1,0 +1,196 @@
+"""The six rows of outlier-safe pre-training's ablation (arXiv 2506.19697) on our scale, resumable.
+
+    python experiments/osp_ablation.py STUDY --data TEXT [--minutes 9] [--table]
+
+Every row is `trilobit pretrain` with the recipe of its name, on the same tokens, at each learning rate of the study; the best
+held-out loss decides a row's rate. A finished model is measured as it is published, folded: loss, excess kurtosis by both
+protocols, and loss at W4A4KV4, rounded to nearest, without and with a Hadamard in front of the MLP's last linear
+(fourbit_minimal.py). One line a trial goes to docs/data/osp/STUDY/ROW.jsonl. Several processes may share a study.
+"""
+
+import argparse
+import fcntl
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from fourbit_minimal import quantized
+
+from trilobit.config.fields import parse_count
+from trilobit.config.outliers import OutliersConfig
+from trilobit.config.pretrain import PretrainConfig
+from trilobit.corpus import documents
+from trilobit.errors import NonFiniteError
+from trilobit.infer.load import load
+from trilobit.listener import Listener
+from trilobit.measure.outliers import measure
+from trilobit.measure.perplexity import nats, text_windows
+from trilobit.recipes import RECIPES
+from trilobit.train import pretrain
+from trilobit.train.loop import Interrupted
+from trilobit.train.plots import read_log
+
+RECORDS = Path(__file__).parents[1] / "docs" / "data" / "osp"
+ROWS = {
+    "adam": "Adam", "muon-only": "Muon only (embeddings too)", "muon": "Muon", "ssnorm": "Muon + SSNorm",
+    "embproj": "Muon + EmbProj", "osp": "all: outlier-safe",
+}  # fmt: skip
+REPORT_TOKENS = 65_536
+
+
+@dataclass(frozen=True)
+class Study:
+    """An architecture, its tokens, and the learning rates every row is tried at."""
+
+    tokens: int
+    rates: tuple[float, ...]
+    settings: dict[str, Any]
+
+
+STUDIES = {
+    "3m": Study(
+        10_485_760, (1e-3, 2e-3, 4e-3),
+        {"architecture": "llama-3m", "train_tokenizer": 4096, "sequence_length": 256, "sequences": 16, "batch_tokens": 8192},
+    ),
+    "60m": Study(
+        209_715_200, (5e-4, 1e-3, 2e-3),
+        {"architecture": "llama-60m", "train_tokenizer": 16_384, "sequence_length": 512, "sequences": 64,
+         "batch_tokens": 65_536, "compile": "yes"},
+    ),
+}  # fmt: skip
+
+
+class Quiet(Listener):
+    """Says nothing; a line a trial is enough."""
+
+
+def read_records(folder: Path) -> dict[tuple[str, float], dict[str, Any]]:
+    found = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        for line in path.read_text().splitlines():
+            row = json.loads(line)
+            found[row["row"], row["rate"]] = row
+    return found
+
+
+def run_trial(row: str, rate: float, study: Study, arguments: argparse.Namespace) -> None:
+    out = arguments.out / arguments.study / f"{row}-{rate:g}"
+    begun = json.loads((out / "run.json").read_text()) if (out / "run.json").exists() else {}
+    config = PretrainConfig(
+        **{
+            **study.settings, **RECIPES["pretrain"][row](), "data": arguments.data, "out": str(out), "lr": rate,
+            "max_tokens": study.tokens, "eval_every": study.tokens // 16, "device": arguments.device,
+            "cache_dir": str(arguments.out / "tokens"), "eval_tokens": 65_536, "resume": bool(begun) and "result" not in begun,
+        }
+    )  # fmt: skip
+    record: dict[str, Any] = {"row": row, "rate": rate, "tokens": study.tokens, "diverged": False}
+    try:
+        if "result" not in begun:
+            pretrain.run(config, Quiet())
+        result = json.loads((out / "run.json").read_text())["result"]
+        record |= {key: result[key] for key in ("nats_per_token", "excess_kurtosis", "parameters", "tokens_per_second")}
+        record |= measured(out, arguments)
+    except NonFiniteError as error:
+        record |= {"diverged": True, "why": str(error)}
+    rows = read_log(out) if (out / "log.jsonl").exists() else []
+    record["curve"] = [
+        (r["tokens"], round(r["heldout_nats"], 4), r["kurtosis"]) for r in rows if "heldout_nats" in r and "kurtosis" in r
+    ]
+    folder = RECORDS / arguments.study
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{row}.jsonl").open("a") as file:
+        file.write(json.dumps(record) + "\n")
+    shown = "diverged" if record["diverged"] else f"{record['nats_per_token']:.4f}, at 4 bits {record['w4a4kv4']:.3f}"
+    print(f"{row:<12}{rate:<8g}{shown}", flush=True)
+
+
+def measured(out: Path, arguments: argparse.Namespace) -> dict[str, float]:
+    """Kurtosis by both protocols, and the loss at 4 bits on text that nothing was trained or chosen on."""
+    loaded = load(out, device=arguments.device)
+    length = loaded.model.config.max_position_embeddings // 4
+    text = arguments.report or arguments.data
+    texts = (document.text for document in documents(text) if arguments.report or document.held_out)
+    windows, _ = text_windows(islice(texts, 10_000), loaded.tokenizer, length + 1, False, max(1, REPORT_TOKENS // length))
+    found: dict[str, float] = {}
+    for name, bits, hadamard in (
+        ("w16a16kv16", 16, False), ("w4a4kv4", 4, False), ("w4a4kv4_hadamard", 4, True),
+    ):  # fmt: skip
+        total, count = nats(quantized(loaded.model, bits, bits, bits, hadamard), windows, 8)
+        found[name] = total / count
+    limits = {"max_tokens": REPORT_TOKENS, "sequence_length": 512, "protocol": "both", "device": arguments.device}
+    outliers = measure(loaded, OutliersConfig(model=str(out), data=text, **limits))  # pyright: ignore[reportArgumentType]
+    assert outliers.contextual is not None and outliers.osp is not None
+    found |= {"kurtosis": outliers.contextual.excess_kurtosis, "kurtosis_osp": outliers.osp.excess_kurtosis}
+    reads = [site.later.excess_kurtosis for site in outliers.contextual.sites if site.site == "mlp-output"]
+    return found | {"kurtosis_mlp_output": sum(reads) / len(reads)}
+
+
+def best(records: dict[tuple[str, float], dict[str, Any]], row: str) -> dict[str, Any] | None:
+    """A row at its best rate."""
+    fine = [r for (name, _), r in records.items() if name == row and not r["diverged"]]
+    return min(fine, key=lambda r: r["nats_per_token"], default=None)
+
+
+def table(records: dict[tuple[str, float], dict[str, Any]]) -> str:
+    heads = [
+        "row", "rate", "nats", "kurtosis", "osp's", "down_proj reads", "W4A4KV4", "+ FFN Hadamard", "tokens/s",
+    ]  # fmt: skip
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for row, name in ROWS.items():
+        if (r := best(records, row)) is not None:
+            lost = [f"{r[key]:.2f} (+{r[key] - r['w16a16kv16']:.2f})" for key in ("w4a4kv4", "w4a4kv4_hadamard")]
+            numbers = [f"{r[key]:.2f}" for key in ("kurtosis", "kurtosis_osp", "kurtosis_mlp_output")]
+            cells = [name, f"{r['rate']:g}", f"{r['w16a16kv16']:.3f}", *numbers, *lost, f"{r['tokens_per_second']:,.0f}"]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("study", choices=list(STUDIES))
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--report", help="text that is neither trained nor chosen on; default: the held-out part of --data")
+    parser.add_argument("--out", type=Path, default=Path("out/osp"))
+    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--rates", nargs="+", type=float)
+    parser.add_argument("--tokens", type=parse_count)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--table", action="store_true", help="only print what is known")
+    arguments = parser.parse_args()
+    study = STUDIES[arguments.study]
+    study = Study(arguments.tokens or study.tokens, tuple(arguments.rates or study.rates), study.settings)
+    folder = RECORDS / arguments.study
+    if not arguments.table:
+        end = time.monotonic() + 60 * arguments.minutes
+        timer = threading.Timer(60 * arguments.minutes, os.kill, (os.getpid(), signal.SIGTERM))
+        timer.daemon = True
+        timer.start()
+        try:
+            for rate in (study.rates[len(study.rates) // 2], *study.rates):  # the middle one first: a table early on
+                for row in arguments.rows:
+                    lock = arguments.out / arguments.study / f"{row}-{rate:g}.lock"
+                    lock.parent.mkdir(parents=True, exist_ok=True)
+                    with lock.open("w") as file:
+                        try:
+                            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        except OSError:
+                            continue
+                        if time.monotonic() < end and (row, rate) not in read_records(folder):
+                            run_trial(row, rate, study, arguments)
+                            shutil.rmtree(arguments.out / arguments.study / f"{row}-{rate:g}" / "checkpoints")
+        except (Interrupted, KeyboardInterrupt):
+            pass
+        timer.cancel()
+    print(table(read_records(folder)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Settings of `trilobit pretrain`."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from trilobit.config.fields import Architecture, Count
+from trilobit.config.training import TrainingConfig
+from trilobit.errors import ConfigError
+
+LEAST_VOCABULARY = 257  # every byte and the end of text
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(TrainingConfig):
+    """Train a model that grows no activation outliers (arXiv 2506.19697), from random weights."""
+
+    architecture: Architecture
+    """Hub id or directory with a config.json, or one of ours: llama-3m, llama-60m, llama-135m, llama-1.4b."""
+    tokenizer: str | None = None
+    """Hub id or directory of a tokenizer. Default: the architecture's, if it has one."""
+    train_tokenizer: Count | None = None
+    """Instead, make a byte-level BPE of so many entries of the text."""
+
+    ssnorm: bool = True
+    """Every RMSNorm has one scale instead of a gain per channel."""
+    embproj: bool = True
+    """Learnable projections after the embedding and before the head, which are untied. They are folded away at the end."""
+
+    optimizer: Literal["adamw", "muon"] = "muon"
+    """Muon for the matrices inside the decoder layers and the embedding projections and AdamW for the rest (one rate for
+    both), or AdamW for everything."""
+    lr: float | None = None
+    """Peak learning rate. Default: 0.4 / hidden size, but 3e-3 at most."""
+    decay: Literal["cosine", "wsd"] = "wsd"
+    """After warm-up: warmup-stable-decay (linear to zero over the last --decay-fraction), or a cosine to zero."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay on matrices."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.data == "self":
+            raise ConfigError("--data self: there is no model yet that text could be sampled from.")
+        if self.tokenizer is not None and self.train_tokenizer is not None:
+            raise ConfigError("--tokenizer and --train-tokenizer are two answers to one question: give one of them.")
+        if self.train_tokenizer is not None and self.train_tokenizer < LEAST_VOCABULARY:
+            raise ConfigError(f"--train-tokenizer is {self.train_tokenizer}; it must be at least {LEAST_VOCABULARY}.")

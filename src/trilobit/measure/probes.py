@@ -1,0 +1,105 @@
+"""Where to look into a decoder: the tensors that its linears and its layers pass on, found by role and watched by hooks.
+
+    attention-input    what q/k/v read            attention-output   what the attention's last linear reads (o_proj)
+    mlp-input          what gate/up read          mlp-output         what the MLP's last linear reads (down_proj)
+    residual           the output of each layer   final-norm         the output of the base model, which the head reads
+
+Roles come from surgery/roles.py, never from names; an "input" linear belongs to the output that runs next. Where several
+linears read one site, the first that runs stands for all. In a ternary model a site is what reaches the linear, before a
+norm of the linear's own.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from trilobit.errors import ModelError
+from trilobit.nn.packed import PackedLinear
+from trilobit.nn.ternary import TernaryLinear
+from trilobit.surgery.roles import decoder_layers, evaluating, find_sites
+
+SiteName = Literal["residual", "attention-input", "attention-output", "mlp-input", "mlp-output", "final-norm"]
+SITES: tuple[SiteName, ...] = get_args(SiteName)
+KINDS = (nn.Linear, TernaryLinear, PackedLinear)
+HINT = "(--protocol osp does not need the roles of linears.)"
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A tensor to watch: the input or the output of a module (path as in named_modules(); "": the base model)."""
+
+    layer: int | None
+    site: SiteName
+    module: str
+    of: Literal["input", "output"]
+
+
+def find_probes(model: PreTrainedModel) -> list[Probe]:
+    """What to watch, in no particular order. Raises ModelError, saying what is not understood."""
+    layers = [path for path, _ in decoder_layers(model)]
+    try:
+        sites = find_sites(model, KINDS)
+    except ModelError as error:
+        raise ModelError(f"{error} {HINT}") from error
+    found = {(layer, "residual"): Probe(layer, "residual", path, "output") for layer, path in enumerate(layers)}
+    waiting = []
+    for site in sites:
+        if site.role == "input":
+            waiting.append(site)
+            continue
+        part = "attention" if site.role == "attention-output" else "mlp"
+        if (site.layer, f"{part}-output") in found:
+            raise ModelError(
+                f"layer {site.layer} has more than one linear at the end of its {part} ({site.path} is one), so its parts "
+                f"cannot be told apart. {HINT}"
+            )
+        for end, member in [*(("input", other) for other in waiting if other.layer == site.layer), ("output", site)]:
+            name: Any = f"{part}-{end}"
+            found.setdefault((site.layer, name), Probe(site.layer, name, member.path, "input"))
+        waiting = []
+    return [*found.values(), Probe(None, "final-norm", "", "output")]
+
+
+@contextmanager
+def watched(model: PreTrainedModel, probes: list[Probe], see: Callable[[Probe, Tensor], None]) -> Iterator[None]:
+    """Show each probe's tensor to `see` as it comes up in a forward of the base model, while the block lasts."""
+
+    def before(probe: Probe, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        see(probe, inputs[0])
+
+    def after(probe: Probe, module: nn.Module, inputs: Any, output: Any) -> None:
+        see(probe, output if isinstance(output, Tensor) else output[0])
+
+    handles = []
+    for probe in probes:
+        module = model.get_submodule(probe.module) if probe.module else model.base_model
+        if probe.of == "input":
+            handles.append(module.register_forward_pre_hook(partial(before, probe)))
+        else:
+            handles.append(module.register_forward_hook(partial(after, probe)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def activations(model: PreTrainedModel, layer: int | None, site: SiteName, window: Tensor) -> Tensor:
+    """|x| at one site while `model` reads window [T]: [T, W] fp32 on the CPU."""
+    seen: list[Tensor] = []
+    probes = [probe for probe in find_probes(model) if (probe.layer, probe.site) == (layer, site)]
+    device = next(model.parameters()).device
+
+    def see(probe: Probe, x: Tensor) -> None:
+        seen.append(x.reshape(len(window), -1).abs().float().cpu())
+
+    with torch.no_grad(), evaluating(model), watched(model, probes, see):
+        model.base_model(input_ids=window[None].to(device), use_cache=False)
+    (values,) = seen
+    return values

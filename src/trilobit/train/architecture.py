@@ -1,0 +1,56 @@
+"""What is pre-trained: a transformers config from the hub or a directory, or one of a few Llamas by name."""
+
+from typing import Any
+
+from transformers import AutoConfig, LlamaConfig, PretrainedConfig
+
+from trilobit.errors import ModelError
+from trilobit.infer.load import clear_errors
+
+POSITIONS = 2048
+
+LLAMAS: dict[str, dict[str, Any]] = {
+    "llama-3m": {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 5, "num_attention_heads": 6,
+                 "num_key_value_heads": 2},
+    "llama-60m": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12, "num_attention_heads": 8,
+                  "num_key_value_heads": 8},
+    "llama-135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+                   "num_key_value_heads": 3},
+    "llama-1.4b": {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 24, "num_attention_heads": 16,
+                   "num_key_value_heads": 16},
+}  # fmt: skip
+"""Parameters without embeddings: 2 M, 39 M, 106 M (the shape of SmolLM2-135M), 1.2 G (the model of arXiv 2506.19697, whose
+1.416 G parameters are those of an untied head)."""
+
+
+def read_architecture(source: str, sequence_length: int) -> PretrainedConfig:
+    """The config of `source`, without a quantisation. Raises ModelError for what is no config, or has too few positions."""
+    if source in LLAMAS:
+        positions = max(POSITIONS, sequence_length)
+        return LlamaConfig(**LLAMAS[source], max_position_embeddings=positions, rms_norm_eps=1e-6, tie_word_embeddings=False)
+    with clear_errors(source):
+        config = AutoConfig.from_pretrained(source)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(f"{source} is the config of a quantised checkpoint: take that of the full-precision one.")
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and sequence_length > positions:
+        raise ModelError(f"--sequence-length {sequence_length} is longer than the {positions} positions of {source}.")
+    return config
+
+
+def fit_vocabulary(config: PretrainedConfig, tokenizer: Any, free: bool) -> None:
+    """Give `config` the tokens that begin and end `tokenizer`'s texts and, where it is `free`, its vocabulary's size.
+
+    Elsewhere a larger vocabulary than the tokenizer's is kept (many are padded); raises ModelError for a smaller one.
+    """
+    text, needed = config.get_text_config(), len(tokenizer)
+    if free:
+        text.vocab_size = needed
+    if text.vocab_size < needed:
+        raise ModelError(
+            f"the tokenizer does not match the architecture's vocabulary: it has {needed:,} entries, the config "
+            f"{text.vocab_size:,}. Use its own tokenizer, or make one with --train-tokenizer."
+        )
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        for part in {id(config): config, id(text): text}.values():
+            setattr(part, name, getattr(tokenizer, name, None))

@@ -1,0 +1,42 @@
+"""Do outliers grow? Excess kurtosis of activations, measured between steps, where they show first: in the residual stream
+and in what the MLP's last linear reads (arXiv 2506.19697). `trilobit outliers` measures everything else."""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from trilobit.errors import ModelError
+from trilobit.measure.kurtosis import excess_kurtosis
+from trilobit.measure.probes import Probe, find_probes, watched
+from trilobit.surgery.roles import evaluating
+
+WATCHED = ("residual", "mlp-output")
+TOKENS = 4096  # enough for a mean that moves by some per cent
+
+
+def outlier_probes(model: PreTrainedModel) -> list[Probe]:
+    """What is watched. A model whose parts cannot be told apart is watched at its layers' outputs alone, or not at all."""
+    try:
+        return [probe for probe in find_probes(model) if probe.site in WATCHED]
+    except ModelError:
+        return []
+
+
+def site_kurtosis(model: PreTrainedModel, probes: list[Probe], windows: Tensor, sequences: int) -> dict[str, list[float]]:
+    """Mean excess kurtosis after the first position, by layer, for each watched site. windows: [N, T + 1], of which the first
+    4,096 tokens' worth are read, `sequences` at a time; the model as it is, uncompiled."""
+    inputs = windows[: max(1, TOKENS // (windows.shape[1] - 1)), :-1].to(next(model.parameters()).device)
+    sums = dict.fromkeys(probes, 0.0)
+
+    def see(probe: Probe, x: Tensor) -> None:
+        x = x.reshape(-1, inputs.shape[1], x.shape[-1])[:, 1:]
+        sums[probe] += excess_kurtosis(x).sum().item()
+
+    with torch.compiler.set_stance("force_eager"), evaluating(model), watched(model, probes, see):
+        for batch in inputs.split(sequences):
+            model.base_model(input_ids=batch, use_cache=False)
+    count = len(inputs) * (inputs.shape[1] - 1)
+    found: dict[str, list[float]] = {}
+    for probe in sorted(probes, key=lambda probe: (WATCHED.index(probe.site), probe.layer or 0)):
+        found.setdefault(probe.site, []).append(float(f"{sums[probe] / count:.4g}"))
+    return found

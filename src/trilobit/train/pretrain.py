@@ -1,0 +1,170 @@
+"""`trilobit pretrain`: an architecture and text in, a model without activation outliers out (arXiv 2506.19697).
+
+out/run.json         configuration, versions, seed, results
+out/log.jsonl        one row a step; kurtosis by layer at each evaluation
+out/tokenizer/       the tokenizer, if it was made of the text
+out/checkpoints/     step-N: what --resume continues from, bit for bit
+out/model/           a stock model: projections and scales folded in, read back by transformers and compared
+out/loss.png, out/kurtosis.png
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from trilobit.config.pretrain import PretrainConfig
+from trilobit.corpus import documents
+from trilobit.errors import ModelError
+from trilobit.export.hf import write_full_precision
+from trilobit.infer.load import load_tokenizer, quiet_transformers
+from trilobit.listener import SILENT, Listener
+from trilobit.measure.perplexity import nats, perplexity
+from trilobit.storage import atomic_directory, is_whole
+from trilobit.surgery.fold import fold
+from trilobit.surgery.outlier_safe import outlier_safe
+from trilobit.surgery.roles import vocabulary_size
+from trilobit.train.architecture import LLAMAS, fit_vocabulary, read_architecture
+from trilobit.train.data import Tokens
+from trilobit.train.kurtosis import outlier_probes, site_kurtosis
+from trilobit.train.layers import decide_compile, prepare_layers, set_attention
+from trilobit.train.loop import Hooks, fit
+from trilobit.train.objective import NextToken
+from trilobit.train.plots import plot_kurtosis, plot_loss
+from trilobit.train.record import new_record, weights_fingerprint
+from trilobit.train.run import Run, start
+from trilobit.train.text import read_corpus
+from trilobit.train.tokenizer import train_tokenizer
+
+LR_TIMES_WIDTH, HIGHEST_LR = 0.4, 3e-3
+
+
+@dataclass(frozen=True)
+class PretrainResult:
+    """What a run gave. Nats are per token on the held-out windows; excess_kurtosis is the mean over layers of the residual
+    stream, after the first position (`trilobit outliers` has the rest), None if the model could not be watched."""
+
+    out: str
+    model: str
+    steps: int
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    nats_per_token: float
+    perplexity: float
+    bits_per_byte: float
+    heldout_tokens: int
+    excess_kurtosis: float | None
+    parameters: int
+    model_bytes: int
+    agreement: dict[str, float]
+
+
+def run(config: PretrainConfig, listener: Listener = SILENT) -> PretrainResult:
+    """Train a model as configured. Raises a TrilobitError that says what to do, and leaves nothing half-written."""
+    return start(_Pretrain, config, f"{Path(config.architecture).absolute().name}-pretrained", listener, frozenset())
+
+
+class _Pretrain(Run[PretrainConfig, PretrainResult]):
+    """A model's way from random weights to a stock checkpoint."""
+
+    def load(self, record: dict[str, Any] | None) -> None:
+        """The tokenizer, and a model of random weights that depend on the seed alone, with its outlier-safe parts."""
+        config = self.config
+        architecture = read_architecture(config.architecture, config.sequence_length)
+        self.tokenizer = self.read_tokenizer()
+        fit_vocabulary(architecture, self.tokenizer, config.architecture in LLAMAS or config.train_tokenizer is not None)
+        if config.embproj:
+            architecture.tie_word_embeddings = False
+        torch.manual_seed(config.seed)
+        with quiet_transformers():
+            try:
+                self.model = AutoModelForCausalLM.from_config(architecture, dtype=torch.float32)
+            except ValueError as error:
+                raise ModelError(f"{config.architecture} is not the config of a language model: {error}") from error
+        self.listener.note(str(outlier_safe(self.model, ssnorm=config.ssnorm, embproj=config.embproj, seed=config.seed)))
+        self.model.to(self.device)  # pyright: ignore[reportArgumentType]
+        if config.attention is not None:
+            set_attention(self.model, config.attention)
+        if record is not None and record["base"] != weights_fingerprint(self.model):
+            raise ModelError(f"{self.out} began from other random weights: continue it with the versions that run.json names.")
+
+    def read_tokenizer(self) -> Any:
+        """The one that was asked for; one made of the text is kept in the run directory, where a resumed run finds it."""
+        config = self.config
+        if config.train_tokenizer is None:
+            source = config.tokenizer or (None if config.architecture in LLAMAS else config.architecture)
+            if source is None:
+                raise ModelError(
+                    f"{config.architecture} has no tokenizer of its own: choose one with --tokenizer, or have one made of the "
+                    "text with --train-tokenizer 32k."
+                )
+            return load_tokenizer(source)
+        kept = self.out / "tokenizer"
+        if is_whole(kept):
+            return load_tokenizer(kept)
+        self.listener.note(f"tokenizer: a byte-level BPE of {config.train_tokenizer:,} entries, made of the text")
+        texts = documents(config.data, text_field=config.text_field)
+        return train_tokenizer(texts, config.train_tokenizer, between=self.signals.raise_if_set)
+
+    def read_tokens(self) -> Tokens:
+        return read_corpus(self.config, self.tokenizer, vocabulary_size(self.model), self.signals)
+
+    def begin(self) -> dict[str, Any]:
+        config, model = self.config, self.model
+        compiled, why = decide_compile(config, model, self.device)
+        if config.compile == "auto":
+            self.listener.note(f"{'compiled' if compiled else 'not compiled'}: {why}")
+        return new_record("pretrain", config, self.tokens, weights_fingerprint(model), compiled)
+
+    def operate(self) -> None:
+        config = self.config
+        self.probes = outlier_probes(self.model)
+        self.peak_lr = config.lr or min(HIGHEST_LR, LR_TIMES_WIDTH / self.model.config.get_text_config().hidden_size)
+        if config.lr is None:
+            self.listener.note(f"learning rate {self.peak_lr:.2e} (choose with --lr)")
+        self.note_optimizer()
+        prepare_layers(self.model, config, self.record["compiled"])
+
+    def train(self) -> None:
+        config = self.config
+        if config.train_tokenizer is not None and not is_whole(self.out / "tokenizer"):
+            with atomic_directory(self.out / "tokenizer") as directory:
+                self.tokenizer.save_pretrained(directory)
+        hooks = Hooks(evaluate=self.evaluate)
+        hooks.log += [self.track, lambda row: self.listener.row(row, config.max_tokens)]
+        self.progress = fit(
+            self.model, self.windows, NextToken(self.model), config, self.peak_lr, self.out, self.device, self.signals, hooks
+        )  # fmt: skip
+
+    def evaluate(self) -> dict[str, Any]:
+        found: dict[str, Any] = super().evaluate()
+        if self.probes:
+            found["kurtosis"] = by_site = site_kurtosis(self.model, self.probes, self.heldout, self.config.sequences)
+            found["excess_kurtosis"] = sum(by_site["residual"]) / len(by_site["residual"])
+        return found
+
+    def finish(self) -> PretrainResult:
+        """model/, measured and compared with what was trained; pictures."""
+        config, progress, out = self.config, self.progress, self.out
+        with torch.compiler.set_stance("force_eager"):
+            stock = fold(self.model.eval())
+            total, count = nats(stock, self.heldout, config.sequences, listener=self.listener)
+            written = write_full_precision(stock, self.tokenizer, out / "model", self.heldout)
+            kurtosis = site_kurtosis(stock, self.probes, self.heldout, config.sequences) if self.probes else {}
+        plot_loss(out)
+        if self.probes:
+            plot_kurtosis(out)
+        residual = kurtosis.get("residual")
+        bytes_per_token = self.tokens.heldout_bytes / max(1, len(self.tokens.heldout))
+        return PretrainResult(
+            out=str(out), model=written.path, steps=progress.step, tokens=progress.tokens, seconds=progress.seconds,
+            tokens_per_second=progress.tokens / progress.seconds, nats_per_token=total / count,
+            perplexity=perplexity(total / count), bits_per_byte=total / count / math.log(2) / bytes_per_token,
+            heldout_tokens=count, excess_kurtosis=sum(residual) / len(residual) if residual else None,
+            parameters=sum(p.numel() for p in stock.parameters()), model_bytes=written.bytes,
+            agreement={k: v for k, v in vars(written.agreement).items() if v is not None} if written.agreement else {},
+        )  # fmt: skip
