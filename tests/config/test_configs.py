@@ -73,6 +73,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"learned_ranges": True}, "--learned-ranges needs --scale row"),
     ({"learned_ranges": True, "scale": "row", "dead_zone_bias": 1e-3}, "--learned-ranges needs .* no --dead-zone-bias"),
     ({"distill": "logits", "distill_attention": 0.0}, "--distill-attention is 0.0"),
+    ({"distill": "logits", "distill_hidden": 0.0}, "--distill-hidden is 0.0"),
+    ({"distill_hidden": 1.0}, "--distill-hidden needs --distill logits"),
     ({"distill_attention": 1.0}, "--distill-attention needs --distill logits"),
     ({"distill_attention_layer": 1}, "--distill-attention-layer needs --distill-attention"),
     ({"reconstruct_tokens": 16_384}, "--reconstruct-tokens .* needs --schedule immediate, not layerwise"),

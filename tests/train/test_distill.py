@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trilobit.train import distill
-from trilobit.train.distill import cross_entropy, divergence, mixed_loss
+from trilobit.train.distill import cross_entropy, divergence, hidden_distance, mixed_loss
 
 B, T, V = 3, 5, 17
 
@@ -141,3 +141,21 @@ def test_not_finite_logits_give_a_loss_that_is_not_finite() -> None:
         logits = random_logits(1)
         logits[1, 2, 3] = bad
         assert not torch.isfinite(mixed_loss(logits, TARGETS, None, 0.0, 1.0).total)
+
+
+def test_hidden_states_are_compared_token_by_token() -> None:
+    """Mean over layers and tokens of the squared distance over the teacher's squared length, however long a token is."""
+    generator = torch.Generator().manual_seed(0)
+    teacher = [torch.randn(B, T, 7, generator=generator) for _ in range(3)]
+    student = [state + 0.1 * torch.randn(B, T, 7, generator=generator) for state in teacher]
+    pairs = [
+        (s, t) for a, b in zip(student, teacher, strict=True) for s, t in zip(a.flatten(0, 1), b.flatten(0, 1), strict=True)
+    ]
+    expected = sum(float((s - t).square().sum() / t.square().sum()) for s, t in pairs) / len(pairs)
+    assert hidden_distance(student, teacher).item() == pytest.approx(expected, rel=1e-5)
+    loud = torch.ones(B, T, 1)
+    loud[0, 0] = 1000.0
+    scaled = hidden_distance([s * loud for s in student], [t * loud for t in teacher])
+    assert scaled.item() == pytest.approx(expected, rel=1e-5)
+    assert hidden_distance(teacher, teacher).item() == 0
+    assert hidden_distance([torch.ones(1, 1, 4)], [torch.zeros(1, 1, 4)]).isfinite()

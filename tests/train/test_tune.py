@@ -775,6 +775,16 @@ def test_a_warm_start_is_made_once(place: Place, tmp_path: Path, no_writing: Non
     assert_same_run(tmp_path / "resumed", tmp_path / "warm")
 
 
+def test_hidden_states_are_learned_too(place: Place, tmp_path: Path, no_writing: None) -> None:
+    """--distill-hidden adds its share to the loss, is logged, and brings the layers' outputs nearer to the original's."""
+    settings: dict[str, Any] = {"distill": "logits", "schedule": "immediate", "max_tokens": 40 * STEP_TOKENS, "lr": 3e-3}
+    run(place.config(tmp_path / "run", **settings, distill_hidden=2.0))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    for row in rows:
+        assert row["loss"] == pytest.approx(row["divergence"] + 2.0 * row["hidden"], rel=1e-4)
+    assert sum(row["hidden"] for row in rows[-5:]) < 0.9 * sum(row["hidden"] for row in rows[:5])
+
+
 def test_relations_are_learned_too(place: Place, tmp_path: Path, no_writing: None) -> None:
     """With --distill-attention the relations of a layer are part of the loss, are logged, and come nearer the original's; a
     run resumes with them bit-exactly."""

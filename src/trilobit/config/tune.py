@@ -56,6 +56,8 @@ class TuneConfig(TrainingConfig):
     """Share w of the distillation loss: (1 − w) · cross-entropy + w · KL."""
     temperature: float = 1.0
     """T of the distillation loss."""
+    distill_hidden: float | None = None
+    """Weight of a further loss: how far each layer's output is from the original's, relative to its length."""
     distill_attention: float | None = None
     """Weight of a further loss: how tokens relate in one attention layer's queries, keys and values (BitDistill)."""
     distill_attention_layer: int | None = None
@@ -95,6 +97,10 @@ class TuneConfig(TrainingConfig):
             raise ConfigError(f"--dead-zone-bias is {self.dead_zone_bias}; it must be above 0.")
         if self.learned_ranges and (self.scale != "row" or self.cover != "projections" or self.dead_zone_bias):
             raise ConfigError("--learned-ranges needs --scale row, --cover projections and no --dead-zone-bias.")
+        if self.distill_hidden is not None and not 0 < self.distill_hidden < float("inf"):
+            raise ConfigError(f"--distill-hidden is {self.distill_hidden}; it must be above 0.")
+        if self.distill == "none" and self.distill_hidden is not None:
+            raise ConfigError("--distill-hidden needs --distill logits.")
         if self.distill_attention is not None and not 0 < self.distill_attention < float("inf"):
             raise ConfigError(f"--distill-attention is {self.distill_attention}; it must be above 0.")
         if self.distill_attention_layer is not None and self.distill_attention is None:

@@ -12,6 +12,7 @@ respect to the logits, in their own dtype, which is all the backward needs:
 Letters: B batch, T time, V vocabulary, N = B · T tokens.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,7 @@ class Losses:
     cross_entropy: Tensor
     divergence: Tensor | None = None
     relations: Tensor | None = None
+    hidden: Tensor | None = None
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -40,6 +42,19 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Te
     log_p = F.log_softmax(teacher.flatten(0, 1).float() / temperature, dim=-1)
     log_q = F.log_softmax(student.flatten(0, 1).float() / temperature, dim=-1)
     return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True) * temperature**2
+
+
+def hidden_distance(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """Mean over layers and tokens of ‖h_student − h_teacher‖² / ‖h_teacher‖², in fp32. Each a list of [B, T, D].
+
+    Relative to each token: a few have activations a thousand times the others' and would be all there is.
+    """
+    parts = []
+    for ours, theirs in zip(student, teacher, strict=True):
+        theirs = theirs.float()
+        scale = theirs.square().sum(-1).clamp(min=1e-12)
+        parts.append(((ours.float() - theirs).square().sum(-1) / scale).mean())
+    return torch.stack(parts).mean()
 
 
 def mixed_loss(logits: Tensor, targets: Tensor, teacher: Tensor | None, weight: float, temperature: float) -> Losses:

@@ -211,7 +211,7 @@ def _accumulate(
             losses = objective(batch.to(device, non_blocking=True))
         (losses.total / config.accumulation).backward()
         parts = {"loss": losses.total.detach(), "cross_entropy": losses.cross_entropy, "divergence": losses.divergence}
-        parts["relations"] = losses.relations
+        parts |= {"relations": losses.relations, "hidden": losses.hidden}
         for name, value in parts.items():
             if value is not None:
                 share = value / config.accumulation

@@ -1,6 +1,7 @@
 """What a step minimises: next-token loss, and where a teacher is given, the distance to it."""
 
 import copy
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -8,7 +9,7 @@ from transformers import PreTrainedModel
 
 from trilobit.config.tune import TuneConfig
 from trilobit.surgery.roles import decoder_layers
-from trilobit.train.distill import Losses, mixed_loss
+from trilobit.train.distill import Losses, hidden_distance, mixed_loss
 from trilobit.train.relations import Recorder, relation_divergence
 
 
@@ -45,17 +46,21 @@ class TuneObjective:
                 self.recorders.append(Recorder(side, layer))
 
     def __call__(self, windows: Tensor, /) -> Losses:
-        inputs, targets = windows[:, :-1], windows[:, 1:]
-        logits = self.model(input_ids=inputs, use_cache=False).logits
-        target_logits = None
+        inputs, targets, hidden = windows[:, :-1], windows[:, 1:], self.config.distill_hidden
+        student = self.model(input_ids=inputs, use_cache=False, output_hidden_states=hidden is not None)
+        teacher = None
         if self.teacher is not None:
             with torch.no_grad():
-                target_logits = self.teacher(input_ids=inputs, use_cache=False).logits
-        losses = mixed_loss(logits, targets, target_logits, self.config.distill_weight, self.config.temperature)
+                teacher = self.teacher(input_ids=inputs, use_cache=False, output_hidden_states=hidden is not None)
+        target_logits = None if teacher is None else teacher.logits
+        losses = mixed_loss(student.logits, targets, target_logits, self.config.distill_weight, self.config.temperature)
+        if hidden is not None and teacher is not None:
+            distance = hidden_distance(student.hidden_states[1:], teacher.hidden_states[1:])
+            losses = replace(losses, total=losses.total + hidden * distance, hidden=distance.detach())
         if self.recorders and self.config.distill_attention is not None:
             relations = relation_divergence(*(recorder.take() for recorder in self.recorders))
             total = losses.total + self.config.distill_attention * relations
-            losses = Losses(total, losses.cross_entropy, losses.divergence, relations.detach())
+            losses = replace(losses, total=total, relations=relations.detach())
         return losses
 
     def close(self) -> None:
