@@ -27,7 +27,7 @@ def _star() -> dict[str, Settings]:
                 arms[f"{placement}-{schedule}-{loss}"] = {"placement": placement, "schedule": schedule, **settings}
     for placement in ("output", "every"):
         for schedule in ("immediate", "layerwise"):
-            arms[f"{placement}-ones-{schedule}-ce"] = {"placement": placement, "gain_init": "ones", "schedule": schedule}
+            arms[f"{placement}-ones-{schedule}-ce"] = {"placement": placement, "gain_init": "ones", "schedule": schedule, **CE}
     for loss, settings in (("ce", CE), ("kl", KL)):
         arms[f"every-reverse-{loss}"] = {**EVERY, "schedule": "layerwise-reverse", **settings}
     for schedule in ("immediate", "layerwise"):
@@ -38,7 +38,7 @@ def _star() -> dict[str, Settings]:
 
 def _around() -> dict[str, Settings]:
     """One setting changed, at either end."""
-    ends = {"every": {**EVERY, "schedule": "layerwise"}, "none": {**NONE, "schedule": "immediate"}}
+    ends = {"every": {**EVERY, "schedule": "layerwise", **CE}, "none": {**NONE, "schedule": "immediate", **CE}}
     arms: dict[str, Settings] = {}
     for end, settings in ends.items():
         for scale in ("row", "group-64", "group-128"):
@@ -76,8 +76,8 @@ def _warm() -> dict[str, Settings]:
     """Reconstructed layer by layer first, on an eighth of the budget (the runner sets it); then as the arm of that name."""
     start: Settings = {"reconstruct_tokens": 32_768, "schedule": "immediate"}
     return {
-        "warm-every-ce": {**EVERY, **start}, "warm-every-kl": {**EVERY, **start, **KL},
-        "warm-none-ce": {**NONE, **start}, "warm-none-kl": {**NONE, **start, **KL},
+        "warm-every-ce": {**EVERY, **start, **CE}, "warm-every-kl": {**EVERY, **start, **KL},
+        "warm-none-ce": {**NONE, **start, **CE}, "warm-none-kl": {**NONE, **start, **KL},
     }  # fmt: skip
 
 
@@ -88,7 +88,8 @@ ARMS: dict[str, Settings] = {
     **_beyond(),
     **_warm(),
     "recipe-hf-blog": RECIPES["hf-blog"](),
-    "recipe-weights-only": RECIPES["weights-only"](),
+    "recipe-weights-only": {**RECIPES["weights-only"](), "schedule": "layerwise", **CE},
+    "recipe-weights-only-kl": RECIPES["weights-only"](),
     **{f"recipe-{name}": RECIPES[name]() for name in ("tequila", "paretoq", "bitdistill", "bitdistill-normalised")},
 }
 CONTROL = "full-precision"

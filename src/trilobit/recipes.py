@@ -31,7 +31,10 @@ def distill() -> dict[str, Any]:
 
 
 def weights_only() -> dict[str, Any]:
-    """Ternary Bonsai's shape: groups of 128, no activation quantisation, embeddings and head ternary too, no norms."""
+    """Ternary Bonsai's shape: groups of 128, no activation quantisation, embeddings and head ternary too, no norms.
+
+    How it is trained is not published: here as everything else is, from the original's logits.
+    """
     return {"placement": "none", "activations": "none", "scale": "group-128", "cover": "+embeddings"}
 
 
@@ -43,6 +46,7 @@ def tequila() -> dict[str, Any]:
     """
     return {
         "placement": "none", "activations": "none", "scale": "group-128", "schedule": "immediate", "dead_zone_bias": 1e-3,
+        "distill": "none",
     }  # fmt: skip
 
 
@@ -52,7 +56,10 @@ def paretoq() -> dict[str, Any]:
     Their 30 B tokens at lr 2e-5 are not a setting for smaller budgets: choose --lr. Not known: whether their loss had a
     teacher; here it has none.
     """
-    return {"placement": "none", "activations": "none", "scale": "row", "schedule": "immediate", "learned_ranges": True}
+    return {
+        "placement": "none", "activations": "none", "scale": "row", "schedule": "immediate", "learned_ranges": True,
+        "distill": "none",
+    }  # fmt: skip
 
 
 def bitdistill() -> dict[str, Any]:

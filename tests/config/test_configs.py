@@ -20,8 +20,9 @@ def tune(**settings: Any) -> TuneConfig:
 
 @given(st.integers(1, 500), st.integers(1, 40), st.integers(1, 100_000), st.integers(1, 10**7))
 def test_steps_are_whole_micro_batches(length: int, sequences: int, batch_tokens: int, max_tokens: int) -> None:
-    """A step is a whole number of micro-batches, the nearest to batch_tokens and at least one; steps fit into the budget."""
-    micro = length * sequences
+    """A step is a whole number of micro-batches, the nearest to batch_tokens and at least one; steps fit into the budget.
+    A micro-batch has no more sequences than a step."""
+    micro = length * max(1, min(sequences, round(batch_tokens / length)))
     nearest = max(1, round(batch_tokens / micro))
     assume(max_tokens >= nearest * micro)
     config = tune(sequence_length=length, sequences=sequences, batch_tokens=batch_tokens, max_tokens=max_tokens)
@@ -33,9 +34,20 @@ def test_steps_are_whole_micro_batches(length: int, sequences: int, batch_tokens
 
 
 def test_defaults_are_valid() -> None:
-    """The defaults are 16,384 tokens a step in four micro-batches, for 610 steps."""
+    """By default there are about a thousand steps, of 65,536 tokens at most; small ones have small micro-batches."""
     config = tune()
-    assert (config.accumulation, config.tokens_per_step, config.steps) == (4, 16_384, 610)
+    assert (config.accumulation, config.tokens_per_step, config.steps) == (2, 8192, 1220)
+    assert [tune(max_tokens=n).tokens_per_step for n in (1_000_000, 100_000_000, 10**9)] == [1024, 65_536, 65_536]
+    small = tune(max_tokens=1_000_000)
+    assert (small.micro_batch, small.accumulation) == (2, 1)
+
+
+def test_there_is_a_teacher_unless_there_is_nothing_to_learn() -> None:
+    """By default a run learns from the original's logits; a full-precision control does not, having the same."""
+    assert tune().learns_from_original
+    assert not tune(schedule="never").learns_from_original
+    assert tune(schedule="never", distill="logits").learns_from_original
+    assert not tune(distill="none").learns_from_original
 
 
 def test_evaluations_stay_small_beside_training() -> None:
@@ -63,8 +75,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     *[({"seed": seed}, f"--seed is {seed}; it must be from 0") for seed in (-1, 2**63)],
     ({"distill": "logits", "distill_weight": 1.5}, "--distill-weight is 1.5"),
     ({"distill": "logits", "temperature": NAN}, "--temperature is nan"),
-    ({"distill_weight": 0.5}, "--distill-weight and --temperature need --distill logits"),
-    ({"temperature": 2.0}, "--distill-weight and --temperature need --distill logits"),
+    ({"distill": "none", "distill_weight": 0.5}, "--distill-weight and --temperature need --distill logits"),
+    ({"schedule": "never", "temperature": 2.0}, "--distill-weight and --temperature need --distill logits"),
     ({"activation_schedule": "never"}, "--activation-schedule never: .* --activations none"),
     ({"activations": "none", "activation_schedule": "global"}, "--activation-schedule and .* need --activations int8"),
     ({"activations": "none", "activation_ramp_fraction": 0.5}, "--activation-ramp-fraction need --activations int8"),
@@ -74,14 +86,14 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"learned_ranges": True, "scale": "row", "dead_zone_bias": 1e-3}, "--learned-ranges needs .* no --dead-zone-bias"),
     ({"distill": "logits", "distill_attention": 0.0}, "--distill-attention is 0.0"),
     ({"distill": "logits", "distill_hidden": 0.0}, "--distill-hidden is 0.0"),
-    ({"distill_hidden": 1.0}, "--distill-hidden needs --distill logits"),
-    ({"distill_attention": 1.0}, "--distill-attention needs --distill logits"),
+    ({"distill": "none", "distill_hidden": 1.0}, "--distill-hidden needs --distill logits"),
+    ({"distill": "none", "distill_attention": 1.0}, "--distill-attention needs --distill logits"),
     ({"distill_attention_layer": 1}, "--distill-attention-layer needs --distill-attention"),
-    ({"reconstruct_tokens": 16_384}, "--reconstruct-tokens .* needs --schedule immediate, not layerwise"),
+    ({"reconstruct_tokens": 16_384}, "--reconstruct-tokens .* needs --schedule immediate, not global"),
     ({"reconstruct_tokens": 100, "schedule": "immediate"}, "--reconstruct-tokens 100 is less than one micro-batch"),
     ({"self_tokens": 10}, "--self-tokens needs --data self"),
     ({"data": "self", "self_tokens": 0}, "--self-tokens is 0"),
-    ({"max_tokens": 16_383}, "--max-tokens 16383 is less than one step of 16384 tokens"),
+    ({"max_tokens": 16_383, "batch_tokens": 16_384}, "--max-tokens 16383 is less than one step of 16384 tokens"),
 ]  # fmt: skip
 
 
@@ -96,7 +108,7 @@ def test_ends_of_ranges_are_allowed() -> None:
     """Fractions of zero and one, no weight decay, and one step are settings like any other."""
     tune(warmup_fraction=0, decay_fraction=0, overlap=0, weight_decay=0)
     tune(warmup_fraction=1, decay_fraction=1, overlap=1, ramp_fraction=1, clip=float("inf"))
-    assert tune(max_tokens=16_384).steps == 1
+    assert tune(max_tokens=16_384, batch_tokens=16_384).steps == 1
     tune(schedule="never", activation_schedule="never")
 
 

@@ -66,7 +66,7 @@ class Place:
             "model": str(self.model), "data": str(self.text), "out": str(out), "cache_dir": str(self.cache),
             "sequence_length": 16, "sequences": 2, "batch_tokens": STEP_TOKENS, "max_tokens": STEPS * STEP_TOKENS,
             "eval_tokens": 64, "eval_every": 256, "checkpoint_every": 192, "precision": "fp32", "lr": 1e-2,
-            "ramp_fraction": 0.8, "store": "fp32", "device": "cpu",
+            "ramp_fraction": 0.8, "store": "fp32", "device": "cpu", "schedule": "layerwise", "distill": "none",
         }  # fmt: skip
         return TuneConfig(**{**defaults, **settings})
 

@@ -7,6 +7,7 @@ from trilobit.config.fields import Count, require_seed
 from trilobit.errors import ConfigError
 
 LEAST_EVALUATION = 4096  # tokens, unless --eval-tokens says less
+LEAST_STEPS, MOST_BATCH = 1000, 65_536  # unless --batch-tokens says otherwise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,12 +28,13 @@ class TrainingConfig:
 
     max_tokens: Count = 10_000_000
     """Tokens to train on."""
-    batch_tokens: Count = 16_384
-    """Tokens per optimizer step, rounded to whole micro-batches."""
+    batch_tokens: Count | None = None
+    """Tokens per optimizer step, rounded to whole micro-batches. Default: a thousandth of --max-tokens, 65,536 at most (in
+    small runs it is updates that lack)."""
     sequence_length: int = 512
     """Tokens per sequence."""
     sequences: int = 8
-    """Sequences per micro-batch: what is in memory at once. Less needs less memory and changes no result but rounding."""
+    """Most sequences per micro-batch: what is in memory at once. Less needs less memory and changes no result but rounding."""
 
     optimizer: Literal["adamw", "muon"] = "adamw"
     """AdamW for everything, or Muon for the matrices inside the decoder layers and AdamW for the rest (one rate for both)."""
@@ -110,7 +112,7 @@ class TrainingConfig:
         if self.max_tokens < self.tokens_per_step:
             raise ConfigError(
                 f"--max-tokens {self.max_tokens} is less than one step of {self.tokens_per_step} tokens "
-                f"({self.sequences} sequences of {self.sequence_length}); lower --batch-tokens, --sequences or "
+                f"({self.micro_batch} sequences of {self.sequence_length}); lower --batch-tokens, --sequences or "
                 "--sequence-length."
             )
 
@@ -120,13 +122,22 @@ class TrainingConfig:
         return self.eval_tokens or max(LEAST_EVALUATION, min(65_536, self.max_tokens // 32))
 
     @property
+    def micro_batch(self) -> int:
+        """Sequences per micro-batch: as many as a step has, --sequences at most."""
+        return max(1, min(self.sequences, round(self._wanted_tokens / self.sequence_length)))
+
+    @property
     def accumulation(self) -> int:
         """Micro-batches per optimizer step."""
-        return max(1, round(self.batch_tokens / (self.sequences * self.sequence_length)))
+        return max(1, round(self._wanted_tokens / (self.micro_batch * self.sequence_length)))
 
     @property
     def tokens_per_step(self) -> int:
-        return self.accumulation * self.sequences * self.sequence_length
+        return self.accumulation * self.micro_batch * self.sequence_length
+
+    @property
+    def _wanted_tokens(self) -> int:
+        return self.batch_tokens or min(MOST_BATCH, self.max_tokens // LEAST_STEPS)
 
     @property
     def steps(self) -> int:

@@ -112,7 +112,7 @@ def fit(
     guard = _Guard(device)
     eval_every = config.eval_every or max(config.max_tokens // 10, 1)
     checkpoint_every = config.checkpoint_every or max(config.max_tokens // 4, 1)
-    samples_per_step = config.accumulation * config.sequences
+    samples_per_step = config.accumulation * config.micro_batch
     started = time.perf_counter() - progress.seconds
     timed_tokens, timed_at = progress.tokens, time.perf_counter()
     model.train()
@@ -205,7 +205,7 @@ def _accumulate(
     """Forward and backward over one step's micro-batches; gradients are left in place. Returns mean losses, on device."""
     totals: dict[str, Tensor] = {}
     for micro in range(config.accumulation):
-        batch = windows.samples(first + micro * config.sequences, config.sequences)
+        batch = windows.samples(first + micro * config.micro_batch, config.micro_batch)
         batch = batch.pin_memory() if device.type == "cuda" else batch  # else the copy would wait
         with autocast(config.precision, device):
             losses = objective(batch.to(device, non_blocking=True))
@@ -248,11 +248,11 @@ class _Guard:
         tokens = step * config.tokens_per_step
         values = {"lr": learning_rate(config, peak_lr, tokens), **settings(tokens)}
         what = "loss" if not math.isfinite(self.loss.item()) else "gradient"
-        first = step * config.accumulation * config.sequences
+        first = step * config.accumulation * config.micro_batch
         state = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         return NonFiniteError(
             f"step {step + 1}: the {what} is not finite (loss {self.loss.item()}, gradient norm {self.norm.item()}; {state}). "
-            f"Its batch is samples {first} to {first + config.accumulation * config.sequences - 1} of the seed-"
+            f"Its batch is samples {first} to {first + config.accumulation * config.micro_batch - 1} of the seed-"
             f"{config.seed} order ({windows.count} windows). The weights were not updated. Try a lower --lr."
         )
 

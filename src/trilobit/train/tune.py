@@ -152,7 +152,7 @@ class _Tune(Run[TuneConfig, TuneResult]):
         config, base_nats = self.config, self.record["base_nats_per_token"]
         self.schedules = [StrengthSchedule.from_json(value) for value in self.record["schedules"]]
         self.listener.note(f"original model: {base_nats:.4f} nats per token held out (perplexity {perplexity(base_nats):.2f})")
-        if config.distill == "logits" or config.reconstruct_tokens is not None:
+        if config.learns_from_original or config.reconstruct_tokens is not None:
             self.teacher = frozen_copy(self.model, config.precision)
             if config.attention is not None and config.distill_attention is None:  # forward alone, other things are fast
                 set_attention(self.teacher, self.own_attention)
@@ -176,7 +176,7 @@ class _Tune(Run[TuneConfig, TuneResult]):
         self.objective().close()  # what it refuses is refused before anything is written
 
     def objective(self) -> TuneObjective:
-        return TuneObjective(self.config, self.model, self.teacher if self.config.distill == "logits" else None)
+        return TuneObjective(self.config, self.model, self.teacher if self.config.learns_from_original else None)
 
     def train(self) -> None:
         """The warm start, if there is one and no checkpoint follows it, and all steps."""
