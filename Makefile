@@ -3,15 +3,19 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/
 
-.PHONY: demo test test-all check smollm2 clean
+.PHONY: demo native test test-all check smollm2 clean
 
 demo: $(VENV)/installed
 	$(RUN)trilobit demo
 
-test: $(VENV)/installed
+# The C++ kernels of the sources as they are. Without a compiler everything runs on torch alone, and their tests are skipped.
+native: $(VENV)/installed
+	-$(RUN)python -m trilobit.kernels.build
+
+test: native
 	$(RUN)python -m pytest -q
 
-test-all: $(VENV)/installed
+test-all: native
 	$(RUN)python -m pytest -q -m ''
 
 check: $(VENV)/installed
@@ -29,4 +33,4 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) out
+	rm -rf $(VENV) build out

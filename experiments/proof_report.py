@@ -1,10 +1,11 @@
-"""docs/proof.md's table and plots, from the records of experiments/proof.py alone.
+"""docs/proof.md's table and plots and README's first table, from the records of experiments/proof.py alone.
 
     python experiments/proof_report.py STUDY [--check]
 
-Writes the table between the markers of docs/proof.md and, once there are trials at the largest budget, three plots to docs/:
-nats above the original against tokens; against the budget, with a power law fitted to it; λ and flips of codes by layer.
---check writes nothing and fails if the table in docs/proof.md is not the one the records give.
+Writes the table between the markers of docs/proof.md, for stories260k the one in README as well, and, once there are trials at
+the largest budget, three plots to docs/: nats above the original against tokens; against the budget, with a power law fitted
+to it; λ and flips of codes by layer.
+--check writes nothing and fails if a table is not the one the records give.
 
 Gap means nats per token above the original, on text that nothing was trained or chosen on; ± is half the range over seeds.
 """
@@ -43,11 +44,30 @@ NAMES = {
     "every-kl-muon": "distillation + norms + schedule, Muon",
     "every-kl-wsd": "distillation + norms + schedule, rate held for half the tokens",
     "warm-every-kl": "distillation + norms, layers reconstructed first",
-    "recipe-hf-blog": "Hugging Face's recipe",
+    "recipe-hf-blog": "Hugging Face's recipe (no norm, all layers' λ at once over a fifth)",
+    "none-global-ce": "all layers' λ at once alone",
+    "output-global-kl": "distillation + norms at two places + all layers' λ at once",
+    "every-global-kl-wsd": "distillation + norms + all layers' λ at once, rate held for half the tokens",
+    "none-kl-wsd": "distillation alone, rate held for half the tokens",
+    "recipe-tequila": "Tequila (weights only, group-128)",
+    "recipe-paretoq": "ParetoQ's quantiser (weights only, row)",
+    "recipe-weights-only": "schedule (weights only, group-128, embeddings and head ternary)",
+    "none-group-128-weights-only-global-kl": "distillation + all layers' λ at once (weights only, group-128)",
+    "none-group-128-weights-only-kl": "distillation + schedule (weights only, group-128)",
+    "every-group-128-weights-only-kl": "distillation + norms + schedule (weights only, group-128)",
     "recipe-bitdistill": "BitDistill, published constants",
     "recipe-bitdistill-normalised": "BitDistill, losses of one size",
     CONTROL: "the original, tuned equally",
 }
+IN_README = {
+    "every-global-kl": "**trilobit tune**: norms, λ rising in all layers at once, the original's logits",
+    "none-immediate-kl": "the original's logits alone, quantised at once",
+    "recipe-hf-blog": "Hugging Face's 1.58-bit recipe",
+    "every-ones-layerwise-ce": "arXiv 2505.08823: norms, layer-wise λ, cross-entropy",
+    "every-ones-immediate-ce": "transformers' AutoBitLinear, from the first step",
+    "recipe-bitdistill-normalised": "BitDistill, its losses of one size",
+}
+"""Arms of README's first table. The first is what `tune` does without flags."""
 AFTER_TRAINING = {
     "ptq-catq": "CAT-Q (weights only, group-128; every token passes a layer four times)",
     "ptq-gptq": "GPTQ, absmean (weights only, group-128)",
@@ -126,6 +146,16 @@ def table(records: Records, study: Study) -> str:
         highest = highest_rate(records, study, arm) if arm in ARMS else ""
         row = [name, *map(str, cells[arm]), other, rate, highest, str(bumps)]
         lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def readme_table(records: Records, study: Study) -> str:
+    """A few arms at the budgets that all of them reached."""
+    cells = {arm: [cell(records, study, arm, budget) for budget in study.budgets] for arm in IN_README}
+    reached = [i for i in range(len(study.budgets)) if all(row[i].gaps for row in cells.values())]
+    heads = ["nats per token above the original", *(f"{study.budgets[i] / 1e6:.2g} M tokens" for i in reached)]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    lines += ["| " + " | ".join([name, *(str(cells[arm][i]) for i in reached)]) + " |" for arm, name in IN_README.items()]
     return "\n".join(lines)
 
 
@@ -208,14 +238,20 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
     study, records = STUDIES[arguments.study], read_records(RECORDS / arguments.study)
-    page = (DOCS / "proof.md").read_text(encoding="utf-8")
-    start, end = f"<!-- {arguments.study} -->\n", f"<!-- /{arguments.study} -->"
-    before, rest = page.split(start)
-    after = rest.split(end)[1]
-    new = f"{before}{start}{table(records, study)}\n{end}{after}"
+    tables = [(DOCS / "proof.md", arguments.study, table(records, study))]
+    if arguments.study == "stories260k":
+        tables.append((DOCS.parent / "README.md", "proof", readme_table(records, study)))
+    for path, marker, lines in tables:
+        page = path.read_text(encoding="utf-8")
+        start, end = f"<!-- {marker} -->\n", f"<!-- /{marker} -->"
+        before, rest = page.split(start)
+        new = f"{before}{start}{lines}\n{end}{rest.split(end)[1]}"
+        if arguments.check and new != page:
+            raise SystemExit(f"{path.name} does not show the records of {arguments.study}")
+        if not arguments.check:
+            path.write_text(new, encoding="utf-8")
     if arguments.check:
-        raise SystemExit(0 if new == page else f"docs/proof.md does not show the records of {arguments.study}")
-    (DOCS / "proof.md").write_text(new, encoding="utf-8")
+        return
     if not any(trial.budget == study.budgets[-1] for trial in records):
         return  # the plots are of the largest budget
     for name, draw in (("curves", plot_curves), ("budgets", plot_budgets)):

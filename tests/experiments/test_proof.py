@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from proof import STUDIES, Records, Trial, best_rates, claim, model_class, spikes, wanted
 from proof_arms import ALWAYS, ARMS, CONTROL
-from proof_report import NAMES, SHOWN, power_law, table
+from proof_report import IN_README, NAMES, SHOWN, power_law, readme_table, table
 
 from trilobit.config.tune import TuneConfig
 
@@ -109,6 +109,32 @@ def test_the_page_names_arms_that_exist() -> None:
     rows = table(done([Trial(arm, STUDY.budget, rate, 0) for arm in arms for rate in STUDY.rates]), STUDY).splitlines()
     assert len(rows) == 2 + len(arms)
     assert len({row.count("|") for row in rows}) == 1, "as many cells as columns"
+
+
+def test_the_readme_shows_the_defaults() -> None:
+    """The first arm of README's table is what `tune` does without flags; only budgets that all its arms reached are shown."""
+    assert set(IN_README) <= set(ARMS)
+    ours = TuneConfig(model="m", data="d", **ARMS[next(iter(IN_README))])
+    default = TuneConfig(model="m", data="d")
+    assert ours.learns_from_original == default.learns_from_original
+    for name in (
+        "placement",
+        "gain",
+        "gain_init",
+        "activations",
+        "scale",
+        "cover",
+        "schedule",
+        "ramp_fraction",
+        "optimizer",
+        "decay",
+    ):
+        assert getattr(ours, name) == getattr(default, name), name
+    small, middle, _ = STUDY.budgets
+    trials = [Trial(arm, small, STUDY.rates[1], 0) for arm in IN_README]
+    trials += [Trial(arm, middle, STUDY.rates[1], 0) for arm in list(IN_README)[:-1]]
+    lines = readme_table(done(trials), STUDY).splitlines()
+    assert len(lines) == 2 + len(IN_README) and lines[0].count("|") == 3
 
 
 @pytest.mark.parametrize("study", ["stories260k", "stories260k-cut"])

@@ -1,14 +1,17 @@
 """Frozen ternary modules for inference: codes and scales instead of latent weights.
 
-Codes are kept as int8 so that the integer product can read them directly; on disk they take two bits (formats.py).
+Codes are kept as int8: torch's integer product reads them directly. On a CPU with the native kernels they are also packed,
+at the first use, in the layout that those read. On disk they take two bits (formats.py).
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trilobit import quant
-from trilobit.kernels.dispatch import integer_linear
+from trilobit.kernels.frozen_linear import frozen_linear, pack_codes, runs_native
 from trilobit.nn.ternary import InputRMSNorm, TernaryEmbedding, TernaryLinear
 from trilobit.quant import Granularity
 
@@ -31,6 +34,7 @@ class PackedLinear(nn.Module):
         self.codes = nn.Buffer(codes)
         self.scale = nn.Buffer(scale)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self._packed: tuple[Tensor, int | None, Tensor] | None = None  # the codes, their version, what they were packed to
 
     @classmethod
     def from_ternary(cls, linear: TernaryLinear) -> "PackedLinear":
@@ -48,11 +52,27 @@ class PackedLinear(nn.Module):
         if not self.int8_activations:
             weight = quant.ternary_dequantize(self.codes, self.scale, self.granularity)
             return F.linear(x.float(), weight, self.bias).to(input.dtype)
-        codes, scale = quant.int8_codes(x)
-        rows, scales = codes.reshape(-1, self.in_features), scale.reshape(-1, 1)
-        y = integer_linear(rows, scales, self.codes, self.scale, self.granularity)
-        y = y if self.bias is None else y.add_(self.bias)
+        packed = self._packed_codes(x.dtype)
+        rows = x.reshape(-1, self.in_features)
+        y = frozen_linear(rows, self.codes, packed, self.scale, self.bias, self.granularity)
         return y.to(input.dtype).view(*input.shape[:-1], self.out_features)
+
+    def _packed_codes(self, dtype: torch.dtype) -> Tensor | None:
+        """The codes as the native kernels read them, packed again if they have changed; None where torch computes.
+
+        A compiled graph does not ask for changes (the compiler cannot trace the question): codes are frozen there.
+        """
+        if not runs_native(self.codes.device.type, dtype):
+            return None
+        compiling = torch.compiler.is_compiling()
+        version = None if compiling or self.codes.is_inference() else self.codes._version
+        packed = self._packed
+        if packed is None or packed[0] is not self.codes or not (compiling or packed[1] == version):
+            packed = self._packed = self.codes, version, pack_codes(self.codes, self.granularity)
+        return packed[2]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packed": None}  # a copy counts the versions of its codes anew
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, scale per {self.granularity}"

@@ -1,0 +1,51 @@
+// What a translation unit of one instruction set gives to dispatch.cpp: a table of three functions over ranges of work.
+#pragma once
+
+#include "layout.h"
+
+#include <cstddef>
+
+namespace {
+
+// One product. Activations come twice: as they are (the scalar reference reads these), and spread so that each segment
+// starts at a tile, zeros between, with the sums that undo the symbols' offset.
+struct Call {
+    Geometry shape;
+    const uint8_t *packed;
+    const int8_t *x;       // [T, K]
+    const int8_t *spread;  // [T, padded columns]
+    const int32_t *sums;   // [T, segments]
+    int64_t tokens;
+    int32_t *integers;  // [T, O]; else null, and what follows is set
+    float *y;           // [T, O]
+    const float *scales, *x_scale, *bias;
+    bool grouped, per_row;  // scales: [segments, O], [O] or [1]
+};
+
+struct QuantizeCall {
+    const void *x;
+    bool bf16;
+    int64_t columns;
+    const float *gain;
+    int64_t gain_count;
+    float eps;
+    int8_t *codes;
+    float *scales;
+};
+
+}  // namespace
+
+constexpr int64_t UNIT_PANELS = 2;  // panels that a matrix–matrix kernel takes at once
+
+struct Kernels {
+    void (*gemv)(const void *call, int64_t begin, int64_t end);      // one token; panels begin … end − 1
+    void (*gemm)(const void *call, int64_t begin, int64_t end);      // any number of tokens; units of UNIT_PANELS panels
+    void (*quantize)(const void *call, int64_t begin, int64_t end);  // tokens begin … end − 1 of a QuantizeCall
+};
+
+extern const Kernels KERNELS_SCALAR, KERNELS_AVX2, KERNELS_AVXVNNI, KERNELS_AVX512, KERNELS_AVX512VBMI, KERNELS_NEON;
+
+// pool.cpp: run(call, b, e) over ranges that make up 0 … count, `grain` at a time, on up to `threads` threads.
+void run_parallel(void (*run)(const void *, int64_t, int64_t), const void *call, int64_t count, int64_t grain, int threads);
+// pool.cpp: memory of the calling thread, 64-byte aligned, good until its next call; null if there is none.
+void *thread_scratch(size_t bytes);
