@@ -31,7 +31,7 @@ NAMES = {
     "none-layerwise-ce": "schedule alone",
     "every-immediate-ce": "norms (calibrated) alone",
     "every-layerwise-ce": "norms (calibrated) + schedule",
-    "every-ones-layerwise-ce": "norms (ones) + schedule: the paper",
+    "every-ones-layerwise-ce": "norms (ones) + schedule: the paper, as we read it",
     "every-ones-immediate-ce": "norms (ones), quantised at once: AutoBitLinear",
     "output-layerwise-ce": "norms at two places + schedule",
     "none-immediate-kl": "distillation alone",
@@ -114,7 +114,7 @@ def highest_rate(records: Records, study: Study, arm: str) -> str:
     rows = {rate: records.get(Trial(arm, study.budget, rate, 0)) for rate in study.rates_of(arm)}
     best = min((row["nats"] for row in rows.values() if row and not row["diverged"]), default=float("inf"))
     fine = [rate for rate, row in rows.items() if row and not row["diverged"] and row["nats"] < best + 0.5]
-    return f"{max(fine):g}" if fine else ""
+    return f"{max(fine):.3g}" if fine else ""
 
 
 def table(records: Records, study: Study) -> str:
@@ -142,7 +142,7 @@ def table(records: Records, study: Study) -> str:
         bumps = sum(row["spikes"] for trial, row in records.items() if trial.arm == arm and trial.rate == (last and last.rate))
         name = NAMES.get(arm) or AFTER_TRAINING.get(arm) or _described(arm)
         other = f"{np.mean(last.other):.3f}" if last and last.other else ""
-        rate = f"{last.rate:g}" if last else ""
+        rate = f"{last.rate:.3g}" if last else ""
         highest = highest_rate(records, study, arm) if arm in ARMS else ""
         row = [name, *map(str, cells[arm]), other, rate, highest, str(bumps)]
         lines.append("| " + " | ".join(row) + " |")
