@@ -149,6 +149,19 @@ def table(records: Records, study: Study) -> str:
     return "\n".join(lines)
 
 
+def rates_table(records: Records, study: Study) -> str:
+    """Arms at every rate of a study of one budget: how high may a rate be?"""
+    rates = sorted({trial.rate for trial in records})
+    lines = ["| arm | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "|" + "---|" * (len(rates) + 1)]
+    known: dict[str, list[str]] = {}
+    for arm in dict.fromkeys(trial.arm for trial in records):
+        rows = [records.get(Trial(arm, study.budget, rate, 0)) for rate in rates]
+        known[arm] = ["" if row is None else "diverged" if row["diverged"] else f"{row['report_gap']:.2f}" for row in rows]
+    for arm, cells in sorted(known.items(), key=lambda item: item[1]):
+        lines.append("| " + " | ".join([NAMES.get(arm, f"`{arm}`"), *cells]) + " |")
+    return "\n".join(lines)
+
+
 def readme_table(records: Records, study: Study) -> str:
     """A few arms at the budgets that all of them reached."""
     cells = {arm: [cell(records, study, arm, budget) for budget in study.budgets] for arm in IN_README}
@@ -238,7 +251,8 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
     study, records = STUDIES[arguments.study], read_records(RECORDS / arguments.study)
-    tables = [(DOCS / "proof.md", arguments.study, table(records, study))]
+    show = rates_table if study.one_rung else table
+    tables = [(DOCS / "proof.md", arguments.study, show(records, study))]
     if arguments.study == "stories260k":
         tables.append((DOCS.parent / "README.md", "proof", readme_table(records, study)))
     for path, marker, lines in tables:

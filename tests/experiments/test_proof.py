@@ -137,7 +137,7 @@ def test_the_readme_shows_the_defaults() -> None:
     assert len(lines) == 2 + len(IN_README) and lines[0].count("|") == 3
 
 
-@pytest.mark.parametrize("study", ["stories260k", "stories260k-cut"])
+@pytest.mark.parametrize("study", ["stories260k", "stories260k-rates", "stories260k-cut"])
 def test_the_page_shows_the_records(study: str) -> None:
     """docs/proof.md has the tables that experiments/proof_report.py makes of docs/data/proof."""
     command = [sys.executable, "-W", "ignore", str(ROOT / "experiments" / "proof_report.py"), study, "--check"]
