@@ -40,7 +40,8 @@ def test_every_command_parses(line: str, tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.slow
 def test_the_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """tune, eval and generate as the README has them, with the embedded model and a small text for the hub's."""
+    """tune, eval, generate, outliers and pretrain as the README has them, with the embedded model, a small text and few tokens
+    for the hub's."""
     text = "".join((ROOT / "src" / "trilobit" / name).read_text() for name in ("quant.py", "cli.py", "storage.py"))
     (tmp_path / "wiki.test.raw").write_text(text)
     monkeypatch.chdir(tmp_path)
@@ -49,8 +50,8 @@ def test_the_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
         words = shlex.split(line)[1:]
         words = [str(MODEL) if word == "HuggingFaceTB/SmolLM2-135M" else word for word in words]
         words = ["wiki.test.raw" if word.startswith("HuggingFaceFW/") else word for word in words]
-        words = ["4k" if word == "100M" else word for word in words]
-        if words[0] == "tune":
+        words = [{"100M": "4k", "1B": "4k", "llama-60m": "llama-3m"}.get(word, word) for word in words]
+        if words[0] in ("tune", "pretrain"):
             words += ["--batch-tokens", "1k", "--sequences", "4", "--sequence-length", "128", "--cache-dir", "cache"]
         if "--tasks" in words:
             words += ["--limit", "2", "--task-data", str(bench_files.write(tmp_path / "bench"))]
@@ -59,6 +60,8 @@ def test_the_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
         assert json.loads(out), out
     # After so few tokens argmax is a coin toss between near-equal logits: either form may be chosen.
     assert (tmp_path / "out" / "smollm2" / "model" / "trilobit.json").exists()
+    assert (tmp_path / "out" / "outliers" / "index.html").exists()
+    assert (tmp_path / "out" / "llama-3m-pretrained" / "model" / "model.safetensors").exists()
 
 
 def test_make_targets_exist() -> None:
