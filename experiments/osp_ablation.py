@@ -9,7 +9,6 @@ protocols, and loss at W4A4KV4, rounded to nearest, without and with a Hadamard 
 """
 
 import argparse
-import fcntl
 import json
 import os
 import shutil
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from fourbit_minimal import quantized
+from proof import Quiet, claim
 
 from trilobit.config.fields import parse_count
 from trilobit.config.outliers import OutliersConfig
@@ -29,7 +29,6 @@ from trilobit.config.pretrain import PretrainConfig
 from trilobit.corpus import documents
 from trilobit.errors import NonFiniteError
 from trilobit.infer.load import load
-from trilobit.listener import Listener
 from trilobit.measure.outliers import measure
 from trilobit.measure.perplexity import nats, text_windows
 from trilobit.recipes import RECIPES
@@ -65,10 +64,6 @@ STUDIES = {
          "batch_tokens": 65_536, "compile": "yes"},
     ),
 }  # fmt: skip
-
-
-class Quiet(Listener):
-    """Says nothing; a line a trial is enough."""
 
 
 def read_records(folder: Path) -> dict[tuple[str, float], dict[str, Any]]:
@@ -176,16 +171,11 @@ def main() -> None:
         try:
             for rate in (study.rates[len(study.rates) // 2], *study.rates):  # the middle one first: a table early on
                 for row in arguments.rows:
-                    lock = arguments.out / arguments.study / f"{row}-{rate:g}.lock"
-                    lock.parent.mkdir(parents=True, exist_ok=True)
-                    with lock.open("w") as file:
-                        try:
-                            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                        except OSError:
-                            continue
-                        if time.monotonic() < end and (row, rate) not in read_records(folder):
+                    place = arguments.out / arguments.study / f"{row}-{rate:g}"
+                    with claim(place.with_name(f"{place.name}.lock")) as mine:
+                        if mine and time.monotonic() < end and (row, rate) not in read_records(folder):
                             run_trial(row, rate, study, arguments)
-                            shutil.rmtree(arguments.out / arguments.study / f"{row}-{rate:g}" / "checkpoints")
+                            shutil.rmtree(place / "checkpoints")
         except (Interrupted, KeyboardInterrupt):
             pass
         timer.cancel()

@@ -34,7 +34,7 @@ from trilobit.nn.outlier_safe import (
 from trilobit.nn.packed import PackedEmbedding, PackedLinear
 from trilobit.nn.ternary import TernaryModule
 from trilobit.surgery.roles import PROBE_TOKENS, evaluating, vocabulary_size
-from trilobit.surgery.ternary import Row
+from trilobit.surgery.ternary import Row, show_rows
 
 TERNARY = (TernaryModule, PackedLinear, PackedEmbedding)
 NOTICED = 1e-5  # of the largest logit: more than rounding, less than an encoder's answer to another token
@@ -63,8 +63,7 @@ class OutlierSafeSurgery:
     parameters: int
 
     def __str__(self) -> str:
-        lines = [f"{row.modules:>5} × {row.what:<34} {row.parameters:>14,}  {row.became}" for row in self.rows]
-        return "\n".join([*lines, f"{'':>5}   {'total':<34} {self.parameters:>14,}"])
+        return show_rows(self.rows, self.parameters)
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,12 @@ class Row:
     parameters: int
 
 
+def show_rows(rows: Iterable[Row], parameters: int) -> str:
+    """A partition as a table: modules, what they are, their parameters, what they became; the total last."""
+    lines = [f"{row.modules:>5} × {row.what:<34} {row.parameters:>14,}  {row.became}" for row in rows]
+    return "\n".join([*lines, f"{'':>5}   {'total':<34} {parameters:>14,}"])
+
+
 @dataclass(frozen=True)
 class Surgery:
     """The partition of a model's parameters by what became of their module. Adds up to `model.parameters()`."""
@@ -88,8 +94,7 @@ class Surgery:
     parameters: int
 
     def __str__(self) -> str:
-        lines = [f"{row.modules:>5} × {row.what:<34} {row.parameters:>14,}  {row.became}" for row in self.rows]
-        return "\n".join([*lines, f"{'':>5}   {'total':<34} {self.parameters:>14,}"])
+        return show_rows(self.rows, self.parameters)
 
 
 def ternarize(

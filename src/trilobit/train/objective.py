@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trilobit.config.tune import TuneConfig
+from trilobit.errors import ModelError
 from trilobit.surgery.roles import decoder_layers
 from trilobit.train.distill import Losses, hidden_distance, mixed_loss
 from trilobit.train.relations import Recorder, relation_divergence
@@ -55,6 +56,8 @@ class TuneObjective:
         target_logits = None if teacher is None else teacher.logits
         losses = mixed_loss(student.logits, targets, target_logits, self.config.distill_weight, self.config.temperature)
         if hidden is not None and teacher is not None:
+            if student.hidden_states is None:
+                raise ModelError(f"--distill-hidden: {type(self.model).__name__} gives no hidden states.")
             distance = hidden_distance(student.hidden_states[1:], teacher.hidden_states[1:])
             losses = replace(losses, total=losses.total + hidden * distance, hidden=distance.detach())
         if self.recorders and self.config.distill_attention is not None:

@@ -4,6 +4,7 @@ A run is a class with stages between which a signal may stop it. It claims its d
 begins it is in run.json before the first step, so that --resume finds everything that was decided (record.py).
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -30,7 +31,7 @@ Config = TypeVar("Config", bound=TrainingConfig)
 Result = TypeVar("Result")
 
 
-class Run(Generic[Config, Result]):
+class Run(ABC, Generic[Config, Result]):
     """One run, from its configuration to its result. Subclasses give the stages; `whole` is their order."""
 
     model: PreTrainedModel
@@ -60,27 +61,29 @@ class Run(Generic[Config, Result]):
             write_json(self.out / "run.json", self.record | {"result": asdict(result)})  # pyright: ignore[reportArgumentType]
             return result
 
+    @abstractmethod
     def load(self, record: dict[str, Any] | None) -> None:
         """The model before training."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read_tokens(self) -> Tokens:
-        raise NotImplementedError
+        """What is trained and measured on."""
 
+    @abstractmethod
     def begin(self) -> dict[str, Any]:
         """run.json of a new run: everything that is decided before training."""
-        raise NotImplementedError
 
+    @abstractmethod
     def operate(self) -> None:
         """Make of the model what is trained. Nothing has been written yet."""
-        raise NotImplementedError
 
+    @abstractmethod
     def train(self) -> None:
-        raise NotImplementedError
+        """All steps that are left."""
 
+    @abstractmethod
     def finish(self) -> Result:
         """What remains beside run.json and log.jsonl; the result makes the run a finished one."""
-        raise NotImplementedError
 
     def set_tokens(self, tokens: Tokens) -> None:
         """The windows that are trained and measured on."""
