@@ -24,6 +24,7 @@ constexpr int TOKEN_BLOCK = 192;
 constexpr int UNIT_ROWS = UNIT_PANELS * PANEL_ROWS;
 // Tiles between drains of a dot's accumulators: two_bit's last one holds up to 64 · 2 · 128 · 4 a tile.
 constexpr int64_t DOT_TILES = 4096;
+constexpr int64_t PAIR_TILES = 32;  // 4 to 16 KB
 
 constexpr int64_t block_tiles(Format f) { return 640 / tile_columns(f); }
 
@@ -49,43 +50,49 @@ struct Output {
             for (int r = 0; r < n; ++r) y[r] = s == 0 ? code_sum(r) : y[r] + code_sum(r);
             return;
         }
-        float *y = c.y + t * c.shape.rows + row;
-        const float x_scale = c.x_scale[t];
+        const bool second = c.pairs && t % 2;
+        float *y = c.y + (c.pairs ? t / 2 : t) * c.shape.rows + row;
+        auto put = [&](int r, float value) {
+            const float whole = second ? y[r] + value : value;
+            y[r] = c.bias && !second ? whole + c.bias[row + r] : whole;
+        };
+        const float x_scale = c.x_scale[c.x_grouped ? t * c.shape.segments + s : t];
         if (c.grouped) {
             const float *scales = c.scales + s * c.shape.rows + row;
-            for (int r = 0; r < n; ++r) totals[r] = totals[r] + static_cast<float>(code_sum(r)) * scales[r];
+            const float each = c.x_grouped ? x_scale : 1;  // times 1 is exact
+            for (int r = 0; r < n; ++r) totals[r] = totals[r] + static_cast<float>(code_sum(r)) * (scales[r] * each);
             if (s + 1 < c.shape.segments) return;
-            for (int r = 0; r < n; ++r) y[r] = totals[r] * x_scale;
+            const float all = c.x_grouped ? 1 : x_scale;
+            for (int r = 0; r < n; ++r) put(r, totals[r] * all);
         } else if (c.per_row) {
-            for (int r = 0; r < n; ++r) y[r] = static_cast<float>(code_sum(r)) * (x_scale * c.scales[row + r]);
+            for (int r = 0; r < n; ++r) put(r, static_cast<float>(code_sum(r)) * (x_scale * c.scales[row + r]));
         } else {
             const float scale = x_scale * c.scales[0];
-            for (int r = 0; r < n; ++r) y[r] = static_cast<float>(code_sum(r)) * scale;
+            for (int r = 0; r < n; ++r) put(r, static_cast<float>(code_sum(r)) * scale);
         }
-        if (c.bias)
-            for (int r = 0; r < n; ++r) y[r] = y[r] + c.bias[row + r];
     }
 };
 
 template <class Set, Format F>
 void gemv_panels(const Call &c, int64_t begin, int64_t end) {
     const Geometry &g = c.shape;
+    const int64_t width = g.padded_columns();
     const uint8_t *stream = c.packed + begin * g.panel_bytes();
     for (int64_t panel = begin; panel < end; ++panel) {
         const Output out(c, panel * PANEL_ROWS, PANEL_ROWS, Set::symbol_offset(F));
-        alignas(64) int32_t sums[PANEL_ROWS];
-        alignas(64) float totals[PANEL_ROWS] = {};
+        alignas(64) int32_t sums[GEMV_TOKENS][PANEL_ROWS];
+        alignas(64) float totals[GEMV_TOKENS][PANEL_ROWS] = {};
         const int8_t *x = c.spread;
         for (int64_t s = 0; s < g.segments; ++s) {
             std::memset(sums, 0, sizeof sums);
-            for (int64_t left = g.tiles_of(s); left > 0;) {
-                const int64_t tiles = smaller(left, DOT_TILES);
-                Set::template dot<F>(stream, x, tiles, sums);
+            for (int64_t left = g.tiles_of(s); left > 0;) {  // a second token's weights come from the first-level cache
+                const int64_t tiles = smaller(left, c.tokens == 1 ? DOT_TILES : PAIR_TILES);
+                for (int64_t t = 0; t < c.tokens; ++t) Set::template dot<F>(stream, x + t * width, tiles, sums[t]);
                 stream += tiles * tile_bytes(F);
                 x += tiles * tile_columns(F);
                 left -= tiles;
             }
-            out.segment(0, s, sums, totals);
+            for (int64_t t = 0; t < c.tokens; ++t) out.segment(t, s, sums[t], totals[t]);
         }
     }
 }

@@ -20,6 +20,8 @@ struct Call {
     float *y;           // [T, O]
     const float *scales, *x_scale, *bias;
     bool grouped, per_row;  // scales: [segments, O], [O] or [1]
+    bool x_grouped;         // x_scale: [T, segments] instead of [T]; only where grouped
+    bool pairs;             // rows 2t and 2t + 1 of x are two parts of one token: their outputs are added up in y [T/2, O]
 };
 
 struct QuantizeCall {
@@ -35,15 +37,24 @@ struct QuantizeCall {
 
 }  // namespace
 
+constexpr int64_t CHUNK_BYTES = 128 << 10;  // of weights, that a thread takes at once
+constexpr int64_t GEMV_TOKENS = 2;
 constexpr int64_t UNIT_PANELS = 2;  // panels that a matrix–matrix kernel takes at once
 
 struct Kernels {
-    void (*gemv)(const void *call, int64_t begin, int64_t end);      // one token; panels begin … end − 1
+    void (*gemv)(const void *call, int64_t begin, int64_t end);      // up to GEMV_TOKENS; panels begin … end − 1
     void (*gemm)(const void *call, int64_t begin, int64_t end);      // any number of tokens; units of UNIT_PANELS panels
     void (*quantize)(const void *call, int64_t begin, int64_t end);  // tokens begin … end − 1 of a QuantizeCall
 };
 
 extern const Kernels KERNELS_SCALAR, KERNELS_AVX2, KERNELS_AVXVNNI, KERNELS_AVX512, KERNELS_AVX512VBMI, KERNELS_NEON;
+
+// dispatch.cpp: what an instruction set (−1: the best here) provides, null where it is none of this processor's; and the status
+// of a matrix's format and shape.
+struct FloatKernels;
+const Kernels *kernels_of(int32_t set);
+const FloatKernels *floats_of(int32_t set);
+int32_t check(int32_t format, int64_t rows, int64_t columns, int64_t group);
 
 // pool.cpp: run(call, b, e) over ranges that make up 0 … count, `grain` at a time, on up to `threads` threads.
 void run_parallel(void (*run)(const void *, int64_t, int64_t), const void *call, int64_t count, int64_t grain, int threads);

@@ -45,6 +45,7 @@ struct Geometry {
     int64_t rows, columns, group;
     int64_t segments, segment_tiles, tiles;  // tiles of all but the last segment; of the whole panel
 
+    constexpr Geometry() : Geometry(Format::two_bit, 1, 1, 0) {}
     constexpr Geometry(Format f, int64_t rows_, int64_t columns_, int64_t group_)
         : format(f),
           rows(rows_),

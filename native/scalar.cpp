@@ -30,12 +30,16 @@ void output(const Call &c, int64_t t, int64_t o) {
         y = 0;
         for (int64_t s = 0; s < g.segments; ++s) {
             const int64_t begin = s * g.group;
-            const float part = static_cast<float>(dot(c, t, o, begin, begin + g.columns_of(s))) * c.scales[s * g.rows + o];
-            y = y + part;
+            const float x_scale = c.x_grouped ? c.x_scale[t * g.segments + s] : 1;
+            const float scale = c.scales[s * g.rows + o] * x_scale;
+            y = y + static_cast<float>(dot(c, t, o, begin, begin + g.columns_of(s))) * scale;
         }
-        y = y * c.x_scale[t];
+        if (!c.x_grouped) y = y * c.x_scale[t];
     }
-    c.y[t * g.rows + o] = c.bias ? y + c.bias[o] : y;
+    const bool second = c.pairs && t % 2;
+    float &to = c.y[(c.pairs ? t / 2 : t) * g.rows + o];
+    y = second ? to + y : y;
+    to = c.bias && !second ? y + c.bias[o] : y;
 }
 
 void rows(const void *call, int64_t begin, int64_t end) {

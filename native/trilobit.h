@@ -17,7 +17,7 @@
 extern "C" {
 #endif
 
-#define TRILOBIT_ABI 1
+#define TRILOBIT_ABI 2
 
 enum trilobit_format {
     TRILOBIT_TWO_BIT = 0, /* ternary, four codes a byte */
@@ -71,6 +71,9 @@ int32_t trilobit_linear(const trilobit_matrix *matrix, const float *scales, int6
  * code = round_half_even(v · (1/absmax · 127)); scale = absmax / 127. NaN reaches the scale. */
 int32_t trilobit_quantize(const void *x, int32_t bf16, int64_t tokens, int64_t columns, const float *gain, int64_t gain_count,
                           float eps, int8_t *codes, float *scales, int32_t set, int32_t threads);
+
+/* Look at every byte of a block of memory: what a matrix–vector product cannot be faster than. */
+int32_t trilobit_read(const uint8_t *from, int64_t bytes, int32_t set, int32_t threads);
 
 #ifdef __cplusplus
 }

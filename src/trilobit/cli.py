@@ -37,7 +37,9 @@ COMMANDS = {
     "outliers": Command(
         "trilobit.config.outliers:OutliersConfig", "trilobit.report.outliers", "activation outliers: where, carried by what"
     ),
-    "generate": Command("trilobit.config.generate:GenerateConfig", "trilobit.infer.generate", "continue a prompt"),
+    "export": Command("trilobit.config.export:ExportConfig", "trilobit.export.native", "write a model for an engine"),
+    "generate": Command("trilobit.config.generate:GenerateConfig", "trilobit.infer.complete", "continue a prompt"),
+    "chat": Command("trilobit.config.chat:ChatConfig", "trilobit.infer.chat", "talk to a model"),
     "demo": Command("trilobit.config.demo:DemoConfig", "trilobit.demo", "tune the embedded model in minutes"),
 }
 USAGE_ERROR = 2

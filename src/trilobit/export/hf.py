@@ -150,7 +150,7 @@ def write_full_precision(model: PreTrainedModel, tokenizer: Any, target: Path, p
     """Write a model without surgery as an ordinary fp32 checkpoint, read back by transformers and compared."""
     with atomic_directory(target) as directory:
         save_tensors({n: p.detach() for n, p in model.named_parameters()}, directory / "model.safetensors")
-        _write_companions(directory, model, None, tokenizer, "full precision", {})
+        write_companions(directory, model, None, tokenizer, "full precision", {})
         agreement = compare(model.eval(), load_stock(directory), probe).require("transformers' reading")
     size = (target / "model.safetensors").stat().st_size
     return Written(str(target), "full precision", "no surgery was made", size, agreement)
@@ -171,7 +171,7 @@ def write_latent(model: PreTrainedModel, plan: Plan | None, tokenizer: Any, targ
     """Write the trainable fp32 latents: what `trilobit.load` gives back for more training."""
     with atomic_directory(target) as directory:
         save_tensors({n: p.detach() for n, p in model.named_parameters()}, directory / "model.safetensors")
-        _write_companions(directory, model, plan, tokenizer, "latent" if plan else "full precision", {})
+        write_companions(directory, model, plan, tokenizer, "latent" if plan else "full precision", {})
 
 
 def _write(
@@ -183,7 +183,7 @@ def _write(
     with atomic_directory(target) as directory:
         content = writers[form](model, plan, form, store)
         save_tensors(content.pop("tensors"), directory / (PACKED_FILE if form == "packed" else "model.safetensors"))
-        _write_companions(directory, model, plan, tokenizer, form, content)
+        write_companions(directory, model, plan, tokenizer, form, content)
         floor = cache(lambda: noise_floor(model, probe))
         agreement = compare(model, read_ours(directory).model, probe)
         agreement = agreement.require(f"trilobit's reading of the {form} form", floor)
@@ -290,7 +290,7 @@ def _kept_tensors(model: PreTrainedModel, plan: Plan, store: Store) -> dict[str,
     }
 
 
-def _write_companions(
+def write_companions(
     directory: Path, model: PreTrainedModel, plan: Plan | None, tokenizer: Any, form: str, content: dict[str, Any]
 ) -> None:
     """config.json, generation_config.json, tokenizer, and trilobit.json."""

@@ -1,9 +1,7 @@
-"""Continue a prompt through transformers, streaming; and sample text from a model to tune it on."""
+"""Continue tokens through transformers; and sample text from a model to tune it on."""
 
 import math
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,74 +9,15 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.generation.streamers import TextStreamer
 
-from trilobit.config.generate import GenerateConfig
-from trilobit.errors import ConfigError, ModelError
-from trilobit.infer.load import load, pick_device
-from trilobit.listener import SILENT, Listener
-
-
-@dataclass(frozen=True)
-class GenerateResult:
-    """The prompt's continuation."""
-
-    text: str
-    tokens: int
-    seconds: float
-    tokens_per_second: float
-    model: str
-
-    def summary(self) -> str:
-        """Nothing: the text has been streamed already."""
-        return ""
-
-
-class _Stream(TextStreamer):
-    def __init__(self, tokenizer: Any, listener: Listener):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.listener = listener
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self.listener.stream(text + ("\n" if stream_end else ""))
-
-
-def run(config: GenerateConfig, listener: Listener = SILENT) -> GenerateResult:
-    """`trilobit generate`."""
-    device = pick_device(config.device)
-    loaded = load(config.model, device=device)
-    inputs = loaded.tokenizer(config.prompt, return_tensors="pt")["input_ids"]
-    if inputs.numel() == 0:
-        if loaded.tokenizer.bos_token_id is None:
-            raise ConfigError("the prompt is empty, and this tokenizer has no beginning-of-text token to start from.")
-        inputs = torch.tensor([[loaded.tokenizer.bos_token_id]])
-    _require_positions(loaded.model, inputs.shape[1], config.max_tokens)
-    started = time.perf_counter()
-    stream = _Stream(loaded.tokenizer, listener)
-    output = continue_tokens(
-        loaded.model, inputs.to(device), config.max_tokens, config.temperature, config.top_p, config.seed, stream
-    )
-    seconds = time.perf_counter() - started
-    new = output[0, inputs.shape[1] :]
-    text = str(loaded.tokenizer.decode(new, skip_special_tokens=True))
-    listener.note(f"{len(new)} tokens, {len(new) / seconds:.1f} tokens/s")
-    return GenerateResult(text, len(new), seconds, len(new) / seconds, str(config.model))
-
-
-def _require_positions(model: PreTrainedModel, prompt: int, new: int) -> None:
-    """Raise ConfigError if the model has fewer positions than the prompt and what may follow it."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and prompt >= positions:
-        raise ConfigError(f"the prompt has {prompt} tokens, and the model {positions} positions: shorten it.")
-    if positions is not None and prompt + new > positions:
-        raise ConfigError(
-            f"--max-tokens {new} after a prompt of {prompt} tokens is more than the model's {positions} positions: "
-            f"at most {positions - prompt} fit."
-        )
+from trilobit.errors import ModelError
+from trilobit.infer.engine import end_tokens
 
 
 @torch.no_grad()
 def continue_tokens(
     model: PreTrainedModel, inputs: torch.Tensor, max_tokens: int, temperature: float = 0.0, top_p: float = 1.0,
-    seed: int = 0, streamer: TextStreamer | None = None, ends: bool = True,
+    seed: int = 0, streamer: TextStreamer | None = None, ends: bool = True, top_k: int = 0, min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
 ) -> torch.Tensor:  # fmt: skip
     """[B, T] token ids → [B, T + up to max_tokens]. Temperature 0 takes the likeliest token; rows end with end-of-text, or
     where not `ends`, only with the last token.
@@ -88,7 +27,9 @@ def continue_tokens(
     """
     options: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
-        options = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+        options = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p or None}
+    if repetition_penalty != 1:
+        options["repetition_penalty"] = repetition_penalty
     stops = end_tokens(model) if ends else []
     own = model.generation_config
     model.generation_config = GenerationConfig(eos_token_id=stops or None, pad_token_id=stops[0] if stops else None)
@@ -96,12 +37,6 @@ def continue_tokens(
         return _generate(model, inputs, max_tokens, seed, streamer, options)
     finally:
         model.generation_config = own
-
-
-def end_tokens(model: PreTrainedModel) -> list[int]:
-    """The tokens that end a text, according to the checkpoint."""
-    eos = model.generation_config.eos_token_id if model.generation_config else None
-    return eos if isinstance(eos, list) else [] if eos is None else [eos]
 
 
 def _refuse_damage(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

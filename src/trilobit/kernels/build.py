@@ -31,12 +31,17 @@ COMMON = [
     "-ffp-contract=off", "-fno-math-errno", "-fno-exceptions", "-fno-rtti",
     "-Wall", "-Wextra", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized",
 ]  # fmt: skip
+# Attention and the like have no such definition: there the fused form is the better one.
+FLOATS = ["-ffp-contract=fast"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni"]
-# Object → its source and flags. avx512.cpp is compiled twice.
+# Object → its source and flags. avx512.cpp is compiled twice, floats.cpp once for each width of vectors.
 UNITS: dict[str, tuple[str, list[str]]] = {
     "scalar": ("scalar.cpp", []),
     "pool": ("pool.cpp", []),
     "dispatch": ("dispatch.cpp", []),
+    "engine": ("engine.cpp", []),
+    "sample": ("sample.cpp", []),
+    "floats": ("floats.cpp", FLOATS),
 }
 UNITS_OF_MACHINE: dict[str, dict[str, tuple[str, list[str]]]] = {
     "x86_64": {
@@ -44,6 +49,8 @@ UNITS_OF_MACHINE: dict[str, dict[str, tuple[str, list[str]]]] = {
         "avxvnni": ("avxvnni.cpp", ["-mavx2", "-mavxvnni"]),
         "avx512": ("avx512.cpp", AVX512),
         "avx512vbmi": ("avx512.cpp", [*AVX512, "-mavx512vbmi"]),
+        "floats_avx2": ("floats.cpp", [*FLOATS, "-mavx2", "-mfma"]),
+        "floats_avx512": ("floats.cpp", [*FLOATS, *AVX512]),
     },
     "aarch64": {"neon": ("neon.cpp", ["-march=armv8.2-a+dotprod"])},
 }

@@ -1,0 +1,486 @@
+// A decoder step by step: what runs between the products is shared out by token, products by rows of their matrices,
+// attention by rows and key heads. A layer is five joins of the threads where a call has one token:
+//
+//     norm, quantise │ q k v │ rotate, store │ attention │ quantise │ o │ add, norm, quantise │ gate up │ f, quantise │ down │ add
+//
+// Block norm and quantiser are one pass where a projection has no norm of its own, and its codes are shared by all that read it.
+#include "engine.h"
+
+#include "floats.h"
+#include "kernels.h"
+#include "memory.h"
+#include "spread.h"
+
+#include <cmath>
+#include <new>
+
+namespace {
+
+constexpr int64_t HEAD_ROWS = 16;       // logits are computed for so many tokens at once
+constexpr int64_t ROW_CHUNK = 16 << 10;  // numbers of a row job that a thread takes at once
+constexpr int64_t BLOCK_QUERIES = 64;    // queries of a block of attention
+constexpr int64_t MOST_PROJECTIONS = 3;
+
+// Run f(begin, end) over parts of 0 … count.
+template <class F>
+void parallel(int64_t count, int64_t grain, int threads, const F &f) {
+    auto run = [](const void *call, int64_t begin, int64_t end) { (*static_cast<const F *>(call))(begin, end); };
+    run_parallel(run, &f, count, grain, threads);
+}
+
+// Memory handed out in pieces of whole cache lines; without a base, only counted.
+struct Arena {
+    uint8_t *base = nullptr;
+    int64_t used = 0;
+
+    template <class T>
+    T *take(int64_t count) {
+        T *piece = base ? reinterpret_cast<T *>(base + used) : nullptr;
+        used += divide_up(count * static_cast<int64_t>(sizeof(T)), 64) * 64;
+        return piece;
+    }
+};
+
+Geometry geometry(const trilobit_projection &p) {
+    return {static_cast<Format>(p.matrix.format), p.matrix.rows, p.matrix.columns, p.matrix.group};
+}
+
+// Rows of codes that one token of a projection has: two for 16 bits.
+int64_t code_rows(const trilobit_projection &p) { return p.activations == TRILOBIT_INT16 ? 2 : 1; }
+
+// Quantised activations of up to some number of tokens, as products read them.
+struct Quantised {
+    int8_t *codes, *spread;  // [rows, K], [rows, padded columns]
+    int32_t *sums;           // [rows, segments]
+    float *scales;           // [rows], or [rows, segments]
+};
+
+struct Sizes {
+    int64_t columns = 0, padded = 0, segments = 0;
+
+    void cover(const trilobit_projection &p) {
+        const Geometry g = geometry(p);
+        columns = larger(columns, g.columns);
+        padded = larger(padded, g.padded_columns());
+        segments = larger(segments, g.segments);
+    }
+};
+
+bool same_input(const trilobit_projection &a, const trilobit_projection &b) {
+    return a.gain_count == 0 && b.gain_count == 0 && a.activations == b.activations && a.matrix.format == b.matrix.format &&
+           a.matrix.group == b.matrix.group && a.matrix.columns == b.matrix.columns;
+}
+
+bool right_shape(const trilobit_projection &p, int64_t rows, int64_t columns) {
+    const trilobit_matrix &m = p.matrix;
+    if (!m.packed || !p.scales || m.rows != rows || m.columns != columns) return false;
+    if (check(m.format, rows, columns, m.group) != TRILOBIT_OK) return false;
+    const Geometry g = geometry(p);
+    const bool scales = m.group > 0 ? p.scale_count == g.segments * rows : p.scale_count == 1 || p.scale_count == rows;
+    const bool gain = p.gain_count == 0 || (p.gain && (p.gain_count == 1 || p.gain_count == columns));
+    const bool activations = p.activations == TRILOBIT_PER_TOKEN || p.activations == TRILOBIT_INT16 ||
+                             (p.activations == TRILOBIT_PER_GROUP && m.group > 0);
+    return scales && gain && activations;
+}
+
+template <class Visit>
+void for_each_projection(const trilobit_graph &g, Visit visit) {
+    for (int64_t l = 0; l < g.layers; ++l) {
+        const trilobit_layer &a = g.layer[l];
+        const int64_t queries = g.heads * g.head_size, keys = g.kv_heads * g.head_size;
+        visit(a.q, queries, g.width);
+        visit(a.k, keys, g.width);
+        visit(a.v, keys, g.width);
+        visit(a.o, g.width, queries);
+        visit(a.gate, g.hidden, g.width);
+        visit(a.up, g.hidden, g.width);
+        visit(a.down, g.width, g.hidden);
+    }
+    visit(g.head, g.vocabulary, g.width);
+}
+
+bool right_graph(const trilobit_graph &g) {
+    const int64_t sizes[] = {g.width, g.hidden, g.heads, g.kv_heads, g.head_size, g.layers, g.vocabulary};
+    for (const int64_t size : sizes)
+        if (size < 1 || size >= 1 << 24) return false;
+    if (g.heads % g.kv_heads || g.head_size % 2 || g.head_size > MOST_HEAD_SIZE || g.heads * g.head_size >= 1 << 24) return false;
+    if (g.gate != TRILOBIT_SILU && g.gate != TRILOBIT_SQUARED_RELU) return false;
+    if (!g.layer || !g.final_norm || !g.frequencies) return false;
+    bool right = g.embedding || right_shape(g.embedding_matrix, g.vocabulary, g.width);
+    for (int64_t l = 0; l < g.layers; ++l)
+        right = right && g.layer[l].attention_norm && g.layer[l].mlp_norm && g.layer[l].window >= 0;
+    if (right)
+        for_each_projection(g, [&](const trilobit_projection &p, int64_t rows, int64_t columns) {
+            right = right && right_shape(p, rows, columns) && (p.activations != TRILOBIT_INT16 || &p == &g.head);
+        });
+    return right;
+}
+
+uint16_t to_bf16(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    if (value != value) return 0x7fc0;
+    return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// One cached vector to int8. Returns its scale.
+template <class Put>
+float to_int8(const float *x, int64_t n, Put put) {
+    float absmax = 1e-20f;
+    for (int64_t d = 0; d < n; ++d) absmax = std::fabs(x[d]) > absmax ? std::fabs(x[d]) : absmax;
+    const float factor = 127 / absmax;
+    for (int64_t d = 0; d < n; ++d) {
+        const float code = x[d] * factor + 12582912.0f;  // rounds half to even, into the low byte
+        int32_t bits;
+        std::memcpy(&bits, &code, sizeof bits);
+        put(d, static_cast<int8_t>(bits));
+    }
+    return absmax / 127;
+}
+
+void add_row(float *x, const float *y, int64_t n) {
+    for (int64_t k = 0; k < n; ++k) x[k] += y[k];
+}
+
+}  // namespace
+
+struct trilobit_session {
+    trilobit_graph graph;
+    int64_t slots, capacity, most_tokens;
+    CacheShape shape;
+    uint8_t *cache = nullptr, *memory = nullptr;
+    int64_t cache_bytes, memory_bytes;
+
+    float *cosine, *sine;                                    // [positions, E/2]
+    float *x, *normed, *queries, *keys, *values, *attended;  // [T, …]
+    float *gate, *up, *branch;
+    int32_t *blocks;  // [T + 1]
+    Quantised quantised[MOST_PROJECTIONS];
+    float *scratch;  // as normed
+    float *last;     // [HEAD_ROWS, D]: what the head reads
+
+    // For the duration of a call.
+    const Kernels *kernels;
+    const FloatKernels *floats;
+    int threads;
+
+    void lay_out(Arena &a) {
+        const trilobit_graph &g = graph;
+        const int64_t t = most_tokens, half = g.head_size / 2;
+        cosine = a.take<float>(capacity * half);
+        sine = a.take<float>(capacity * half);
+        x = a.take<float>(t * g.width);
+        const int64_t widest = larger(larger(g.width, g.hidden), g.heads * g.head_size);
+        normed = a.take<float>(t * widest);
+        scratch = a.take<float>(t * widest);
+        queries = a.take<float>(t * g.heads * g.head_size);
+        keys = a.take<float>(t * g.kv_heads * g.head_size);
+        values = a.take<float>(t * g.kv_heads * g.head_size);
+        attended = a.take<float>(t * g.heads * g.head_size);
+        gate = a.take<float>(t * g.hidden);
+        up = a.take<float>(t * g.hidden);
+        branch = a.take<float>(t * g.width);
+        blocks = a.take<int32_t>(t + 1);
+        Sizes sizes;
+        for_each_projection(g, [&](const trilobit_projection &p, int64_t, int64_t) { sizes.cover(p); });
+        const int64_t rows = larger(t, 2 * HEAD_ROWS);
+        for (Quantised &q : quantised) {
+            q.codes = a.take<int8_t>(rows * sizes.columns);
+            q.spread = a.take<int8_t>(rows * sizes.padded);
+            q.sums = a.take<int32_t>(rows * sizes.segments);
+            q.scales = a.take<float>(rows * sizes.segments);
+        }
+        last = a.take<float>(HEAD_ROWS * g.width);
+    }
+
+    int64_t row_grain(int64_t width) const { return larger(1, ROW_CHUNK / width); }
+
+    void rotate(float *head, const float *c, const float *s) const {
+        const int64_t half = graph.head_size / 2;
+        for (int64_t i = 0; i < half; ++i) {
+            const float a = head[i], b = head[i + half];
+            head[i] = a * c[i] - b * s[i];
+            head[i + half] = b * c[i] + a * s[i];
+        }
+    }
+
+    // y = a row [K], or what an RMSNorm makes of it in `to`, where there is a gain.
+    const float *normalised(const float *row, const float *gain, int64_t count, float eps, int64_t n, float *to) const {
+        if (count == 0) return row;
+        const NormalizeCall call = {row, to, gain, n, count, eps};
+        floats->normalize(&call, 0, 1);
+        return to;
+    }
+
+    // A row [K] of token t as a projection's codes, after an RMSNorm where there is a gain.
+    void quantise_row(const trilobit_projection &p, const float *row, const float *gain, int64_t gain_count, float eps, int64_t t,
+                      const Quantised &to) const {
+        const Geometry g = geometry(p);
+        const int64_t n = g.columns, codes = code_rows(p);
+        int8_t *at = to.codes + t * codes * n;
+        float *own = scratch + t * n;
+        if (p.activations == TRILOBIT_PER_TOKEN) {
+            const QuantizeCall call = {row, false, n, gain, gain_count, eps, at, to.scales + t};
+            kernels->quantize(&call, 0, 1);
+        } else if (p.activations == TRILOBIT_PER_GROUP) {
+            row = normalised(row, gain, gain_count, eps, n, own);
+            float *scales = to.scales + t * g.segments;
+            const int64_t whole = n / g.group, done = whole * g.group;
+            const QuantizeCall groups = {row, false, g.group, nullptr, 0, 0, at, scales};
+            const QuantizeCall rest = {row + done, false, n - done, nullptr, 0, 0, at + done, scales + whole};
+            kernels->quantize(&groups, 0, whole);
+            if (done < n) kernels->quantize(&rest, 0, 1);
+        } else {
+            row = normalised(row, gain, gain_count, eps, n, own);
+            const QuantizeCall call = {row, false, n, nullptr, 0, 0, at, to.scales + 2 * t};
+            kernels->quantize(&call, 0, 1);
+            for (int64_t k = 0; k < n; ++k) own[k] = row[k] - static_cast<float>(at[k]) * to.scales[2 * t];
+            const QuantizeCall left = {own, false, n, nullptr, 0, 0, at + n, to.scales + 2 * t + 1};
+            kernels->quantize(&left, 0, 1);
+        }
+        const bool spread = g.padded_columns() != n;
+        for (int64_t r = t * codes; r < (t + 1) * codes; ++r)
+            spread_token(g, to.codes + r * n, spread ? to.spread + r * g.padded_columns() : nullptr, to.sums + r * g.segments);
+    }
+
+    struct Product {
+        const trilobit_projection *projection;
+        float *y;
+    };
+
+    // Token t of input [T, K], after a block norm or none, as the codes that each of up to three projections reads.
+    void quantise_inputs(const Product *products, int count, const float *input, const float *norm, float eps, int64_t t) const {
+        const int64_t n = products[0].projection->matrix.columns;
+        const float *row = input + t * n;
+        bool own_norms = false;
+        for (int i = 0; i < count; ++i) own_norms = own_norms || products[i].projection->gain_count;
+        if (own_norms && norm) row = normalised(row, norm, n, eps, n, normed + t * n);
+        for (int i = 0; i < count; ++i) {
+            const trilobit_projection &p = *products[i].projection;
+            if (i > 0 && same_input(*products[0].projection, p)) continue;
+            if (own_norms) quantise_row(p, row, p.gain, p.gain_count, p.eps, t, quantised[i]);
+            else quantise_row(p, row, norm, norm ? n : 0, eps, t, quantised[i]);
+        }
+    }
+
+    // y = W · x for up to three matrices that read the same tokens, as one piece of work.
+    void multiply(const Product *products, int count, int64_t tokens) const {
+        struct Stage {
+            void (*run)(const void *, int64_t, int64_t);
+            Call calls[MOST_PROJECTIONS];
+            int64_t ends[MOST_PROJECTIONS];
+        } stage;
+        const int64_t rows = tokens * code_rows(*products[0].projection);
+        const bool one = rows <= GEMV_TOKENS;
+        stage.run = one ? kernels->gemv : kernels->gemm;
+        int64_t items = 0;
+        for (int i = 0; i < count; ++i) {
+            const trilobit_projection &p = *products[i].projection;
+            const Quantised &q = quantised[same_input(*products[0].projection, p) ? 0 : i];
+            const Geometry g = geometry(p);
+            const bool spread = g.padded_columns() != g.columns;
+            stage.calls[i] = {g, p.matrix.packed, q.codes, spread ? q.spread : q.codes, q.sums, rows, nullptr, products[i].y,
+                              p.scales, q.scales, p.bias, p.matrix.group > 0, p.scale_count != 1,
+                              p.activations == TRILOBIT_PER_GROUP, p.activations == TRILOBIT_INT16};
+            items += one ? g.panels() : divide_up(g.panels(), UNIT_PANELS);
+            stage.ends[i] = items;
+        }
+        const int64_t chunk = one ? CHUNK_BYTES / stage.calls[0].shape.panel_bytes() : 1;
+        const int64_t grain = larger(1, smaller(chunk, divide_up(items, 2 * larger(1, threads))));
+        parallel(items, grain, threads, [&](int64_t begin, int64_t end) {
+            int64_t start = 0;
+            for (int i = 0; i < count; start = stage.ends[i++]) {
+                const int64_t b = larger(begin, start), e = smaller(end, stage.ends[i]);
+                if (b < e) stage.run(&stage.calls[i], b - start, e - start);
+            }
+        });
+    }
+
+    // Normalise and rotate the keys and queries of row t, and store its key and value.
+    void store(int64_t l, int64_t t, int64_t slot, int64_t position) const {
+        const trilobit_graph &g = graph;
+        const trilobit_layer &layer = g.layer[l];
+        const int64_t e = g.head_size, half = e / 2;
+        const float *c = cosine + position * half, *s = sine + position * half;
+        auto prepare = [&](float *head, const float *norm) {
+            if (norm) {
+                const NormalizeCall call = {head, head, norm, e, e, g.eps};
+                floats->normalize(&call, 0, 1);
+            }
+            if (layer.rotary) rotate(head, c, s);
+        };
+        for (int64_t h = 0; h < g.heads; ++h) prepare(queries + (t * g.heads + h) * e, layer.q_norm);
+        for (int64_t h = 0; h < g.kv_heads; ++h) {
+            float *key = keys + (t * g.kv_heads + h) * e;
+            const float *value = values + (t * g.kv_heads + h) * e;
+            prepare(key, layer.k_norm);
+            uint8_t *base = cache + shape.block_at(slot, position / TILE, l, h);
+            const int64_t within = position % TILE, key_at = shape.key_at(within), value_at = within * shape.padded_head;
+            if (shape.element_bytes == 2) {
+                uint16_t *k = reinterpret_cast<uint16_t *>(base) + key_at;
+                uint16_t *v = reinterpret_cast<uint16_t *>(base + shape.half_bytes()) + value_at;
+                for (int64_t d = 0; d < e; ++d) k[d * LANE_COUNT] = to_bf16(key[d]);
+                for (int64_t d = 0; d < e; ++d) v[d] = to_bf16(value[d]);
+            } else {
+                int8_t *k = reinterpret_cast<int8_t *>(base) + key_at;
+                int8_t *v = reinterpret_cast<int8_t *>(base + shape.half_bytes()) + value_at;
+                float *scales = reinterpret_cast<float *>(base + 2 * shape.half_bytes()) + within;
+                scales[0] = to_int8(key, e, [&](int64_t d, int8_t code) { k[d * LANE_COUNT] = code; });
+                scales[TILE] = to_int8(value, e, [&](int64_t d, int8_t code) { v[d] = code; });
+            }
+        }
+    }
+
+    void embed(int32_t id, float *to) const {
+        const trilobit_graph &g = graph;
+        if (g.embedding) {
+            const uint16_t *row = static_cast<const uint16_t *>(g.embedding) + int64_t{id} * g.width;
+            for (int64_t k = 0; k < g.width; ++k) {
+                const uint32_t bits = static_cast<uint32_t>(row[k]) << 16;
+                std::memcpy(to + k, &bits, sizeof bits);
+            }
+            return;
+        }
+        const trilobit_projection &p = g.embedding_matrix;
+        const Geometry shape_of = geometry(p);
+        for (int64_t k = 0; k < g.width; ++k) {
+            const Place at = place(shape_of, id, k);
+            const int code = code_at(shape_of.format, p.matrix.packed[at.byte], at.symbol);
+            const int64_t scale = p.matrix.group > 0 ? k / shape_of.group * g.vocabulary + id : p.scale_count == 1 ? 0 : id;
+            to[k] = static_cast<float>(code) * p.scales[scale];
+        }
+    }
+
+    int split_into_blocks(const int32_t *slot, int64_t tokens) {
+        const int64_t most = larger(1, BLOCK_QUERIES / (graph.heads / graph.kv_heads));
+        int count = 0;
+        for (int64_t t = 0; t < tokens; ++t)
+            if (t == 0 || slot[t] != slot[t - 1] || t - blocks[count - 1] == most) blocks[count++] = static_cast<int32_t>(t);
+        blocks[count] = static_cast<int32_t>(tokens);
+        return count;
+    }
+
+    void run_layer(int64_t l, int64_t tokens, const int32_t *slot, const int32_t *position, int block_count) {
+        const trilobit_graph &g = graph;
+        const trilobit_layer &layer = g.layer[l];
+        const int64_t inner = g.heads * g.head_size;
+        const Product qkv[] = {{&layer.q, queries}, {&layer.k, keys}, {&layer.v, values}};
+        const Product o[] = {{&layer.o, branch}}, gate_up[] = {{&layer.gate, gate}, {&layer.up, up}}, down[] = {{&layer.down, branch}};
+
+        parallel(tokens, row_grain(g.width), threads, [&](int64_t begin, int64_t end) {
+            for (int64_t t = begin; t < end; ++t) {
+                if (l > 0) add_row(x + t * g.width, branch + t * g.width, g.width);
+                quantise_inputs(qkv, 3, x, layer.attention_norm, g.eps, t);
+            }
+        });
+        multiply(qkv, 3, tokens);
+        parallel(tokens, row_grain(inner), threads, [&](int64_t begin, int64_t end) {
+            for (int64_t t = begin; t < end; ++t) store(l, t, slot[t], position[t]);
+        });
+        const AttendCall attend = {shape, cache, l, queries, attended, slot, position, blocks, g.heads, layer.window, g.attention_scale};
+        run_parallel(floats->attend, &attend, block_count * g.kv_heads, 1, threads);
+        parallel(tokens, row_grain(inner), threads, [&](int64_t begin, int64_t end) {
+            for (int64_t t = begin; t < end; ++t) quantise_inputs(o, 1, attended, nullptr, 0, t);
+        });
+        multiply(o, 1, tokens);
+        parallel(tokens, row_grain(g.width), threads, [&](int64_t begin, int64_t end) {
+            for (int64_t t = begin; t < end; ++t) {
+                add_row(x + t * g.width, branch + t * g.width, g.width);
+                quantise_inputs(gate_up, 2, x, layer.mlp_norm, g.eps, t);
+            }
+        });
+        multiply(gate_up, 2, tokens);
+        const GateCall gating = {gate, up, g.hidden, g.gate == TRILOBIT_SQUARED_RELU};
+        parallel(tokens, row_grain(g.hidden), threads, [&](int64_t begin, int64_t end) {
+            floats->gate(&gating, begin, end);
+            for (int64_t t = begin; t < end; ++t) quantise_inputs(down, 1, gate, nullptr, 0, t);
+        });
+        multiply(down, 1, tokens);
+    }
+
+    void run_head(int64_t count, const int32_t *rows, float *to) const {
+        const trilobit_graph &g = graph;
+        for (int64_t first = 0; first < count; first += HEAD_ROWS) {
+            const int64_t some = smaller(HEAD_ROWS, count - first);
+            const Product head[] = {{&g.head, to + first * g.vocabulary}};
+            for (int64_t i = 0; i < some; ++i) {
+                const int64_t t = rows[first + i];
+                std::memcpy(last + i * g.width, x + t * g.width, sizeof(float) * static_cast<size_t>(g.width));
+                add_row(last + i * g.width, branch + t * g.width, g.width);
+                quantise_inputs(head, 1, last, g.final_norm, g.eps, i);
+            }
+            multiply(head, 1, some);
+        }
+    }
+};
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+EXPORT trilobit_session *trilobit_session_new(const trilobit_graph *graph, int64_t slots, int64_t capacity, int32_t cache,
+                                              int64_t most_tokens, int32_t *status) {
+    const bool sizes = slots >= 1 && slots < 1 << 16 && capacity >= 1 && capacity < 1 << 24 && most_tokens >= 1 &&
+                       most_tokens < 1 << 16 && (cache == TRILOBIT_CACHE_BF16 || cache == TRILOBIT_CACHE_INT8);
+    if (!sizes || !right_graph(*graph)) return *status = TRILOBIT_BAD_SHAPE, nullptr;
+    trilobit_session *s = new (std::nothrow) trilobit_session;
+    if (!s) return *status = TRILOBIT_NO_MEMORY, nullptr;
+    s->graph = *graph;
+    s->slots = slots;
+    s->most_tokens = most_tokens;
+    s->capacity = capacity;
+    s->shape = {divide_up(capacity, TILE), graph->layers, graph->head_size, divide_up(graph->head_size, HEAD_STEP) * HEAD_STEP,
+                graph->kv_heads, cache == TRILOBIT_CACHE_INT8 ? 1 : 2};
+    s->cache_bytes = slots * s->shape.slot_bytes();
+    Arena arena;
+    s->lay_out(arena);
+    s->memory_bytes = arena.used;
+    s->cache = map_memory(s->cache_bytes);
+    s->memory = arena.base = map_memory(s->memory_bytes);
+    if (!s->cache || !s->memory) {
+        trilobit_session_free(s);
+        return *status = TRILOBIT_NO_MEMORY, nullptr;
+    }
+    ask_for_huge_pages(s->cache, s->cache_bytes);
+    ask_for_huge_pages(s->memory, s->memory_bytes);
+    arena.used = 0;
+    s->lay_out(arena);
+    const int64_t half = graph->head_size / 2;
+    for (int64_t p = 0; p < capacity; ++p)
+        for (int64_t i = 0; i < half; ++i) {
+            const float angle = static_cast<float>(p) * graph->frequencies[i];  // rounded as in transformers
+            s->cosine[p * half + i] = static_cast<float>(std::cos(static_cast<double>(angle))) * graph->rotary_scale;
+            s->sine[p * half + i] = static_cast<float>(std::sin(static_cast<double>(angle))) * graph->rotary_scale;
+        }
+    *status = TRILOBIT_OK;
+    return s;
+}
+
+EXPORT void trilobit_session_free(trilobit_session *session) {
+    if (!session) return;
+    if (session->cache) unmap_memory(session->cache, session->cache_bytes);
+    if (session->memory) unmap_memory(session->memory, session->memory_bytes);
+    delete session;
+}
+
+EXPORT int64_t trilobit_session_bytes(const trilobit_session *session) { return session->cache_bytes + session->memory_bytes; }
+
+EXPORT int32_t trilobit_forward(trilobit_session *session, int64_t tokens, const int32_t *ids, const int32_t *slots,
+                                const int32_t *positions, int64_t count, const int32_t *rows, float *logits, int32_t set,
+                                int32_t threads) {
+    trilobit_session &s = *session;
+    const trilobit_graph &g = s.graph;
+    s.kernels = kernels_of(set);
+    s.floats = floats_of(set);
+    s.threads = threads;
+    if (!s.kernels) return TRILOBIT_BAD_SET;
+    bool right = tokens >= 1 && tokens <= s.most_tokens && count >= 0 && count <= tokens;
+    for (int64_t t = 0; right && t < tokens; ++t)
+        right = ids[t] >= 0 && ids[t] < g.vocabulary && slots[t] >= 0 && slots[t] < s.slots && positions[t] >= 0 &&
+                positions[t] < s.capacity;
+    for (int64_t i = 0; right && i < count; ++i) right = rows[i] >= 0 && rows[i] < tokens;
+    if (!right) return TRILOBIT_BAD_SHAPE;
+    const int block_count = s.split_into_blocks(slots, tokens);
+    for (int64_t t = 0; t < tokens; ++t) s.embed(ids[t], s.x + t * g.width);
+    for (int64_t l = 0; l < g.layers; ++l) s.run_layer(l, tokens, slots, positions, block_count);
+    s.run_head(count, rows, logits);
+    return TRILOBIT_OK;
+}

@@ -1,0 +1,31 @@
+// Large blocks of memory from the system, zero-filled, and the request for two-megabyte pages, which spare the translation of
+// addresses where a block is read from end to end for every token.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#if defined(__unix__) || defined(__APPLE__)
+#include <sys/mman.h>
+#endif
+
+namespace {
+
+inline void ask_for_huge_pages([[maybe_unused]] uint8_t *memory, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    constexpr uintptr_t PAGE = 2 << 20;
+    const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + PAGE - 1) / PAGE * PAGE;
+    const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + static_cast<uintptr_t>(bytes)) / PAGE * PAGE;
+    if (end > begin) madvise(reinterpret_cast<void *>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+// Zero-filled, aligned to a page; pages are the system's only once they are touched. Null where there is none.
+inline uint8_t *map_memory(int64_t bytes) {
+    void *memory = mmap(nullptr, static_cast<size_t>(bytes), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return memory == MAP_FAILED ? nullptr : static_cast<uint8_t *>(memory);
+}
+
+inline void unmap_memory(uint8_t *memory, int64_t bytes) { munmap(memory, static_cast<size_t>(bytes)); }
+
+}  // namespace

@@ -1,0 +1,125 @@
+"""`trilobit export --to native`: a ternary model as one file that the CPU engine maps, checked by running it.
+
+What was written is read back by the engine and compared, position by position, with the model that transformers runs
+(verify.py). A model that was trained with full-precision activations is another one with int8 activations: how far off is
+said, and refused only where too much is lost.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trilobit.config.export import ExportConfig
+from trilobit.corpus import documents
+from trilobit.errors import ModelError, VerificationError
+from trilobit.export.hf import write_companions
+from trilobit.export.verify import Agreement, compare, noise_floor
+from trilobit.infer import graph, native_file
+from trilobit.infer.engine import Engine, open_native, require_library
+from trilobit.infer.load import Loaded, load
+from trilobit.kernels.engine import Sampling
+from trilobit.listener import SILENT, Listener
+from trilobit.measure.perplexity import text_windows
+from trilobit.storage import atomic_directory, require_new_directory
+
+PROBE_WINDOWS, PROBE_LENGTH = 8, 256
+MOST_KL, MOST_CHANGE, ERRORS = 0.005, 0.001, 3.0  # nats a position; of the loss, beyond so many standard errors
+NOISE = 2.0  # times the model's own noise
+LOST = 0.1  # nats of the loss of a weights-only model, which int8 activations make another one
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What was written, and how the engine's reading of it agrees with transformers' on `positions` positions."""
+
+    path: str
+    layout: str
+    bytes: int
+    bits_per_ternary_weight: float
+    positions: int
+    top1: float
+    kl: float
+    perplexity_ratio: float
+    seconds: float
+
+
+class _Reading:
+    """The engine where compare() expects a module: [1, T] token ids → logits."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+
+    def to(self, device: Any) -> "_Reading":
+        return self
+
+    def __call__(self, input_ids: Tensor, use_cache: bool) -> Any:
+        return type("Output", (), {"logits": self.engine.logits(input_ids[0])[None]})
+
+
+def run(config: ExportConfig, listener: Listener = SILENT) -> ExportResult:
+    """`trilobit export`. Raises NotNative where the engine has no graph, VerificationError where it reads another model."""
+    started = time.perf_counter()
+    require_library()
+    target = Path(config.out)
+    require_new_directory(target, "Choose another --out.")
+    loaded = load(config.model)
+    model = graph.compile(loaded.model, None if config.layout == "auto" else config.layout)
+    probe = _probe(loaded, model, config.data)
+    with atomic_directory(target) as directory:
+        native_file.write(model, directory / native_file.NAME)
+        write_companions(directory, loaded.model, loaded.plan, loaded.tokenizer, "native", {})
+        reading = Engine(*open_native(directory), capacity=probe.shape[1])
+        agreement = compare(loaded.model, _Reading(reading), probe)
+        _require_same(agreement, model.header.activations, lambda: noise_floor(loaded.model, probe))
+    size = (target / native_file.NAME).stat().st_size
+    return ExportResult(
+        str(target), model.header.layout, size, bits_per_weight(model), agreement.positions, agreement.top1, agreement.kl,
+        agreement.perplexity_ratio, time.perf_counter() - started,
+    )  # fmt: skip
+
+
+def bits_per_weight(model: graph.Graph) -> float:
+    """Bits that a weight of the layers' matrices takes, with its part of padding and scales."""
+    stored = sum(t.nbytes for n, t in model.tensors.items() if n.startswith("layers.") and n.endswith((".codes", ".scales")))
+    weights = model.header.layers * sum(rows * columns for rows, columns in model.header.matrices().values())
+    return 8 * stored / weights
+
+
+def _probe(loaded: Loaded, model: graph.Graph, data: str | None) -> Tensor:
+    """Token windows [N, W + 1] to compare readings on: of a text, or sampled by the engine."""
+    length = min(PROBE_LENGTH, getattr(loaded.model.config, "max_position_embeddings", PROBE_LENGTH)) - 1
+    if data is not None:
+        texts = (document.text for document in documents(data))
+        return text_windows(texts, loaded.tokenizer, length + 1, False, PROBE_WINDOWS)[0]
+    start: Any = loaded.tokenizer.bos_token_id
+    start = loaded.tokenizer.eos_token_id if start is None else start
+    if start is None:
+        raise ModelError("this tokenizer has no token to sample a text from: give --data.")
+    writer = Engine(model, loaded.tokenizer, [], capacity=length + 1)
+    rows = [[start, *writer.stream([start], length, Sampling(), seed)] for seed in range(PROBE_WINDOWS)]
+    return torch.tensor(rows)
+
+
+def _require_same(agreement: Agreement, activations: str, floor: Callable[[], Agreement]) -> None:
+    """Raise VerificationError unless the engine's reading is the model.
+
+    Its rounding (keys, values and embeddings in bf16, an int8 head) flips int8 codes that breed flips, as any change of the
+    last bits does: top-1 is no measure of it. KL is small, or of the size of the model's own noise, and the loss is the same.
+    """
+    change = abs(math.log(agreement.perplexity_ratio)) if agreement.perplexity_ratio > 0 else math.inf
+    if activations == "token":
+        same = change <= MOST_CHANGE + ERRORS * agreement.nats_error
+        same = same and math.isfinite(agreement.kl) and (agreement.kl <= MOST_KL or agreement.kl <= NOISE * floor().kl)
+    else:
+        same = math.isfinite(agreement.kl) and change <= LOST
+    if not same:
+        raise VerificationError(
+            f"the engine reads another model: KL {agreement.kl:.5f}, perplexity × {agreement.perplexity_ratio:.4f}, same "
+            f"argmax at {agreement.top1:.2%} of {agreement.positions} positions. It was not left behind."
+        )

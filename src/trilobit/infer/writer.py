@@ -1,0 +1,152 @@
+"""Whoever continues token ids as text: the native engine, or transformers.
+
+    open_writer(config)  ──▶  Writer.write(ids, …, emit) ──▶ text, piece by piece, and what it took
+
+The choice is made here, once, and said with its reason: the native engine runs ternary models of the families it has a graph
+for on a CPU, transformers everything else.
+"""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers.decoders import DecodeStream
+from transformers.generation.streamers import TextStreamer
+
+from trilobit.config.running import EngineConfig, RunningConfig
+from trilobit.errors import ConfigError
+from trilobit.infer.engine import Engine, Timing, engine_of, is_native, open_native, require_library
+from trilobit.infer.generate import continue_tokens
+from trilobit.infer.graph import NotNative
+from trilobit.infer.load import Loaded, load, pick_device
+from trilobit.kernels import native
+from trilobit.kernels.engine import Sampling
+from trilobit.listener import SILENT, Listener
+
+Emit = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Written:
+    """Token ids that were generated, an end-of-text token included, and their timing."""
+
+    ids: list[int]
+    timing: Timing
+
+
+class Writer(ABC):
+    """A model that continues token ids. positions: most tokens of a text."""
+
+    tokenizer: Any
+    positions: int
+    what: str
+
+    @abstractmethod
+    def write(self, ids: Sequence[int], max_tokens: int, sampling: Sampling, seed: int, emit: Emit) -> Written:
+        """Continue `ids` by up to max_tokens tokens, telling `emit` the text without special tokens as it comes."""
+
+    def start(self, text: str) -> list[int]:
+        """Token ids of a prompt. Raises ConfigError if there are none."""
+        ids: list[int] = self.tokenizer(text)["input_ids"]
+        if ids:
+            return ids
+        if self.tokenizer.bos_token_id is None:
+            raise ConfigError("the prompt is empty, and this tokenizer has no beginning-of-text token to start from.")
+        return [self.tokenizer.bos_token_id]
+
+    def require_room(self, prompt: int, new: int) -> None:
+        """Raise ConfigError if there are fewer positions than the prompt and what may follow it."""
+        if prompt >= self.positions:
+            raise ConfigError(f"the prompt has {prompt} tokens, and the model {self.positions} positions: shorten it.")
+        if prompt + new > self.positions:
+            raise ConfigError(
+                f"--max-tokens {new} after a prompt of {prompt} tokens is more than the model's {self.positions} positions: "
+                f"at most {self.positions - prompt} fit."
+            )
+
+
+class NativeWriter(Writer):
+    """The native engine."""
+
+    def __init__(self, engine: Engine):
+        self.engine, self.tokenizer, self.positions = engine, engine.tokenizer, engine.graph.header.positions
+        choice = native.choice()
+        self.what = f"native engine, {engine.session.threads} threads, {choice.name}: {choice.reason}"
+
+    def write(self, ids: Sequence[int], max_tokens: int, sampling: Sampling, seed: int, emit: Emit) -> Written:
+        decoder, timing, new = DecodeStream(skip_special_tokens=True), Timing(), list[int]()
+        for token in self.engine.stream(ids, max_tokens, sampling, seed, timing):
+            new.append(token)
+            if piece := decoder.step(self.tokenizer.backend_tokenizer, token):
+                emit(piece)
+        return Written(new, timing)
+
+
+class _Stream(TextStreamer):
+    def __init__(self, tokenizer: Any, emit: Emit):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.emit = emit
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.emit(text)
+
+
+class TransformersWriter(Writer):
+    """transformers' own loop, on any device."""
+
+    def __init__(self, loaded: Loaded, reason: str):
+        self.model, self.tokenizer = loaded.model, loaded.tokenizer
+        positions = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+        self.positions = positions or 1 << 30
+        self.what = f"transformers: {reason}"
+
+    def write(self, ids: Sequence[int], max_tokens: int, sampling: Sampling, seed: int, emit: Emit) -> Written:
+        inputs = torch.tensor([list(ids)], device=self.model.device)
+        started = time.perf_counter()
+        output = continue_tokens(
+            self.model, inputs, max_tokens, sampling.temperature, sampling.top_p, seed, _Stream(self.tokenizer, emit),
+            top_k=sampling.top_k, min_p=sampling.min_p, repetition_penalty=sampling.repetition_penalty,
+        )  # fmt: skip
+        new = output[0, len(ids) :].tolist()
+        return Written(new, Timing(len(ids), 0.0, len(new), time.perf_counter() - started))
+
+
+def sampling_of(config: RunningConfig) -> Sampling:
+    """How a configuration has tokens chosen."""
+    return Sampling(
+        temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, min_p=config.min_p,
+        repetition_penalty=config.repetition_penalty,
+    )  # fmt: skip
+
+
+def open_writer(config: EngineConfig, capacity: int | None = None, listener: Listener = SILENT) -> Writer:
+    """The writer that a configuration asks for, for texts of up to `capacity` tokens.
+
+    Raises NotNative for --engine native where there is no graph, ModelError as load() does.
+    """
+    device = pick_device(config.device)
+    options = {
+        "capacity": capacity, "cache": config.cache, "threads": config.threads, "instructions": config.instructions
+    }  # fmt: skip
+    if is_native(config.model):
+        if config.engine == "transformers" or (device.type != "cpu" and config.device != "auto"):
+            raise ConfigError(f"{config.model} is written for the native engine, which runs on the CPU.")
+        require_library()
+        writer: Writer = NativeWriter(Engine(*open_native(Path(config.model), config.verify), **options))
+    elif config.engine == "transformers" or (config.engine == "auto" and device.type != "cpu"):
+        reason = "--engine transformers" if config.engine == "transformers" else f"the model is on {device}"
+        writer = TransformersWriter(load(config.model, device=device), reason)
+    else:
+        loaded = load(config.model)
+        try:
+            writer = NativeWriter(engine_of(loaded, **options))
+        except NotNative as error:
+            if config.engine == "native":
+                raise
+            writer = TransformersWriter(loaded, str(error).rstrip("."))
+    listener.note(f"Runs on {writer.what}")
+    return writer
