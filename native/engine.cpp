@@ -123,11 +123,12 @@ uint16_t to_bf16(float value) {
     return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// One cached vector to int8. Returns its scale.
+// One cached vector to int8. Returns its scale, which is NaN where x holds NaN.
 template <class Put>
 float to_int8(const float *x, int64_t n, Put put) {
     float absmax = 1e-20f;
-    for (int64_t d = 0; d < n; ++d) absmax = std::fabs(x[d]) > absmax ? std::fabs(x[d]) : absmax;
+    for (int64_t d = 0; d < n; ++d)
+        if (const float a = std::fabs(x[d]); a > absmax || a != a) absmax = a;
     const float factor = 127 / absmax;
     for (int64_t d = 0; d < n; ++d) {
         const float code = x[d] * factor + 12582912.0f;  // rounds half to even, into the low byte
@@ -429,10 +430,16 @@ EXPORT trilobit_session *trilobit_session_new(const trilobit_graph *graph, int64
     s->capacity = capacity;
     s->shape = {divide_up(capacity, TILE), graph->layers, graph->head_size, divide_up(graph->head_size, HEAD_STEP) * HEAD_STEP,
                 graph->kv_heads, cache == TRILOBIT_CACHE_INT8 ? 1 : 2};
-    s->cache_bytes = slots * s->shape.slot_bytes();
     Arena arena;
     s->lay_out(arena);
     s->memory_bytes = arena.used;
+    const double tiles = static_cast<double>(slots) * static_cast<double>(s->shape.tiles);
+    const double blocks = tiles * static_cast<double>(s->shape.layers) * static_cast<double>(s->shape.kv_heads);
+    if (blocks * static_cast<double>(s->shape.block_bytes()) + static_cast<double>(arena.used) > machine_memory()) {
+        trilobit_session_free(s);
+        return *status = TRILOBIT_NO_MEMORY, nullptr;
+    }
+    s->cache_bytes = slots * s->shape.slot_bytes();
     s->cache = map_memory(s->cache_bytes);
     s->memory = arena.base = map_memory(s->memory_bytes);
     if (!s->cache || !s->memory) {

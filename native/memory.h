@@ -7,6 +7,7 @@
 #include <cstring>
 #if defined(__unix__) || defined(__APPLE__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 namespace {
@@ -25,6 +26,9 @@ inline uint8_t *map_memory(int64_t bytes) {
     void *memory = mmap(nullptr, static_cast<size_t>(bytes), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     return memory == MAP_FAILED ? nullptr : static_cast<uint8_t *>(memory);
 }
+
+// Bytes that the machine has: what is larger than this is refused rather than promised.
+inline double machine_memory() { return static_cast<double>(sysconf(_SC_PHYS_PAGES)) * static_cast<double>(sysconf(_SC_PAGE_SIZE)); }
 
 inline void unmap_memory(uint8_t *memory, int64_t bytes) { munmap(memory, static_cast<size_t>(bytes)); }
 
