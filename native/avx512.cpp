@@ -108,7 +108,7 @@ struct Avx512 {
         else dot_int8(stream, x, tiles, sums);
     }
 
-    static void dot_two_bit(const uint8_t *stream, const int8_t *x, int64_t tiles, int32_t *sums) {
+    NOT_INLINED static void dot_two_bit(const uint8_t *stream, const int8_t *x, int64_t tiles, int32_t *sums) {
         __m512i a[4], b[4], mask[4];
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) {
@@ -131,7 +131,7 @@ struct Avx512 {
     }
 
 #ifdef __AVX512VBMI__
-    static void dot_base3(const uint8_t *stream, const int8_t *x, int64_t tiles, int32_t *sums) {
+    NOT_INLINED static void dot_base3(const uint8_t *stream, const int8_t *x, int64_t tiles, int32_t *sums) {
         __m512i a[4], b[4], mask[4], a4 = _mm512_setzero_si512(), b4 = a4;
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) {
@@ -157,7 +157,7 @@ struct Avx512 {
         add_to(sums + 16, _mm512_add_epi32(undo_shifts(b), exact(b4, INVERSE_OF_81)));
     }
 #else
-    static void dot_base3(const uint8_t *stream, const int8_t *x, int64_t tiles, int32_t *sums) {
+    NOT_INLINED static void dot_base3(const uint8_t *stream, const int8_t *x, int64_t tiles, int32_t *sums) {
         __m512i a[5], b[5];
 #pragma GCC unroll 5
         for (int i = 0; i < 5; ++i) a[i] = b[i] = _mm512_setzero_si512();
@@ -188,7 +188,7 @@ struct Avx512 {
     }
 #endif
 
-    static void dot_int8(const uint8_t *stream, const int8_t *x, int64_t tiles, int32_t *sums) {
+    NOT_INLINED static void dot_int8(const uint8_t *stream, const int8_t *x, int64_t tiles, int32_t *sums) {
         __m512i a[4], b[4];
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) a[i] = b[i] = _mm512_setzero_si512();
@@ -210,6 +210,7 @@ struct Avx512 {
         const __m512i three = _mm512_set1_epi8(3);
         for (int64_t t = 0; t < 2 * tiles; ++t, stream += VECTOR_BYTES) {
             uint8_t *to = symbols + (t / 2 * (tile_columns(F) / 4) * 2 + t % 2) * VECTOR_BYTES;
+            _mm_prefetch(ahead(stream), _MM_HINT_T0);
             __m512i s = load(stream);
             if constexpr (F == Format::two_bit) {
 #pragma GCC unroll 4

@@ -33,7 +33,8 @@ constexpr int64_t even_share(int64_t count, int64_t most, int64_t step) {
     return divide_up(divide_up(count, divide_up(count, most)), step) * step;
 }
 
-// Symbol sums of `n` rows and one token become outputs, segment by segment; with groups, totals collect the scaled ones.
+// Symbol sums of `n` rows and one token become outputs, segment by segment. totals: room for them; with groups, it collects the
+// scaled sums of the segments so far.
 struct Output {
     const Call &c;
     int64_t row;
@@ -42,33 +43,39 @@ struct Output {
     Output(const Call &call, int64_t row_, int rows, int symbol_offset)
         : c(call), row(row_), n(static_cast<int>(smaller(rows, call.shape.rows - row_))), offset(symbol_offset) {}
 
-    void segment(int64_t t, int64_t s, const int32_t *sums, float *totals) const {
+    void segment(int64_t t, int64_t s, const int32_t *__restrict sums, float *__restrict totals) const {
         const uint32_t shift = static_cast<uint32_t>(c.sums[t * c.shape.segments + s]) * static_cast<uint32_t>(offset);
         auto code_sum = [&](int r) { return static_cast<int32_t>(static_cast<uint32_t>(sums[r]) - shift); };
+        const int rows = n;
         if (c.integers) {
-            int32_t *y = c.integers + t * c.shape.rows + row;
-            for (int r = 0; r < n; ++r) y[r] = s == 0 ? code_sum(r) : y[r] + code_sum(r);
+            int32_t *__restrict y = c.integers + t * c.shape.rows + row;
+            for (int r = 0; r < rows; ++r) y[r] = s == 0 ? code_sum(r) : y[r] + code_sum(r);
             return;
         }
-        const bool second = c.pairs && t % 2;
-        float *y = c.y + (c.pairs ? t / 2 : t) * c.shape.rows + row;
-        auto put = [&](int r, float value) {
-            const float whole = second ? y[r] + value : value;
-            y[r] = c.bias && !second ? whole + c.bias[row + r] : whole;
-        };
         const float x_scale = c.x_scale[c.x_grouped ? t * c.shape.segments + s : t];
         if (c.grouped) {
-            const float *scales = c.scales + s * c.shape.rows + row;
+            const float *__restrict scales = c.scales + s * c.shape.rows + row;
             const float each = c.x_grouped ? x_scale : 1;  // times 1 is exact
-            for (int r = 0; r < n; ++r) totals[r] = totals[r] + static_cast<float>(code_sum(r)) * (scales[r] * each);
+            for (int r = 0; r < rows; ++r) totals[r] = totals[r] + static_cast<float>(code_sum(r)) * (scales[r] * each);
             if (s + 1 < c.shape.segments) return;
             const float all = c.x_grouped ? 1 : x_scale;
-            for (int r = 0; r < n; ++r) put(r, totals[r] * all);
+            for (int r = 0; r < rows; ++r) totals[r] = totals[r] * all;
         } else if (c.per_row) {
-            for (int r = 0; r < n; ++r) put(r, static_cast<float>(code_sum(r)) * (x_scale * c.scales[row + r]));
+            const float *__restrict scales = c.scales + row;
+            for (int r = 0; r < rows; ++r) totals[r] = static_cast<float>(code_sum(r)) * (x_scale * scales[r]);
         } else {
             const float scale = x_scale * c.scales[0];
-            for (int r = 0; r < n; ++r) put(r, static_cast<float>(code_sum(r)) * scale);
+            for (int r = 0; r < rows; ++r) totals[r] = static_cast<float>(code_sum(r)) * scale;
+        }
+        const bool second = c.pairs && t % 2;
+        float *__restrict y = c.y + (c.pairs ? t / 2 : t) * c.shape.rows + row;
+        if (second) {
+            for (int r = 0; r < rows; ++r) y[r] = y[r] + totals[r];
+        } else if (c.bias) {
+            const float *__restrict bias = c.bias + row;
+            for (int r = 0; r < rows; ++r) y[r] = totals[r] + bias[r];
+        } else {
+            std::memcpy(y, totals, sizeof(float) * static_cast<size_t>(rows));
         }
     }
 };
@@ -91,6 +98,10 @@ void gemv_panels(const Call &c, int64_t begin, int64_t end) {
                 stream += tiles * tile_bytes(F);
                 x += tiles * tile_columns(F);
                 left -= tiles;
+            }
+            if (c.grouped) {  // a panel's scales lie far apart: ask for the next one's
+                const uintptr_t scales = reinterpret_cast<uintptr_t>(c.scales) + 4 * static_cast<uintptr_t>(s * g.rows + out.row);
+                for (int line = 2; line < 4; ++line) __builtin_prefetch(reinterpret_cast<const void *>(scales + 64 * line));
             }
             for (int64_t t = 0; t < c.tokens; ++t) out.segment(t, s, sums[t], totals[t]);
         }
@@ -177,6 +188,9 @@ inline int32_t four_activations(const int8_t *x) {
     std::memcpy(&v, x, sizeof v);
     return v;
 }
+
+// Inlined into a loop over tokens, a dot product loses its accumulators to the stack.
+#define NOT_INLINED __attribute__((noinline))
 
 constexpr uint64_t PREFETCH_BYTES = 8192;
 

@@ -40,6 +40,8 @@ COMMANDS = {
     "export": Command("trilobit.config.export:ExportConfig", "trilobit.export.native", "write a model for an engine"),
     "generate": Command("trilobit.config.generate:GenerateConfig", "trilobit.infer.complete", "continue a prompt"),
     "chat": Command("trilobit.config.chat:ChatConfig", "trilobit.infer.chat", "talk to a model"),
+    "bench": Command("trilobit.config.bench:BenchConfig", "trilobit.measure.speed", "tokens/s, against what memory allows"),
+    "doctor": Command("trilobit.config.doctor:DoctorConfig", "trilobit.doctor", "what computes here, and what would be faster"),
     "demo": Command("trilobit.config.demo:DemoConfig", "trilobit.demo", "tune the embedded model in minutes"),
 }
 USAGE_ERROR = 2

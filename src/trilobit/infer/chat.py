@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
+
 from trilobit.config.chat import ChatConfig
 from trilobit.errors import ConfigError
 from trilobit.infer.writer import Writer, open_writer, sampling_of
@@ -50,24 +52,27 @@ class Conversation:
     def ask(self, text: str, room: int) -> list[int]:
         """Add a user's turn and return the prompt's ids, with `room` tokens left for a reply. Raises ConfigError if even
         this turn alone does not fit."""
-        self.messages.append({"role": "user", "content": text})
-        while len(ids := self._ids()) + room > self.context:
-            oldest = len(self.first)
-            if len(self.messages) <= oldest + 1:
-                self.messages.pop()
+        messages = [*self.messages, {"role": "user", "content": text}]
+        oldest = len(self.first)
+        while len(ids := self._ids(messages)) + room > self.context:
+            if len(messages) <= oldest + 1:
                 room_left = self.context - room
                 raise ConfigError(f"this turn has {len(ids)} tokens; with --max-tokens {room} at most {room_left} fit.")
-            del self.messages[oldest : oldest + (2 if self.messages[oldest + 1]["role"] == "assistant" else 1)]
+            del messages[oldest : oldest + (2 if messages[oldest + 1]["role"] == "assistant" else 1)]
+        self.messages = messages
         return ids
 
     def answer(self, text: str) -> None:
         """Add the reply."""
         self.messages.append({"role": "assistant", "content": text})
 
-    def _ids(self) -> list[int]:
-        encoded: Any = self.writer.tokenizer.apply_chat_template(
-            self.messages, add_generation_prompt=True, tokenize=True, return_dict=True
-        )
+    def _ids(self, messages: list[Message]) -> list[int]:
+        try:
+            encoded: Any = self.writer.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=True
+            )
+        except TemplateError as error:
+            raise ConfigError(f"the model's chat template refuses this conversation: {error}") from error
         return list(encoded["input_ids"])
 
 
@@ -75,6 +80,10 @@ def run(config: ChatConfig, listener: Listener = SILENT, lines: Iterable[str] | 
     """`trilobit chat`. lines: the user's turns, by default standard input with a prompt on a terminal."""
     writer = open_writer(config, config.context, listener)
     conversation = Conversation(writer, config.system, config.context)
+    if conversation.context <= config.max_tokens:
+        raise ConfigError(
+            f"the model has {writer.positions} positions: --max-tokens {config.max_tokens} leaves no room for a turn."
+        )
     listener.note("A line is a turn. /reset forgets the conversation, /exit ends it.")
     turns, tokens, seconds = 0, 0, 0.0
     for line in _typed(listener) if lines is None else lines:

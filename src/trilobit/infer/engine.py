@@ -54,13 +54,25 @@ class Engine:
     ):  # fmt: skip
         self.graph, self.tokenizer, self.stops = model, tokenizer, frozenset(stops)
         self.capacity = min(capacity or DEFAULT_CAPACITY, model.header.positions)
-        self.session = Session(
-            model.decoder(), capacity=self.capacity, cache=cache, most_tokens=min(PROMPT_CHUNK, self.capacity),
-            threads=threads, instructions=instructions,
-        )  # fmt: skip
+        self._options: dict[str, Any] = {"cache": cache, "threads": threads, "instructions": instructions}
+        self.session = self._session()
         self.cached: list[int] = []
         self._slots = torch.zeros(self.session.most_tokens, dtype=torch.int32)
         self._logits = torch.empty(1, model.header.vocabulary)
+
+    def _session(self) -> Session:
+        most = min(PROMPT_CHUNK, self.capacity)
+        return Session(self.graph.decoder(), capacity=self.capacity, most_tokens=most, **self._options)
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for a text of so many tokens, as far as the model has positions. What was cached is read again."""
+        tokens = min(tokens, self.graph.header.positions)
+        if tokens > self.capacity:
+            self.session.close()
+            self.capacity = tokens
+            self.session = self._session()
+            self.cached.clear()
+            self._slots = torch.zeros(self.session.most_tokens, dtype=torch.int32)
 
     def _run(self, ids: Sequence[int], rows: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """Append tokens, at most a chunk, to what is cached."""

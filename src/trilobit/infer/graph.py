@@ -36,7 +36,8 @@ MODULES = {
 }  # fmt: skip
 GATES: dict[str, Gate] = {"silu": "silu", "swish": "silu", "relu2": "relu2"}
 WEIGHTS_ONLY_GROUP = 128
-HEAD_GROUP = 64
+HEAD_GROUP = 32
+LEAST_TENSORS = 2 + 2 * len(MODULES)  # of a layer: norms, and codes and scales of each matrix
 DTYPES = {"U8": torch.uint8, "F32": torch.float32, "BF16": torch.bfloat16}
 
 
@@ -83,7 +84,8 @@ class Header:
                 raise ModelError(f"its header says {field.name} = {str(value[field.name])[:80]!r}.")
         header = cls(**value)
         sizes = (header.width, header.hidden, header.heads, header.kv_heads, header.head_size, header.layers)
-        right = all(0 < size < 1 << 20 for size in (*sizes, header.positions)) and 0 < header.vocabulary < 1 << 24
+        right = all(0 < size < 1 << 20 for size in sizes)
+        right = right and all(0 < size < 1 << 24 for size in (header.vocabulary, header.positions))
         right = right and len(header.windows) == len(header.rotary) == header.layers and min(header.windows) >= 0
         right = right and 0 <= header.group < 1 << 20 and 0 <= header.head_group < 1 << 20 and max(header.windows) < 1 << 31
         if not right or header.layout == "int8" or header.activations == "int16":
@@ -158,7 +160,14 @@ def _head(h: Header) -> dict[str, Expected]:
 
 def check(header: Header, found: dict[str, tuple[str, tuple[int, ...]]]) -> None:
     """Raise ModelError unless names, dtypes and shapes are those of a model with this header."""
-    expected = expected_tensors(header)
+    if len(found) < header.layers * LEAST_TENSORS:  # before a million layers are listed
+        raise ModelError(f"it holds {len(found)} tensors, too few for {header.layers} layers.")
+    try:
+        expected = expected_tensors(header)
+    except AssertionError as error:  # of the library
+        raise ModelError(f"its header has a matrix that no engine has: {error}") from error
+    if ("head.codes" in found) != ("head.scales" in found):
+        raise ModelError("it holds half of a head.")
     if odd := sorted(found.keys() - expected.keys()):
         raise ModelError(f"it holds a tensor {odd[0][:80]!r} that a native model does not have.")
     for name, tensor in expected.items():
@@ -239,6 +248,9 @@ def compile(model: PreTrainedModel, form: Format | None = None, head_group: int 
     tensors: dict[str, Tensor] = {"norm": _gain(decoder.norm, config.hidden_size, config.rms_norm_eps)}
     tensors["rope.frequencies"] = decoder.rotary_emb.inv_freq.float().cpu().contiguous()
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    for module in (embedding, head):  # by exact type: a projected embedding is an nn.Embedding too
+        if type(module) not in (nn.Embedding, nn.Linear, PackedEmbedding, PackedLinear):
+            raise NotNative(f"the engine has no {type(module).__name__}: fold the model first.")
     header = Header(
         width=config.hidden_size, hidden=config.intermediate_size, heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads, head_size=decoder.layers[0].self_attn.head_dim, layers=len(decoder.layers),

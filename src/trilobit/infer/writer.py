@@ -72,17 +72,21 @@ class Writer(ABC):
 class NativeWriter(Writer):
     """The native engine."""
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine, instructions: str | None = None):
         self.engine, self.tokenizer, self.positions = engine, engine.tokenizer, engine.graph.header.positions
-        choice = native.choice()
+        choice = native.choice() if instructions is None else native.Instructions(instructions, "--instructions")
         self.what = f"native engine, {engine.session.threads} threads, {choice.name}: {choice.reason}"
 
     def write(self, ids: Sequence[int], max_tokens: int, sampling: Sampling, seed: int, emit: Emit) -> Written:
-        decoder, timing, new = DecodeStream(skip_special_tokens=True), Timing(), list[int]()
+        self.engine.reserve(len(ids) + max_tokens)
+        decoder, timing, new, told = DecodeStream(skip_special_tokens=True), Timing(), list[int](), 0
         for token in self.engine.stream(ids, max_tokens, sampling, seed, timing):
             new.append(token)
             if piece := decoder.step(self.tokenizer.backend_tokenizer, token):
                 emit(piece)
+                told += len(piece)
+        if rest := str(self.tokenizer.decode(new, skip_special_tokens=True))[told:]:  # a character that was never finished
+            emit(rest)
         return Written(new, timing)
 
 
@@ -136,14 +140,14 @@ def open_writer(config: EngineConfig, capacity: int | None = None, listener: Lis
         if config.engine == "transformers" or (device.type != "cpu" and config.device != "auto"):
             raise ConfigError(f"{config.model} is written for the native engine, which runs on the CPU.")
         require_library()
-        writer: Writer = NativeWriter(Engine(*open_native(Path(config.model), config.verify), **options))
+        writer: Writer = NativeWriter(Engine(*open_native(Path(config.model), config.verify), **options), config.instructions)
     elif config.engine == "transformers" or (config.engine == "auto" and device.type != "cpu"):
         reason = "--engine transformers" if config.engine == "transformers" else f"the model is on {device}"
         writer = TransformersWriter(load(config.model, device=device), reason)
     else:
         loaded = load(config.model)
         try:
-            writer = NativeWriter(engine_of(loaded, **options))
+            writer = NativeWriter(engine_of(loaded, **options), config.instructions)
         except NotNative as error:
             if config.engine == "native":
                 raise

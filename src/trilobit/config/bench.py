@@ -1,0 +1,18 @@
+"""Settings of `trilobit bench`."""
+
+from dataclasses import dataclass
+
+from trilobit.config.fields import Count
+from trilobit.config.running import EngineConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig(EngineConfig):
+    """Measure a model's speed: a prompt, then one token after another, against what memory allows."""
+
+    prompt_tokens: Count = 512
+    """Tokens of the prompt."""
+    tokens: Count = 64
+    """Tokens to generate after it."""
+    rounds: Count = 5
+    """Measurements; the medians are reported."""

@@ -1,0 +1,90 @@
+"""`trilobit doctor`: what computes here, why, how fast memory is, and what would be faster."""
+
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from trilobit import __version__
+from trilobit.config.doctor import DoctorConfig
+from trilobit.kernels import build, native
+from trilobit.kernels.frozen_linear import layout
+from trilobit.listener import SILENT, Listener
+from trilobit.measure.speed import read_rate
+
+ROOF_BYTES = 512 << 20
+TERNARY_2B = 0.52e9  # bytes a token of a model of two billion parameters, head included
+
+
+@dataclass(frozen=True)
+class DoctorResult:
+    """What was found. bandwidth: bytes a second that memory gives to reads; advice: what would be faster."""
+
+    version: str
+    processor: str
+    cores: int
+    torch: str
+    cuda: str | None
+    kernels: str
+    reason: str
+    instruction_sets: list[str]
+    layout: str | None
+    bandwidth: float | None
+    advice: list[str]
+
+    def summary(self) -> str:
+        """For people."""
+        lines = [
+            f"trilobit     {self.version}, torch {self.torch}",
+            f"processor    {self.processor}, {self.cores} threads of torch",
+            f"GPU          {self.cuda or 'none that torch can use'}",
+            f"kernels      {self.kernels}: {self.reason}",
+        ]
+        if self.bandwidth is not None:
+            others = ", ".join(name for name in self.instruction_sets if name != self.kernels) or "nothing else"
+            lines += [
+                f"also here    {others} (--instructions)",
+                f"layout       {self.layout}",
+                f"memory       {self.bandwidth / 1e9:.1f} GB/s: a ternary model of 2 B parameters can decode "
+                f"{self.bandwidth / TERNARY_2B:.0f} tokens/s at most",
+            ]
+        lines += [f"faster       {line}" for line in self.advice] or ["faster       nothing that can be done here"]
+        return "\n".join(lines)
+
+
+def processor_name() -> str:
+    """The processor's name, as the system gives it."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text("utf-8").splitlines() if file.exists() else []
+    named = (line.split(": ", 1)[1] for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
+
+
+def advice(sets: list[str], bandwidth: float | None) -> list[str]:
+    """What would make ternary models faster than they are here."""
+    if not sets:
+        what = "reinstall where there is a C++ compiler" if not build.SOURCES.is_dir() else "python -m trilobit.kernels.build"
+        return [f"native kernels: {native.choice().reason}; {what}"]
+    found: list[str] = []
+    if build.machine() == "x86_64" and "avx512vbmi" not in sets:
+        found.append("a processor with AVX-512 VBMI reads 1.6 bits a weight instead of 2 at the same speed")
+    if sets == ["scalar"]:
+        found.append("this processor has none of the instruction sets that the kernels are written for")
+    huge = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if huge.exists() and "[never]" in huge.read_text("utf-8"):
+        found.append("huge pages are switched off: echo madvise > /sys/kernel/mm/transparent_hugepage/enabled")
+    return found
+
+
+def run(config: DoctorConfig, listener: Listener = SILENT) -> DoctorResult:
+    """`trilobit doctor`."""
+    sets, choice, bandwidth = native.instruction_sets(), native.choice(), None
+    if sets:
+        area = native.huge_pages(ROOF_BYTES).fill_(1)
+        bandwidth = max(read_rate(area, config.threads) for _ in range(3))
+    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return DoctorResult(
+        __version__, processor_name(), torch.get_num_threads(), torch.__version__, cuda, choice.name, choice.reason, sets,
+        layout("tensor") if sets else None, bandwidth, advice(sets, bandwidth),
+    )  # fmt: skip
