@@ -62,6 +62,7 @@ def _beyond() -> dict[str, Settings]:
         "none-global-kl-hidden": {**NONE, "schedule": "global", **KL, "distill_hidden": 1.0},
         "every-global-kl-hidden": {**EVERY, "schedule": "global", **KL, "distill_hidden": 1.0},
         "none-global-kl-row": {**NONE, "schedule": "global", **KL, "scale": "row"},
+        "every-global-kl-row": {**EVERY, "schedule": "global", **KL, "scale": "row"},
         "none-global-kl-long-ramp": {**NONE, "schedule": "global", **KL, "ramp_fraction": 0.5},
         "every-kl-sensitivity": {**start, "schedule": "sensitivity"},
         "every-kl-muon": {**start, "optimizer": "muon"},
@@ -95,5 +96,8 @@ ARMS: dict[str, Settings] = {
 CONTROL = "full-precision"
 """Fine-tuned equally, never quantised: what the text alone is worth."""
 
-ALWAYS = (CONTROL, "none-immediate-ce", "every-ones-immediate-ce", "none-immediate-kl", "recipe-hf-blog", "every-layerwise-ce")
+ALWAYS = (
+    CONTROL, "none-immediate-ce", "every-ones-immediate-ce", "none-immediate-kl", "recipe-hf-blog", "every-layerwise-ce",
+    "every-ones-layerwise-ce",
+)  # fmt: skip
 """Arms that claims are made against: they go through every budget. every-ones-immediate-ce is AutoBitLinear's way."""

@@ -41,6 +41,7 @@ NAMES = {
     "every-global-ce": "norms (calibrated) + all layers' λ at once",
     "every-global-kl": "distillation + norms + all layers' λ at once",
     "none-global-kl": "distillation + all layers' λ at once",
+    "every-global-kl-row": "distillation + norms + all layers' λ at once, one scale a row",
     "every-kl-muon": "distillation + norms + schedule, Muon",
     "every-kl-wsd": "distillation + norms + schedule, rate held for half the tokens",
     "warm-every-kl": "distillation + norms, layers reconstructed first",
@@ -65,7 +66,6 @@ IN_README = {
     "recipe-hf-blog": "Hugging Face's 1.58-bit recipe",
     "every-ones-layerwise-ce": "arXiv 2505.08823: norms, layer-wise λ, cross-entropy",
     "every-ones-immediate-ce": "transformers' AutoBitLinear, from the first step",
-    "recipe-bitdistill-normalised": "BitDistill, its losses of one size",
 }
 """Arms of README's first table. The first is what `tune` does without flags."""
 AFTER_TRAINING = {
@@ -78,7 +78,7 @@ AFTER_TRAINING = {
 """Arms of experiments/post_training.py. Their budget is calibration tokens."""
 SHOWN = {
     "none-immediate-ce": (MUTED, "nothing"), "none-immediate-kl": (SECOND, "distillation"),
-    "every-layerwise-ce": ("#d69e2e", "norms + schedule"), "every-layerwise-kl": (ACCENT, "all three"),
+    "every-layerwise-ce": ("#d69e2e", "norms + schedule"), "every-global-kl": (ACCENT, "all three"),
 }  # fmt: skip
 """Arms of the plots: colour, label."""
 
@@ -172,6 +172,34 @@ def readme_table(records: Records, study: Study) -> str:
     return "\n".join(lines)
 
 
+def equal_time(records: Records, study: Study, rates: dict[str, list[float]]) -> str:
+    """What `tune` without flags reaches in the time that another arm takes for the largest budget.
+
+    rates: tokens per second, round by round (proof_steps.py). Between two budgets a gap is interpolated in the logarithms.
+    """
+    ours, largest = next(iter(IN_README)), study.budgets[-1]
+    gaps = [float(np.mean(cell(records, study, ours, budget).gaps)) for budget in study.budgets]
+    heads = ["", "tokens/s", f"gap at {largest / 1e6:.2g} M", "tokens of ours", "our gap", "ratio"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for arm, measured in rates.items():
+        reached = cell(records, study, arm, largest).gaps
+        if not reached:
+            continue
+        tokens = largest * float(np.median(rates[ours])) / float(np.median(measured))
+        log_gap = np.interp(np.log(tokens), np.log(study.budgets), np.log(gaps))
+        theirs, own = float(np.mean(reached)), float(np.exp(log_gap))
+        row = [
+            NAMES[arm],
+            f"{np.median(measured):,.0f}",
+            f"{theirs:.3f}",
+            f"{tokens / 1e6:.2f} M",
+            f"{own:.3f}",
+            f"{own / theirs:.2f}",
+        ]
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
 def _described(arm: str) -> str:
     scale, activations, cover = model_class(arm)
     parts = [scale] * (scale != "tensor") + ["weights only"] * (activations == "none") + [cover] * (cover != "projections")
@@ -255,6 +283,8 @@ def main() -> None:
     tables = [(DOCS / "proof.md", arguments.study, show(records, study))]
     if arguments.study == "stories260k":
         tables.append((DOCS.parent / "README.md", "proof", readme_table(records, study)))
+        if (steps := RECORDS / f"{arguments.study}-steps.json").exists():
+            tables.append((DOCS / "proof.md", "equal-time", equal_time(records, study, json.loads(steps.read_text()))))
     for path, marker, lines in tables:
         page = path.read_text(encoding="utf-8")
         start, end = f"<!-- {marker} -->\n", f"<!-- /{marker} -->"

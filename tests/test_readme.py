@@ -40,7 +40,7 @@ def test_every_command_parses(line: str, tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.slow
 def test_the_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """tune, eval, generate, outliers and pretrain as the README has them, with the embedded model, a small text and few tokens
+    """tune, eval, generate, export, outliers and pretrain as the README has them, with the embedded model, a small text and few tokens
     for the hub's."""
     text = "".join((ROOT / "src" / "trilobit" / name).read_text() for name in ("quant.py", "cli.py", "storage.py"))
     (tmp_path / "wiki.test.raw").write_text(text)
@@ -55,6 +55,9 @@ def test_the_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
             words += ["--batch-tokens", "1k", "--sequences", "4", "--sequence-length", "128", "--cache-dir", "cache"]
         if "--tasks" in words:
             words += ["--limit", "2", "--task-data", str(bench_files.write(tmp_path / "bench"))]
+        if words[0] == "chat":  # the embedded model has no chat template
+            assert main(words) == 2 and "no chat template" in capsys.readouterr().err
+            continue
         assert main([*words, "--json"]) == 0
         out = capsys.readouterr().out
         assert json.loads(out), out

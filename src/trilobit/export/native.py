@@ -22,7 +22,7 @@ from trilobit.export.hf import write_companions
 from trilobit.export.verify import Agreement, compare, noise_floor
 from trilobit.infer import graph, native_file
 from trilobit.infer.engine import Engine, open_native, require_library
-from trilobit.infer.load import Loaded, load
+from trilobit.infer.load import Loaded, freeze, load
 from trilobit.kernels.engine import Sampling
 from trilobit.listener import SILENT, Listener
 from trilobit.measure.perplexity import text_windows
@@ -69,6 +69,7 @@ def run(config: ExportConfig, listener: Listener = SILENT) -> ExportResult:
     target = Path(config.out)
     require_new_directory(target, "Choose another --out.")
     loaded = load(config.model)
+    freeze(loaded.model)
     model = graph.compile(loaded.model, None if config.layout == "auto" else config.layout)
     probe = _probe(loaded, model, config.data)
     with atomic_directory(target) as directory:

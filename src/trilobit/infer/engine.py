@@ -21,7 +21,7 @@ from transformers import GenerationConfig
 from trilobit.errors import ConfigError, ModelError
 from trilobit.infer import graph, native_file
 from trilobit.infer.graph import Graph, NotNative
-from trilobit.infer.load import CARD, Loaded, load, load_tokenizer
+from trilobit.infer.load import CARD, Loaded, freeze, load, load_tokenizer
 from trilobit.kernels import native
 from trilobit.kernels.engine import Cache, Sampler, Sampling, Session
 from trilobit.kernels.native import Format
@@ -169,8 +169,12 @@ def end_tokens(model: Any) -> list[int]:
 
 
 def engine_of(loaded: Loaded, form: Format | None = None, **options: Any) -> Engine:
-    """The engine of a model that transformers has loaded. Raises NotNative with the reason where there is none."""
+    """The engine of a model that transformers has loaded. Raises NotNative with the reason where there is none.
+
+    A trainable model (latent/) is frozen in place.
+    """
     require_library()
+    freeze(loaded.model)
     return Engine(graph.compile(loaded.model, form), loaded.tokenizer, end_tokens(loaded.model), **options)
 
 
