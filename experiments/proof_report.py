@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FormatStrFormatter, NullLocator
 from proof import RECORDS, SEEDS, STUDIES, Records, Study, Trial, best_rates, model_class, read_records
 from proof_arms import ARMS, CONTROL
 
@@ -212,31 +213,47 @@ def power_law(budgets: list[float], gaps: list[float]) -> tuple[float, float]:
     return float(np.exp(intercept)), float(-slope)
 
 
-def plot_budgets(records: Records, study: Study, axes: Axes) -> dict[str, tuple[float, float]]:
-    """Gap against budget and its power law, to 1 B tokens. Returns each arm's law."""
-    laws = {}
+def floor_law(budgets: list[float], gaps: list[float]) -> tuple[float, float, float] | None:
+    """c, a, b of gap = c + a · tokens^−b through three budgets a constant factor apart; None where they do not flatten."""
+    (first, second, third), factor = gaps, budgets[1] / budgets[0]
+    assert np.isclose(budgets[2] / budgets[1], factor), budgets
+    ratio = (second - third) / (first - second)
+    if not 0 < ratio < 1:
+        return None
+    b = -np.log(ratio) / np.log(factor)
+    c = third - (second - third) * ratio / (1 - ratio)
+    return float(c), float((first - c) * budgets[0] ** b), float(b)
+
+
+def plot_budgets(records: Records, study: Study, axes: Axes) -> dict[str, dict[str, float]]:
+    """Gap against budget, extended to 1 B tokens by a power law (dotted) and, where three budgets flatten, by one with a floor
+    (dashed). Returns what each arm's laws say."""
+    said: dict[str, dict[str, float]] = {}
     for arm, (color, label) in SHOWN.items():
         found = [(b, c) for b in study.budgets if (c := cell(records, study, arm, b)).gaps]
         if len(found) < 2:
             continue
         budgets, means = [float(b) for b, _ in found], [float(np.mean(c.gaps)) for _, c in found]
-        laws[arm] = a, b = power_law(budgets, means)
+        a, b = power_law(budgets, means)
         reach = np.geomspace(budgets[0], 1e9, 50)
         axes.plot(reach, a * reach**-b, color=color, linestyle=":", linewidth=1.2)
+        laws = {"exponent": b, "100 M": a * 1e8**-b, "1 B": a * 1e9**-b}
+        if len(means) == 3 and (law := floor_law(budgets, means)):
+            floor, scale, power = law
+            axes.plot(reach, floor + scale * reach**-power, color=color, linestyle="--", linewidth=1.2)
+            laws |= {"floor": floor, "100 M, floor": floor + scale * 1e8**-power, "1 B, floor": floor + scale * 1e9**-power}
         for budget, c in found:
             axes.plot([budget] * len(c.gaps), c.gaps, color=color, marker="o", markersize=4, linestyle="none")
-        axes.plot(
-            [],
-            [],
-            color=color,
-            marker="o",
-            markersize=4,
-            label=f"{label}: {a * 1e8**-b:.2f} at 100 M, {a * 1e9**-b:.2f} at 1 B",
-        )
+        ends = [f"{laws[at]:.2f} to {laws.get(f'{at}, floor', laws[at]):.2f} at {at}" for at in ("100 M", "1 B")]
+        axes.plot([], [], color=color, marker="o", markersize=4, label=f"{label}: {', '.join(ends)}")
+        said[arm] = {name: round(value, 4) for name, value in laws.items()}
     axes.set(xscale="log", yscale="log", xlabel="tokens trained on", ylabel="nats above the original")
-    if laws:
+    axes.yaxis.set_major_locator(FixedLocator([0.1, 0.2, 0.3, 0.5, 0.7]))
+    axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.yaxis.set_minor_locator(NullLocator())
+    if said:
         axes.legend(frameon=False, fontsize=8)
-    return laws
+    return said
 
 
 def plot_curves(records: Records, study: Study, axes: Axes) -> None:

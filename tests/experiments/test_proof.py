@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from proof import STUDIES, Records, Trial, best_rates, claim, model_class, spikes, wanted
 from proof_arms import ALWAYS, ARMS, CONTROL
-from proof_report import IN_README, NAMES, SHOWN, power_law, readme_table, table
+from proof_report import IN_README, NAMES, SHOWN, equal_time, floor_law, power_law, readme_table, table
 
 from trilobit.config.tune import TuneConfig
 
@@ -95,6 +95,26 @@ def test_spikes_are_counted_against_the_median_before_them() -> None:
     calm = [3.0 - 0.01 * i for i in range(60)]
     assert spikes(calm) == spikes([0.02 * i for i in range(60)]) == 0
     assert spikes([*calm[:30], 3.5, *calm[31:]]) == 1
+
+
+def test_a_law_with_a_floor_is_found_again() -> None:
+    """floor_law returns floor, scale and exponent of exact data, and nothing where the gap falls faster and faster."""
+    budgets = [1e5, 4e5, 1.6e6]
+    assert floor_law(budgets, [0.2 + 30 * n**-0.4 for n in budgets]) == pytest.approx((0.2, 30, 0.4))
+    assert floor_law(budgets, [0.5, 0.4, 0.2]) is None
+
+
+def test_equal_time_gives_a_faster_arm_its_time() -> None:
+    """Ours gets the tokens that it can see while the other sees the largest budget, its gap between budgets interpolated in
+    the logarithms: at half the speed, half the tokens."""
+    ours, other = "every-global-kl", "recipe-hf-blog"
+    rows = {b: {"report_gap": 100 * b**-0.5, "diverged": False, "nats": 1.0} for b in STUDY.budgets}
+    records = {Trial(ours, b, STUDY.rates[0], 0): row for b, row in rows.items()}
+    records[Trial(other, STUDY.budgets[-1], STUDY.rates[0], 0)] = {"report_gap": 0.5, "diverged": False, "nats": 1.0}
+    lines = equal_time(records, STUDY, {ours: [10.0, 10.0, 30.0], other: [20.0]}).splitlines()
+    assert len(lines) == 4
+    half = 100 * (STUDY.budgets[-1] / 2) ** -0.5
+    assert f"| {STUDY.budgets[-1] / 2e6:.2f} M | {half:.3f} | {half / 0.5:.2f} |" in lines[3]
 
 
 def test_a_power_law_is_found_again() -> None:
