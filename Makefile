@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/
 
-.PHONY: demo native test test-all check smollm2 clean
+.PHONY: demo native test test-all fuzz check smollm2 clean
 
 demo: $(VENV)/installed
 	$(RUN)trilobit demo
@@ -17,6 +17,11 @@ test: native
 
 test-all: native
 	$(RUN)python -m pytest -q -m ''
+
+# Damaged native files for a minute; the kernels and the engine under sanitizers.
+fuzz: native
+	$(RUN)python tests/infer/fuzz_native_file.py 60
+	native/sanitize.sh 5
 
 check: $(VENV)/installed
 	$(RUN)ruff check .
