@@ -36,7 +36,9 @@ struct Arena {
     template <class T>
     T *take(int64_t count) {
         T *piece = base ? reinterpret_cast<T *>(base + used) : nullptr;
-        used += divide_up(count * static_cast<int64_t>(sizeof(T)), 64) * 64;
+        const int64_t bytes = count * static_cast<int64_t>(sizeof(T)), room = divide_up(bytes, 64) * 64 + RED_ZONE;
+        if (base) forbid(base + used + bytes, room - bytes);
+        used += room;
         return piece;
     }
 };

@@ -9,6 +9,9 @@
 #include <sys/mman.h>
 #include <unistd.h>
 #endif
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
 
 namespace {
 
@@ -30,6 +33,20 @@ inline uint8_t *map_memory(int64_t bytes) {
 // Bytes that the machine has: what is larger than this is refused rather than promised.
 inline double machine_memory() { return static_cast<double>(sysconf(_SC_PHYS_PAGES)) * static_cast<double>(sysconf(_SC_PAGE_SIZE)); }
 
-inline void unmap_memory(uint8_t *memory, int64_t bytes) { munmap(memory, static_cast<size_t>(bytes)); }
+// Under AddressSanitizer: bytes that nobody may touch, until their block is unmapped.
+#if defined(__SANITIZE_ADDRESS__)
+constexpr int64_t RED_ZONE = 64;
+inline void forbid(uint8_t *from, int64_t bytes) { ASAN_POISON_MEMORY_REGION(from, static_cast<size_t>(bytes)); }
+inline void allow(uint8_t *from, int64_t bytes) { ASAN_UNPOISON_MEMORY_REGION(from, static_cast<size_t>(bytes)); }
+#else
+constexpr int64_t RED_ZONE = 0;
+inline void forbid(uint8_t *, int64_t) {}
+inline void allow(uint8_t *, int64_t) {}
+#endif
+
+inline void unmap_memory(uint8_t *memory, int64_t bytes) {
+    allow(memory, bytes);
+    munmap(memory, static_cast<size_t>(bytes));
+}
 
 }  // namespace

@@ -1,29 +1,37 @@
 #!/usr/bin/env bash
-# The kernels and their self-test under AddressSanitizer and UndefinedBehaviorSanitizer, then the pool under ThreadSanitizer.
+# Kernels, engine and their self-tests under AddressSanitizer and UndefinedBehaviorSanitizer, then under ThreadSanitizer.
 # usage: native/sanitize.sh [seconds of each] [seed]
 set -euo pipefail
 cd "$(dirname "$0")"
 common="-std=c++20 -O1 -g -ffp-contract=off -fno-omit-frame-pointer -pthread -w -Wno-psabi"
 avx512="-mavx512f -mavx512bw -mavx512vl -mavx512vnni"
+floats="-ffp-contract=fast"
 directory=$(mktemp -d)
 trap 'rm -rf "$directory"' EXIT
 
 build() {  # name, sanitizer flags
     local flags="$common $2" objects="" unit
-    compile() { g++ $flags "${@:3}" -c "$2" -o "$directory/$1.o"; objects="$objects $directory/$1.o"; }
-    for unit in scalar pool dispatch selftest; do compile $unit $unit.cpp; done
+    compile() { g++ $flags "${@:3}" -c "$2" -o "$directory/$1.o"; }
+    library() { compile "$@"; objects="$objects $directory/$1.o"; }
+    for unit in scalar pool dispatch engine sample; do library $unit $unit.cpp; done
+    library floats floats.cpp $floats
     if [ "$(uname -m)" = x86_64 ]; then
-        compile avx2 avx2.cpp -mavx2
-        compile avxvnni avxvnni.cpp -mavx2 -mavxvnni
-        compile avx512 avx512.cpp $avx512
-        compile avx512vbmi avx512.cpp $avx512 -mavx512vbmi
+        library avx2 avx2.cpp -mavx2
+        library avxvnni avxvnni.cpp -mavx2 -mavxvnni
+        library avx512 avx512.cpp $avx512
+        library avx512vbmi avx512.cpp $avx512 -mavx512vbmi
+        library floats_avx2 floats.cpp $floats -mavx2 -mfma
+        library floats_avx512 floats.cpp $floats $avx512
     else
-        compile neon neon.cpp -march=armv8.2-a+dotprod
+        library neon neon.cpp -march=armv8.2-a+dotprod
     fi
-    g++ $flags $objects -o "$directory/$1"
+    for unit in selftest selftest_engine; do
+        compile $unit $unit.cpp
+        g++ $flags $objects "$directory/$unit.o" -o "$directory/$1_$unit"
+    done
 }
 
-build address "-fsanitize=address,undefined -fno-sanitize-recover=all"
-"$directory/address" "${1:-5}" "${2:-1}"
-build thread "-fsanitize=thread"
-"$directory/thread" "${1:-5}" "${2:-1}"
+for kind in address thread; do
+    build $kind "-fsanitize=$([ $kind = address ] && echo "address,undefined -fno-sanitize-recover=all" || echo thread)"
+    for test in selftest selftest_engine; do "$directory/${kind}_$test" "${1:-5}" "${2:-1}"; done
+done
