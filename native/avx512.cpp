@@ -210,7 +210,6 @@ struct Avx512 {
         const __m512i three = _mm512_set1_epi8(3);
         for (int64_t t = 0; t < 2 * tiles; ++t, stream += VECTOR_BYTES) {
             uint8_t *to = symbols + (t / 2 * (tile_columns(F) / 4) * 2 + t % 2) * VECTOR_BYTES;
-            _mm_prefetch(ahead(stream), _MM_HINT_T0);
             __m512i s = load(stream);
             if constexpr (F == Format::two_bit) {
 #pragma GCC unroll 4

@@ -26,7 +26,7 @@ constexpr int UNIT_ROWS = UNIT_PANELS * PANEL_ROWS;
 constexpr int64_t DOT_TILES = 4096;
 constexpr int64_t PAIR_TILES = 32;  // 4 to 16 KB
 
-constexpr int64_t block_tiles(Format f) { return 640 / tile_columns(f); }
+constexpr int64_t block_tiles(Format f) { return 320 / tile_columns(f); }
 
 // `count` in blocks of at most `most`, as equal as multiples of `step` allow: the size of one.
 constexpr int64_t even_share(int64_t count, int64_t most, int64_t step) {
@@ -79,6 +79,13 @@ struct Output {
         }
     }
 };
+
+// Into the second-level cache: the first is full of what has been unpacked. May lie past the end.
+inline void prefetch_block(const uint8_t *stream, int64_t from, int64_t bytes) {
+    const uintptr_t start = reinterpret_cast<uintptr_t>(stream) + static_cast<uintptr_t>(from);
+    for (int64_t i = 0; i < bytes; i += VECTOR_BYTES)
+        __builtin_prefetch(reinterpret_cast<const void *>(start + static_cast<uintptr_t>(i)), 0, 2);
+}
 
 template <class Set, Format F>
 void gemv_panels(const Call &c, int64_t begin, int64_t end) {
@@ -139,10 +146,19 @@ void gemm_units(const Call &c, int64_t begin, int64_t end) {
                         }
                     }
                     const int8_t *x = c.spread + first * width + tile * tile_columns(F);
-                    for (int t = 0; t < tokens; t += MICRO_TOKENS)
+                    // What is unpacked next comes while the tokens are multiplied, a part with every six of them.
+                    const bool last = s + 1 == g.segments && done + tiles == g.tiles_of(s);
+                    const int64_t block = tiles * tile_bytes(F);
+                    const int64_t jump = (tile + tiles) * tile_bytes(F) + (last ? UNIT_PANELS * g.panel_bytes() - g.panel_bytes() : 0);
+                    const int64_t part = divide_up(divide_up(block, divide_up(tokens, MICRO_TOKENS)), VECTOR_BYTES) * VECTOR_BYTES;
+                    for (int t = 0; t < tokens; t += MICRO_TOKENS) {
+                        if (F != Format::int8)
+                            for (int p = 0; p < panels; ++p)
+                                prefetch_block(stream + p * g.panel_bytes(), jump + t / MICRO_TOKENS * part, part);
                         Set::template micro<F == Format::int8>(symbols, panels, x + t * width, width,
                                                                static_cast<int>(smaller(MICRO_TOKENS, tokens - t)),
                                                                tiles * STEPS, done == 0, sums[t]);
+                    }
                 }
                 for (int t = 0; t < tokens; ++t) out.segment(first + t, s, sums[t], totals[t]);
             }

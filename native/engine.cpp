@@ -1,9 +1,10 @@
 // A decoder step by step: what runs between the products is shared out by token, products by rows of their matrices,
 // attention by rows and key heads. A layer is five joins of the threads where a call has one token:
 //
-//     norm, quantise │ q k v │ rotate, store │ attention │ quantise │ o │ add, norm, quantise │ gate up │ f, quantise │ down │ add
+//     norm, quantise │ q k v │ rotate, store │ attention │ quantise │ o │ add, norm, quantise │ gate, up, f │ quantise │ down
 //
-// Block norm and quantiser are one pass where a projection has no norm of its own, and its codes are shared by all that read it.
+// Block norm and quantiser are one pass where a projection has no norm of its own, and its codes are shared by all that
+// read them.
 #include "engine.h"
 
 #include "floats.h"
@@ -105,7 +106,8 @@ bool right_graph(const trilobit_graph &g) {
     const int64_t sizes[] = {g.width, g.hidden, g.heads, g.kv_heads, g.head_size, g.layers, g.vocabulary};
     for (const int64_t size : sizes)
         if (size < 1 || size >= 1 << 24) return false;
-    if (g.heads % g.kv_heads || g.head_size % 2 || g.head_size > MOST_HEAD_SIZE || g.heads * g.head_size >= 1 << 24) return false;
+    if (g.heads % g.kv_heads || g.heads * g.head_size >= 1 << 24) return false;
+    if (g.head_size % 2 || g.head_size > MOST_HEAD_SIZE) return false;
     if (g.gate != TRILOBIT_SILU && g.gate != TRILOBIT_SQUARED_RELU) return false;
     if (!g.layer || !g.final_norm || !g.frequencies) return false;
     bool right = g.embedding || right_shape(g.embedding_matrix, g.vocabulary, g.width);
@@ -216,8 +218,8 @@ struct trilobit_session {
     }
 
     // A row [K] of token t as a projection's codes, after an RMSNorm where there is a gain.
-    void quantise_row(const trilobit_projection &p, const float *row, const float *gain, int64_t gain_count, float eps, int64_t t,
-                      const Quantised &to) const {
+    void quantise_row(const trilobit_projection &p, const float *row, const float *gain, int64_t gain_count, float eps,
+                      int64_t t, const Quantised &to) const {
         const Geometry g = geometry(p);
         const int64_t n = g.columns, codes = code_rows(p);
         int8_t *at = to.codes + t * codes * n;
@@ -252,7 +254,8 @@ struct trilobit_session {
     };
 
     // Token t of input [T, K], after a block norm or none, as the codes that each of up to three projections reads.
-    void quantise_inputs(const Product *products, int count, const float *input, const float *norm, float eps, int64_t t) const {
+    void quantise_inputs(const Product *products, int count, const float *input, const float *norm, float eps,
+                         int64_t t) const {
         const int64_t n = products[0].projection->matrix.columns;
         const float *row = input + t * n;
         bool own_norms = false;
@@ -266,37 +269,61 @@ struct trilobit_session {
         }
     }
 
+    // A matrix and its quantised input as work for the kernels, which is shared out in `items` of item_rows(rows) rows.
+    Call call_of(const Product &product, const Quantised &q, int64_t tokens) const {
+        const trilobit_projection &p = *product.projection;
+        const Geometry g = geometry(p);
+        return {g, p.matrix.packed, q.codes, g.padded_columns() != g.columns ? q.spread : q.codes, q.sums,
+                tokens * code_rows(p), nullptr, product.y, p.scales, q.scales, p.bias, p.matrix.group > 0, p.scale_count != 1,
+                p.activations == TRILOBIT_PER_GROUP, p.activations == TRILOBIT_INT16};
+    }
+
+    static bool is_gemv(const Call &call) { return call.tokens <= GEMV_TOKENS; }
+    static int64_t item_rows(const Call &call) { return is_gemv(call) ? PANEL_ROWS : UNIT_PANELS * PANEL_ROWS; }
+    static int64_t items(const Call &call) { return divide_up(call.shape.rows, item_rows(call)); }
+
+    void run(const Call &call, int64_t begin, int64_t end) const {
+        (is_gemv(call) ? kernels->gemv : kernels->gemm)(&call, begin, end);
+    }
+
+    // Items that a thread takes at once: chunks of weights for one token, less where some threads would have nothing.
+    int64_t grain(const Call &call, int64_t count) const {
+        const int64_t chunk = is_gemv(call) ? CHUNK_BYTES / call.shape.panel_bytes() : 1;
+        return larger(1, smaller(chunk, divide_up(count, 2 * larger(1, threads))));
+    }
+
     // y = W · x for up to three matrices that read the same tokens, as one piece of work.
     void multiply(const Product *products, int count, int64_t tokens) const {
-        struct Stage {
-            void (*run)(const void *, int64_t, int64_t);
-            Call calls[MOST_PROJECTIONS];
-            int64_t ends[MOST_PROJECTIONS];
-        } stage;
-        const int64_t rows = tokens * code_rows(*products[0].projection);
-        const bool one = rows <= GEMV_TOKENS;
-        stage.run = one ? kernels->gemv : kernels->gemm;
-        int64_t items = 0;
+        Call calls[MOST_PROJECTIONS];
+        int64_t ends[MOST_PROJECTIONS], total = 0;
         for (int i = 0; i < count; ++i) {
-            const trilobit_projection &p = *products[i].projection;
-            const Quantised &q = quantised[same_input(*products[0].projection, p) ? 0 : i];
-            const Geometry g = geometry(p);
-            const bool spread = g.padded_columns() != g.columns;
-            stage.calls[i] = {g, p.matrix.packed, q.codes, spread ? q.spread : q.codes, q.sums, rows, nullptr, products[i].y,
-                              p.scales, q.scales, p.bias, p.matrix.group > 0, p.scale_count != 1,
-                              p.activations == TRILOBIT_PER_GROUP, p.activations == TRILOBIT_INT16};
-            items += one ? g.panels() : divide_up(g.panels(), UNIT_PANELS);
-            stage.ends[i] = items;
+            calls[i] = call_of(products[i], input_of(products, i), tokens);
+            ends[i] = total += items(calls[i]);
         }
-        const int64_t chunk = one ? CHUNK_BYTES / stage.calls[0].shape.panel_bytes() : 1;
-        const int64_t grain = larger(1, smaller(chunk, divide_up(items, 2 * larger(1, threads))));
-        parallel(items, grain, threads, [&](int64_t begin, int64_t end) {
+        parallel(total, grain(calls[0], total), threads, [&](int64_t begin, int64_t end) {
             int64_t start = 0;
-            for (int i = 0; i < count; start = stage.ends[i++]) {
-                const int64_t b = larger(begin, start), e = smaller(end, stage.ends[i]);
-                if (b < e) stage.run(&stage.calls[i], b - start, e - start);
+            for (int i = 0; i < count; start = ends[i++]) {
+                const int64_t b = larger(begin, start), e = smaller(end, ends[i]);
+                if (b < e) run(calls[i], b - start, e - start);
             }
         });
+    }
+
+    // gate = f(W_gate · x) · (W_up · x): the same rows of both, then f while they are in the second-level cache.
+    void multiply_gate(const Product *products, int64_t tokens) const {
+        const Call both[] = {call_of(products[0], input_of(products, 0), tokens),
+                             call_of(products[1], input_of(products, 1), tokens)};
+        const int64_t rows = item_rows(both[0]), count = items(both[0]);
+        parallel(count, grain(both[0], count), threads, [&](int64_t begin, int64_t end) {
+            for (const Call &call : both) run(call, begin, end);
+            const GateCall gating = {gate, up, graph.hidden, begin * rows, smaller(end * rows, graph.hidden),
+                                     graph.gate == TRILOBIT_SQUARED_RELU};
+            floats->gate(&gating, 0, tokens);
+        });
+    }
+
+    const Quantised &input_of(const Product *products, int i) const {
+        return quantised[same_input(*products[0].projection, *products[i].projection) ? 0 : i];
     }
 
     // Normalise and rotate the keys and queries of row t, and store its key and value.
@@ -368,7 +395,8 @@ struct trilobit_session {
         const trilobit_layer &layer = g.layer[l];
         const int64_t inner = g.heads * g.head_size;
         const Product qkv[] = {{&layer.q, queries}, {&layer.k, keys}, {&layer.v, values}};
-        const Product o[] = {{&layer.o, branch}}, gate_up[] = {{&layer.gate, gate}, {&layer.up, up}}, down[] = {{&layer.down, branch}};
+        const Product o[] = {{&layer.o, branch}}, down[] = {{&layer.down, branch}};
+        const Product gate_up[] = {{&layer.gate, gate}, {&layer.up, up}};
 
         parallel(tokens, row_grain(g.width), threads, [&](int64_t begin, int64_t end) {
             for (int64_t t = begin; t < end; ++t) {
@@ -380,7 +408,8 @@ struct trilobit_session {
         parallel(tokens, row_grain(inner), threads, [&](int64_t begin, int64_t end) {
             for (int64_t t = begin; t < end; ++t) store(l, t, slot[t], position[t]);
         });
-        const AttendCall attend = {shape, cache, l, queries, attended, slot, position, blocks, g.heads, layer.window, g.attention_scale};
+        const AttendCall attend = {shape,    cache,  l,       queries,      attended,         slot,
+                                   position, blocks, g.heads, layer.window, g.attention_scale};
         run_parallel(floats->attend, &attend, block_count * g.kv_heads, 1, threads);
         parallel(tokens, row_grain(inner), threads, [&](int64_t begin, int64_t end) {
             for (int64_t t = begin; t < end; ++t) quantise_inputs(o, 1, attended, nullptr, 0, t);
@@ -392,10 +421,8 @@ struct trilobit_session {
                 quantise_inputs(gate_up, 2, x, layer.mlp_norm, g.eps, t);
             }
         });
-        multiply(gate_up, 2, tokens);
-        const GateCall gating = {gate, up, g.hidden, g.gate == TRILOBIT_SQUARED_RELU};
+        multiply_gate(gate_up, tokens);
         parallel(tokens, row_grain(g.hidden), threads, [&](int64_t begin, int64_t end) {
-            floats->gate(&gating, begin, end);
             for (int64_t t = begin; t < end; ++t) quantise_inputs(down, 1, gate, nullptr, 0, t);
         });
         multiply(down, 1, tokens);

@@ -222,29 +222,39 @@ void attend(const void *call, int64_t begin, int64_t end) {
     }
 }
 
+// visit(first column, columns): whole vectors, whose length is then a constant, and what is left.
+template <class Visit>
+inline void by_vector(int64_t begin, int64_t end, Visit visit) {
+    int64_t k = begin;
+    for (; k + LANES <= end; k += LANES) visit(k, LANES);
+    if (k < end) visit(k, end - k);
+}
+
 void gate(const void *call, int64_t begin, int64_t end) {
     const GateCall &c = *static_cast<const GateCall *>(call);
-    for (int64_t t = begin; t < end; ++t)
-        for (int64_t k = 0; k < c.columns; k += LANES) {
-            const int64_t n = smaller(LANES, c.columns - k);
-            float *at = c.gate + t * c.columns + k;
-            const Floats x = load_lanes<Floats>(at, n), up = load_lanes<Floats>(c.up + t * c.columns + k, n);
-            const Floats positive = x < 0.0f ? Floats{} : x;
-            const Floats y = (c.squared_relu ? positive * positive : x / (1.0f + exponential(-x))) * up;
-            std::memcpy(at, &y, static_cast<size_t>(n) * sizeof(float));
-        }
+    for (int64_t t = begin; t < end; ++t) {
+        float *row = c.gate + t * c.columns;
+        const float *up = c.up + t * c.columns;
+        by_vector(c.begin, c.end, [&](int64_t k, int64_t n) __attribute__((always_inline)) {
+            const Floats x = load_lanes<Floats>(row + k, n), positive = x < 0.0f ? Floats{} : x;
+            const Floats f = c.squared_relu ? positive * positive : x / (1.0f + exponential(-x));
+            const Floats y = f * load_lanes<Floats>(up + k, n);
+            std::memcpy(row + k, &y, static_cast<size_t>(n) * sizeof(float));
+        });
+    }
 }
 
 void normalize(const void *call, int64_t begin, int64_t end) {
     const NormalizeCall &c = *static_cast<const NormalizeCall *>(call);
     for (int64_t t = begin; t < end; ++t) {
-        const float inverse = inverse_rms<false>(c.x, t * c.columns, c.columns, c.eps);
-        for (int64_t k = 0; k < c.columns; k += LANES) {
-            const int64_t n = smaller(LANES, c.columns - k);
+        const float *x = c.x + t * c.columns;
+        float *to = c.y + t * c.columns;
+        const float inverse = inverse_rms<false>(x, 0, c.columns, c.eps);
+        by_vector(0, c.columns, [&](int64_t k, int64_t n) __attribute__((always_inline)) {
             const Floats gains = c.gain_count == 1 ? broadcast(c.gain[0]) : load_lanes<Floats>(c.gain + k, n);
-            const Floats y = (load_lanes<Floats>(c.x + t * c.columns + k, n) * inverse) * gains;
-            std::memcpy(c.y + t * c.columns + k, &y, static_cast<size_t>(n) * sizeof(float));
-        }
+            const Floats y = (load_lanes<Floats>(x + k, n) * inverse) * gains;
+            std::memcpy(to + k, &y, static_cast<size_t>(n) * sizeof(float));
+        });
     }
 }
 

@@ -45,10 +45,10 @@ struct AttendCall {
     float scale;
 };
 
-struct GateCall {  // gate = f(gate) · up, in place; f: silu, or max(x, 0)²
+struct GateCall {  // gate = f(gate) · up, in place, for columns begin … end − 1 of rows of `columns`; f: silu, or max(x, 0)²
     float *gate;
     const float *up;
-    int64_t columns;
+    int64_t columns, begin, end;
     bool squared_relu;
 };
 
