@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,10 +12,14 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from families import build
+from infer.checkpoints import byte_model, byte_tokenizer
 from trilobit import quant
+from trilobit.export.hf import write_companions, write_latent
+from trilobit.infer import graph, native_file
 from trilobit.infer.graph import HEAD_GROUP, WEIGHTS_ONLY_GROUP
 from trilobit.infer.load import freeze
 from trilobit.nn.packed import PackedLinear
+from trilobit.storage import atomic_directory
 from trilobit.surgery.ternary import TernarySpec, ternarize
 
 POSITIONS = 128
@@ -45,6 +50,25 @@ def frozen(
             if name.endswith(".rms_norm.weight"):
                 parameter.copy_(torch.rand(parameter.shape, generator=generator) + 0.5)
     return freeze(model).eval()
+
+
+def latent(folder: Path, family: str = "llama", *, tokenizer: Any = None, **settings: Any) -> Path:
+    """A directory as `tune` leaves it, to go on training from: a random ternary model of bytes."""
+    model = byte_model(family, **settings)
+    plan = ternarize(model).plan
+    write_latent(model, plan, byte_tokenizer() if tokenizer is None else tokenizer, folder)
+    return folder
+
+
+def native_directory(folder: Path, *, tokenizer: Any = None, stops: Any = 2, **settings: Any) -> Path:
+    """A directory as `export --to native` leaves it, without its check."""
+    model = byte_model("llama", **settings)
+    plan = ternarize(model).plan
+    model.generation_config.eos_token_id = stops
+    with atomic_directory(folder) as directory:
+        native_file.write(graph.compile(freeze(model)), directory / native_file.NAME)
+        write_companions(directory, model, plan, byte_tokenizer() if tokenizer is None else tokenizer, "native", {})
+    return folder
 
 
 @contextmanager

@@ -1,7 +1,6 @@
-"""Continuing prompts, and sampling text from a model."""
+"""Continuing tokens, and sampling text from a model."""
 
 import itertools
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,26 +8,11 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from infer.checkpoints import byte_model, byte_tokenizer, save
-from trilobit.config.generate import GenerateConfig
-from trilobit.errors import ConfigError, ModelError
-from trilobit.infer.generate import continue_tokens, run, sample_windows
-from trilobit.listener import Listener
+from infer.checkpoints import byte_model
+from trilobit.errors import ModelError
+from trilobit.infer.generate import continue_tokens, sample_windows
 
 PROMPT = torch.tensor([[1, 20, 30, 40]])
-
-
-class Heard(Listener):
-    def __init__(self) -> None:
-        self.pieces: list[str] = []
-
-    def stream(self, text: str) -> None:
-        self.pieces.append(text)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(tmp_path_factory.mktemp("checkpoint"))
 
 
 def naive_greedy(model, ids: torch.Tensor, steps: int) -> torch.Tensor:
@@ -86,33 +70,6 @@ def test_top_p_keeps_the_smallest_set_that_holds_it() -> None:
     """With a tiny top_p sampling is greedy."""
     model = byte_model()
     assert torch.equal(continue_tokens(model, PROMPT, 10, temperature=1.0, top_p=1e-6), continue_tokens(model, PROMPT, 10))
-
-
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_streamed_pieces_join_to_the_text(checkpoint: Path, temperature: float) -> None:
-    """What the listener hears is the text and a newline, and the result counts its tokens."""
-    heard = Heard()
-    settings = GenerateConfig(
-        model=str(checkpoint), prompt="naïve ✓ text", max_tokens=40, temperature=temperature, device="cpu"
-    )
-    result = run(settings, heard)
-    assert len(heard.pieces) > 1
-    assert "".join(heard.pieces) == result.text + "\n"
-    assert 0 < result.tokens <= 40
-    assert result.seconds > 0
-    assert result.tokens_per_second == pytest.approx(result.tokens / result.seconds)
-    assert run(settings).text == result.text
-    assert "naïve" not in result.text
-
-
-def test_an_empty_prompt_starts_at_beginning_of_text(checkpoint: Path, tmp_path: Path) -> None:
-    """An empty prompt is the beginning-of-text token alone; without such a token it is refused."""
-    result = run(GenerateConfig(model=str(checkpoint), prompt="", max_tokens=8, device="cpu"))
-    tokens = continue_tokens(byte_model(), torch.tensor([[1]]), 8)[0, 1:]
-    assert result.text == byte_tokenizer().decode(tokens, skip_special_tokens=True)
-    save(tmp_path, tokenizer=byte_tokenizer(has_bos=False))
-    with pytest.raises(ConfigError, match="prompt is empty"):
-        run(GenerateConfig(model=str(tmp_path), prompt="", max_tokens=8, device="cpu"))
 
 
 def chains(model: Any, number: int, **settings: Any) -> list[np.ndarray]:
@@ -184,14 +141,3 @@ def test_logits_that_are_no_numbers_give_no_text(temperature: float, value: floa
         model.lm_head.weight[7] = value
     with pytest.raises(ModelError, match="not finite"):
         continue_tokens(model, PROMPT, 5, temperature=temperature, top_p=0.5)
-
-
-def test_text_beyond_the_models_positions_is_refused(checkpoint: Path) -> None:
-    """Prompt and new tokens together fit the 64 positions, or the error says how many would (old code: transformers' text
-    from positions that were never trained)."""
-    settings = {"model": str(checkpoint), "prompt": "a" * 60, "device": "cpu"}
-    assert run(GenerateConfig(**settings, max_tokens=4)).tokens <= 4
-    with pytest.raises(ConfigError, match=r"--max-tokens 5 after a prompt of 60 tokens .* at most 4 fit"):
-        run(GenerateConfig(**settings, max_tokens=5))
-    with pytest.raises(ConfigError, match="the prompt has 64 tokens, and the model 64 positions"):
-        run(GenerateConfig(**settings | {"prompt": "a" * 64}, max_tokens=1))
