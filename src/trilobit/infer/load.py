@@ -187,6 +187,8 @@ def read_ours(path: Path) -> Loaded:
     """Load a directory that holds trilobit.json, whether or not it has its manifest yet (`load` insists on it)."""
     card = read_json(path / CARD)
     form = card["form"]
+    if form == "native":
+        raise ModelError(f"{path} is written for the native engine (generate, chat, bench): give the model it was made from.")
     plan = Plan.from_json(card["plan"]) if card["plan"] else None
     tokenizer = load_tokenizer(path)
     with clear_errors(str(path)):
