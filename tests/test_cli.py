@@ -1,5 +1,6 @@
 """The command line: exit codes, messages, what goes to which stream, and how fast help comes."""
 
+import io
 import json
 import re
 import resource
@@ -13,17 +14,24 @@ import pytest
 
 import trilobit
 from infer.checkpoints import byte_tokenizer, save
+from infer.natives import latent
 from trilobit.cli import COMMANDS, Console, main
+from trilobit.config.bench import BenchConfig
+from trilobit.config.chat import ChatConfig
 from trilobit.config.demo import DemoConfig
+from trilobit.config.doctor import DoctorConfig
 from trilobit.config.eval import EvalConfig
+from trilobit.config.export import ExportConfig
 from trilobit.config.generate import GenerateConfig
 from trilobit.config.outliers import OutliersConfig
 from trilobit.config.pretrain import PretrainConfig
 from trilobit.config.tune import TuneConfig
+from trilobit.kernels import native
 
 CONFIGS = {
     "tune": TuneConfig, "pretrain": PretrainConfig, "eval": EvalConfig, "outliers": OutliersConfig,
-    "generate": GenerateConfig, "demo": DemoConfig,
+    "export": ExportConfig, "generate": GenerateConfig, "chat": ChatConfig, "bench": BenchConfig, "demo": DemoConfig,
+    "doctor": DoctorConfig,
 }  # fmt: skip
 TEXT = "naïve text, and more of it.\n" * 20
 
@@ -143,6 +151,21 @@ TUNE = ("tune", "model", "--data", "text.txt", "--device", "cpu")
         (("generate", "someone/model", "hello"), "someone/model is not a directory here, and the hub cannot be reached"),
         (("generate", "model", "hello", "--temperature", "-1"), "--temperature"),
         (("generate", "model", "hello", "--top-p", "1.5"), "--top-p is 1.5; it must be above 0 and at most 1"),
+        (("generate", "model", "hello", "--top-k", "-1"), "--top-k is -1; it must be 0 or above"),
+        (("generate", "model", "hello", "--engine", "fast"), "fast"),
+        (("generate", "model", "hello", "--engine", "native"), "its projections are not ternary: the engine runs ternary"),
+        (("generate", "model", "hello", "--engine", "native", "--device", "cuda"), "--engine native runs on the CPU, not on"),
+        (("generate", "model", "hello", "--threads", "0"), "--threads is 0; it must be from 1 to 256"),
+        (("generate", "model", "hello", "--cache", "fp8"), "fp8"),
+        (("generate", "model", "hello", "--max-tokens", "100"), "more than the model's 64 positions: at most"),
+        (("chat", "model", "--context", "100"), "--context 100 leaves no room for a turn beside --max-tokens 512"),
+        (("chat", "model", "--max-tokens", "9"), "no chat template: it is no chat model. Use `trilobit generate`"),
+        (("chat", "nowhere/at/all"), "there is no nowhere/at/all"),
+        (("export", "model"), "--out"),
+        (("export", "model", "--out", "there"), "there exists already. Choose another --out"),
+        (("export", "model", "--out", "new"), "its projections are not ternary: the engine runs ternary models only"),
+        (("export", "model", "--out", "new", "--to", "gguf9"), "gguf9"),
+        (("export", "model", "--out", "new", "--layout", "int8"), "int8"),
         (("demo", "--out", "there"), "there exists and is not an earlier demo"),
     ],
 )  # fmt: skip
@@ -215,6 +238,26 @@ def test_text_for_people_is_on_stdout(cli: Any) -> None:
     assert outcome.code == 0
     assert outcome.out.strip()
     assert "tokens/s" in outcome.err
+
+
+@pytest.mark.skipif(not native.available(), reason="no C++ compiler has built the kernels")
+def test_exported_models_run(cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """export, generate and chat on what it wrote: results on stdout, and the engine and its reason on stderr."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}|{% endfor %}"
+    latent(tmp_path / "latent", tokenizer=tokenizer)
+    out = str(tmp_path / "out")
+    result = json.loads(cli("export", str(tmp_path / "latent"), "--out", out, "--json").out)
+    assert {"path", "layout", "bytes", "bits_per_ternary_weight", "kl", "perplexity_ratio"} <= set(result)
+    outcome = cli("generate", out, "naïve", "--max-tokens", "12", "--verify", "--cache", "int8", "--json")
+    assert json.loads(outcome.out)["engine"] == "native engine"
+    assert "Runs on native engine, 1 threads, " in outcome.err
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\n/exit\n"))
+    outcome = cli("chat", out, "--max-tokens", "8", "--context", "60", "--json")
+    assert json.loads(outcome.out)["turns"] == 1
+    outcome = cli("eval", out, "--data", "text.txt")
+    assert outcome.code == 2
+    assert "is written for the native engine" in outcome.err
 
 
 def test_progress_is_a_line_now_and_then(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,8 +40,7 @@ def test_every_command_parses(line: str, tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.slow
 def test_the_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """tune, eval, generate, export, outliers and pretrain as the README has them, with the embedded model, a small text and few tokens
-    for the hub's."""
+    """The README's commands as it has them, with the embedded model, a small text and few tokens for the hub's."""
     text = "".join((ROOT / "src" / "trilobit" / name).read_text() for name in ("quant.py", "cli.py", "storage.py"))
     (tmp_path / "wiki.test.raw").write_text(text)
     monkeypatch.chdir(tmp_path)

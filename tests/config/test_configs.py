@@ -5,6 +5,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from trilobit.config.bench import BenchConfig
+from trilobit.config.chat import ChatConfig
 from trilobit.config.demo import DemoConfig
 from trilobit.config.eval import EvalConfig
 from trilobit.config.generate import GenerateConfig
@@ -132,9 +134,36 @@ def test_configs_are_flat_and_frozen() -> None:
         (lambda: DemoConfig(seed=-1), "--seed is -1"),
         (lambda: GenerateConfig(model="m", prompt="p", top_p=0), "--top-p is 0"),
         (lambda: GenerateConfig(model="m", prompt="p", top_p=1.1), "--top-p is 1.1"),
+        (lambda: GenerateConfig(model="m", prompt="p", temperature=float("inf")), "--temperature is inf"),
+        (lambda: GenerateConfig(model="m", prompt="p", top_p=NAN), "--top-p is nan"),
+        (lambda: GenerateConfig(model="m", prompt="p", top_k=-1), "--top-k is -1; it must be 0 or above"),
+        (lambda: GenerateConfig(model="m", prompt="p", min_p=-0.1), "--min-p is -0.1; it must be from 0 to 1"),
+        (lambda: GenerateConfig(model="m", prompt="p", min_p=1.1), "--min-p is 1.1"),
+        (lambda: GenerateConfig(model="m", prompt="p", min_p=NAN), "--min-p is nan"),
+        (lambda: GenerateConfig(model="m", prompt="p", repetition_penalty=0), "--repetition-penalty is 0; it must be above 0"),
+        (lambda: GenerateConfig(model="m", prompt="p", repetition_penalty=NAN), "--repetition-penalty is nan"),
+        (lambda: GenerateConfig(model="m", prompt="p", repetition_penalty=float("inf")), "--repetition-penalty is inf"),
+        (lambda: GenerateConfig(model="m", prompt="p", threads=0), "--threads is 0; it must be from 1 to 256"),
+        (lambda: BenchConfig(model="m", threads=257), "--threads is 257"),
+        (
+            lambda: BenchConfig(model="m", engine="native", device="cuda:1"),
+            "--engine native runs on the CPU, not on --device cuda:1",
+        ),
+        (lambda: ChatConfig(model="m", context=512), "--context 512 leaves no room for a turn beside --max-tokens 512"),
+        (lambda: ChatConfig(model="m", seed=-1), "--seed is -1"),
+        (lambda: ChatConfig(model="m", top_p=0), "--top-p is 0"),
     ],
 )
 def test_other_commands_name_their_flags_too(make, message: str) -> None:
-    """eval and generate refuse their impossible settings by name."""
+    """eval, generate, chat and bench refuse their impossible settings by name."""
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+def test_ends_of_sampling_settings_are_allowed() -> None:
+    """Off, all and one are settings like any other; chat samples by default, generate does not."""
+    GenerateConfig(model="m", prompt="p", temperature=0, top_k=0, top_p=1, min_p=0, repetition_penalty=1)
+    GenerateConfig(model="m", prompt="p", temperature=1e-9, top_k=1, top_p=1e-9, min_p=1, repetition_penalty=0.1, threads=256)
+    assert GenerateConfig(model="m", prompt="p").temperature == 0
+    assert ChatConfig(model="m").temperature > 0
+    assert ChatConfig(model="m", context=513).context == 513
