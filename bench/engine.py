@@ -7,6 +7,8 @@ environment of its own, PYTHON, on the files that bench/llama_cpp.py writes to D
 only. Everything is measured once in every round, one after another, and reported as the median; each side at its better
 number of threads. Fractions are of the roof of the same round: bytes of weights a token (all matrices and the head, not the
 table of embeddings) over what memory gives to reads, and integer operations over a loop of vpdpbusd on registers.
+
+Each side's weights lie as it puts them: ours on huge pages where the system grants them, llama.cpp's in the mapped file.
 """
 
 import argparse
@@ -117,9 +119,8 @@ class Peer:
 
     def __init__(self, python: Path, model: Path):
         script = Path(__file__).with_name("llama_cpp.py")
-        environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
         command = [str(python), str(script), "serve", str(model), "--threads", "1"]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.about = self._answer()
 
     def _answer(self) -> dict[str, Any]:
@@ -205,6 +206,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    assert "avx512" in native.instruction_sets(), "the roof of the products needs AVX-512"
     library, area = helper(), native.huge_pages(ROOF_BYTES).fill_(1)
 
     def roof() -> float:
@@ -213,7 +215,7 @@ def main() -> None:
             native.read(area, threads=threads)
             return ROOF_BYTES / (time.perf_counter() - start)
 
-        return max(rate(threads) for threads in arguments.threads for _ in range(2))
+        return max(rate(threads) for threads in arguments.threads for _ in range(3))
 
     library.peak_operations.restype = ctypes.c_double
     print(f"{processor()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, {time.strftime('%Y-%m-%d')}", flush=True)
@@ -250,10 +252,12 @@ def best_peer(row: Row, rows: list[Row]) -> float | None:
 def summary(row: Row, rows: list[Row]) -> dict[str, Any]:
     """A row as JSON."""
     peer = best_peer(row, rows) if row.ours else None
+    share = statistics.median(row.fractions) if row.work else None
+    prompt = row.way.startswith("prompt")
     return {
         "shape": row.shape, "what": row.way, "engine": "trilobit" if row.ours else "llama.cpp", "layout": row.who,
-        "threads": row.threads, "tokens_per_second": row.rate, "bandwidth_fraction": statistics.median(row.fractions),
-        "ratio_to_llama_cpp": row.rate / peer if peer else None,
+        "threads": row.threads, "tokens_per_second": row.rate, "bandwidth_fraction": None if prompt else share,
+        "compute_fraction": share if prompt else None, "ratio_to_llama_cpp": row.rate / peer if peer else None,
     }  # fmt: skip
 
 
@@ -265,8 +269,12 @@ def print_table(rows: list[Row]) -> None:
             peer = best_peer(row, rows)
             share = statistics.median(row.fractions)
             cells = [way, f"{'trilobit' if row.ours else 'llama.cpp'} {row.who}", str(row.threads), f"{row.rate:,.1f}"]
-            cells += [f"{share:.2f}" if share else "", f"{row.rate / peer:.2f}" if row.ours and peer else ""]
+            cells += [f"{share:.2f}" if row.work else "", f"{row.rate / peer:.2f}" if row.ours and peer else ""]
             print(f"| {' | '.join(cells)} |", flush=True)
+    together = max((r.rate for r in rows if r.way.endswith("sequences")), default=0.0)
+    alone = max((r.rate for r in rows if r.ours and r.way == "decode"), default=0.0)
+    if together and alone:
+        print(f"\n{SEQUENCES} sequences together: {together / alone:.2f} × the tokens/s of one")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 // What a translation unit of floats.cpp gives to engine.cpp: the parts of a decoder layer that are not integer products,
-// over ranges of work. Each vector width is a compilation of its own; results differ in the order of sums, nothing else.
+// over ranges of work. Each vector width is a compilation of its own; results differ in the order of sums and in fused
+// multiply-adds.
 #pragma once
 
 #include "layout.h"

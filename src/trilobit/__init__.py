@@ -18,12 +18,13 @@ _PUBLIC = {
     "outlier_safe": "trilobit.surgery.outlier_safe",
     "fold": "trilobit.surgery.fold",
     "load": "trilobit.infer.load",
+    "open_engine": "trilobit.infer.engine",
 }
 _COMMANDS = {
     "tune": "trilobit.train.tune",
     "pretrain": "trilobit.train.pretrain",
     "evaluate": "trilobit.measure.evaluate",
-    "generate": "trilobit.infer.generate",
+    "generate": "trilobit.infer.complete",
 }
 
 __all__ = list(_PUBLIC) + list(_COMMANDS)  # pyright: ignore[reportUnsupportedDunderAll]

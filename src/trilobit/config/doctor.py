@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from trilobit.config.fields import require_threads
+
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorConfig:
@@ -9,3 +11,6 @@ class DoctorConfig:
 
     threads: int | None = None
     """Threads to measure with. Default: one a core."""
+
+    def __post_init__(self) -> None:
+        require_threads(self.threads)

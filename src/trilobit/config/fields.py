@@ -29,6 +29,12 @@ def require_seed(seed: int) -> None:
         raise ConfigError(f"--seed is {seed}; it must be from 0 to 2⁶³ − 1.")
 
 
+def require_threads(threads: int | None) -> None:
+    """Raise ConfigError unless a pool of so many threads makes sense."""
+    if threads is not None and not 1 <= threads <= 256:
+        raise ConfigError(f"--threads is {threads}; it must be from 1 to 256.")
+
+
 def format_count(value: int) -> str:
     """A short spelling that parse_count reads back: 12_000 → `12k`."""
     for unit in ("b", "m", "k"):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from trilobit.config.fields import Count, ModelPath, require_seed
+from trilobit.config.fields import Count, ModelPath, require_seed, require_threads
 from trilobit.errors import ConfigError
 
 
@@ -27,8 +27,7 @@ class EngineConfig:
     """Compare a native file with its checksums before it is used."""
 
     def __post_init__(self) -> None:
-        if self.threads is not None and not 1 <= self.threads <= 256:
-            raise ConfigError(f"--threads is {self.threads}; it must be from 1 to 256.")
+        require_threads(self.threads)
         if self.engine == "native" and self.device not in ("auto", "cpu"):
             raise ConfigError(f"--engine native runs on the CPU, not on --device {self.device}.")
 

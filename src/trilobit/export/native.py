@@ -22,8 +22,8 @@ from trilobit.export.hf import write_companions
 from trilobit.export.verify import Agreement, compare, noise_floor
 from trilobit.infer import graph, native_file
 from trilobit.infer.engine import Engine, open_native, require_library
+from trilobit.infer.generate import continue_tokens
 from trilobit.infer.load import Loaded, freeze, load
-from trilobit.kernels.engine import Sampling
 from trilobit.listener import SILENT, Listener
 from trilobit.measure.perplexity import text_windows
 from trilobit.storage import atomic_directory, require_new_directory
@@ -71,11 +71,11 @@ def run(config: ExportConfig, listener: Listener = SILENT) -> ExportResult:
     loaded = load(config.model)
     freeze(loaded.model)
     model = graph.compile(loaded.model, None if config.layout == "auto" else config.layout)
-    probe = _probe(loaded, model, config.data)
+    probe = _probe(loaded, config.data)
     with atomic_directory(target) as directory:
         native_file.write(model, directory / native_file.NAME)
         write_companions(directory, loaded.model, loaded.plan, loaded.tokenizer, "native", {})
-        reading = Engine(*open_native(directory), capacity=probe.shape[1])
+        reading = Engine(*open_native(directory, complete=False), capacity=probe.shape[1])
         agreement = compare(loaded.model, _Reading(reading), probe)
         _require_same(agreement, model.header.activations, lambda: noise_floor(loaded.model, probe))
     size = (target / native_file.NAME).stat().st_size
@@ -92,8 +92,9 @@ def bits_per_weight(model: graph.Graph) -> float:
     return 8 * stored / weights
 
 
-def _probe(loaded: Loaded, model: graph.Graph, data: str | None) -> Tensor:
-    """Token windows [N, W + 1] to compare readings on: of a text, or sampled by the engine."""
+def _probe(loaded: Loaded, data: str | None) -> Tensor:
+    """Token windows [N, W + 1] to compare readings on: of a text, or sampled from the model (not from the engine: its
+    own text flatters it)."""
     length = min(PROBE_LENGTH, getattr(loaded.model.config, "max_position_embeddings", PROBE_LENGTH)) - 1
     if data is not None:
         texts = (document.text for document in documents(data))
@@ -102,9 +103,8 @@ def _probe(loaded: Loaded, model: graph.Graph, data: str | None) -> Tensor:
     start = loaded.tokenizer.eos_token_id if start is None else start
     if start is None:
         raise ModelError("this tokenizer has no token to sample a text from: give --data.")
-    writer = Engine(model, loaded.tokenizer, [], capacity=length + 1)
-    rows = [[start, *writer.stream([start], length, Sampling(), seed)] for seed in range(PROBE_WINDOWS)]
-    return torch.tensor(rows)
+    prompts = torch.full((PROBE_WINDOWS, 1), start)
+    return continue_tokens(loaded.model, prompts, length, temperature=1.0, ends=False)
 
 
 def _require_same(agreement: Agreement, activations: str, floor: Callable[[], Agreement]) -> None:

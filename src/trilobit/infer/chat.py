@@ -1,7 +1,8 @@
 """`trilobit chat`: a conversation in the model's chat template, streamed, from lines of standard input.
 
 The whole conversation is put through the template at every turn; the engine keeps what it has read (infer/engine.py), so that
-a turn costs its own tokens. When it outgrows --context, the oldest turns after the system message are left out.
+a turn costs its own tokens. When it outgrows --context, the oldest turns after the system message are left out,
+and half of it is free again. Ctrl-C ends a reply, not the conversation.
 """
 
 import sys
@@ -13,7 +14,7 @@ from jinja2 import TemplateError
 
 from trilobit.config.chat import ChatConfig
 from trilobit.errors import ConfigError
-from trilobit.infer.writer import Writer, open_writer, sampling_of
+from trilobit.infer.writer import Interrupted, Writer, open_writer, sampling_of
 from trilobit.listener import SILENT, Listener
 
 Message = dict[str, str]
@@ -44,6 +45,7 @@ class Conversation:
         self.context = min(context, writer.positions)
         self.first: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self.messages = list(self.first)
+        self.left_out = 0  # messages that the last turn found no room for
 
     def reset(self) -> None:
         """Forget everything but the system message."""
@@ -53,12 +55,14 @@ class Conversation:
         """Add a user's turn and return the prompt's ids, with `room` tokens left for a reply. Raises ConfigError if even
         this turn alone does not fit."""
         messages = [*self.messages, {"role": "user", "content": text}]
-        oldest = len(self.first)
-        while len(ids := self._ids(messages)) + room > self.context:
-            if len(messages) <= oldest + 1:
-                room_left = self.context - room
-                raise ConfigError(f"this turn has {len(ids)} tokens; with --max-tokens {room} at most {room_left} fit.")
-            del messages[oldest : oldest + (2 if messages[oldest + 1]["role"] == "assistant" else 1)]
+        oldest, most = len(self.first), self.context - room
+        if len(self._ids(messages)) > most:  # down to half of it: so the next turns find what comes before them in the cache
+            while len(messages) > oldest + 1 and len(self._ids(messages)) > most // 2:
+                del messages[oldest : oldest + (2 if messages[oldest + 1]["role"] == "assistant" else 1)]
+        ids = self._ids(messages)
+        if len(ids) > most:
+            raise ConfigError(f"this turn has {len(ids)} tokens; with --max-tokens {room} at most {most} fit.")
+        self.left_out = len(self.messages) + 1 - len(messages)
         self.messages = messages
         return ids
 
@@ -100,7 +104,12 @@ def run(config: ChatConfig, listener: Listener = SILENT, lines: Iterable[str] | 
         except ConfigError as error:
             listener.note(str(error))
             continue
-        written = writer.write(ids, config.max_tokens, sampling_of(config), config.seed + turns, listener.stream)
+        if conversation.left_out:
+            listener.note(f"({conversation.left_out} older messages left out: --context {conversation.context})")
+        try:
+            written = writer.write(ids, config.max_tokens, sampling_of(config), config.seed + turns, listener.stream)
+        except Interrupted as stopped:
+            written = stopped.written
         listener.stream("\n")
         conversation.answer(str(writer.tokenizer.decode(written.ids, skip_special_tokens=True)))
         timing = written.timing

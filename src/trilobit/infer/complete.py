@@ -33,5 +33,4 @@ def run(config: GenerateConfig, listener: Listener = SILENT) -> GenerateResult:
     timing = written.timing
     listener.note(f"{timing.tokens} tokens, {timing.tokens_per_second:.1f} tokens/s")
     text = str(writer.tokenizer.decode(written.ids, skip_special_tokens=True))
-    name = writer.what.split(",")[0].split(":")[0]
-    return GenerateResult(text, timing.tokens, timing.seconds, timing.tokens_per_second, str(config.model), name)
+    return GenerateResult(text, timing.tokens, timing.seconds, timing.tokens_per_second, str(config.model), writer.name)

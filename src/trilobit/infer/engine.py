@@ -25,7 +25,7 @@ from trilobit.infer.load import CARD, Loaded, freeze, load, load_tokenizer
 from trilobit.kernels import native
 from trilobit.kernels.engine import Cache, Sampler, Sampling, Session
 from trilobit.kernels.native import Format
-from trilobit.storage import read_json, verify_manifest
+from trilobit.storage import MANIFEST, is_whole, read_json, verify_manifest
 
 PROMPT_CHUNK = 512
 DEFAULT_CAPACITY = 4096
@@ -57,6 +57,7 @@ class Engine:
         self._options: dict[str, Any] = {"cache": cache, "threads": threads, "instructions": instructions}
         self.session = self._session()
         self.cached: list[int] = []
+        self._reader: object = None  # the stream whose text is cached
         self._slots = torch.zeros(self.session.most_tokens, dtype=torch.int32)
         self._logits = torch.empty(1, model.header.vocabulary)
 
@@ -67,12 +68,17 @@ class Engine:
     def reserve(self, tokens: int) -> None:
         """Make room for a text of so many tokens, as far as the model has positions. What was cached is read again."""
         tokens = min(tokens, self.graph.header.positions)
-        if tokens > self.capacity:
-            self.session.close()
-            self.capacity = tokens
+        if tokens <= self.capacity:
+            return
+        before, self.capacity = (self.session, self.capacity), tokens
+        try:
             self.session = self._session()
-            self.cached.clear()
-            self._slots = torch.zeros(self.session.most_tokens, dtype=torch.int32)
+        except ModelError:
+            self.session, self.capacity = before
+            raise
+        before[0].close()
+        self.cached.clear()
+        self._slots = torch.zeros(self.session.most_tokens, dtype=torch.int32)
 
     def _run(self, ids: Sequence[int], rows: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """Append tokens, at most a chunk, to what is cached."""
@@ -89,45 +95,58 @@ class Engine:
         """
         if not ids:
             raise ConfigError("the prompt is empty, and this tokenizer has no beginning-of-text token to start from.")
-        if len(ids) >= self.capacity:
+        if len(ids) > self.capacity:
             raise ConfigError(f"the prompt has {len(ids)} tokens, and there is room for {self.capacity}: shorten it.")
         if outside := [i for i in ids if not 0 <= i < self.graph.header.vocabulary]:
             raise ModelError(f"the prompt has a token {outside[0]}, beyond the model's embedding.")
+        self._reader = None
         kept = 0
         while kept < min(len(ids) - 1, len(self.cached)) and ids[kept] == self.cached[kept]:
             kept += 1
         del self.cached[kept:]
-        chunk = self.session.most_tokens
-        for start in range(kept, len(ids), chunk):
-            self._run(ids[start : start + chunk], out=self._logits)
+        chunk, nothing = self.session.most_tokens, torch.empty(0, dtype=torch.int32)
+        starts = range(kept, len(ids), chunk)
+        for start in starts:
+            part = ids[start : start + chunk]
+            if start == starts[-1]:
+                self._run(part, out=self._logits)
+            else:
+                self._run(part, rows=nothing)
         return len(ids) - kept
 
     def stream(
-        self, ids: Sequence[int], max_tokens: int, sampling: Sampling, seed: int = 0, timing: Timing | None = None
-    ) -> Iterator[int]:
-        """Yield up to max_tokens tokens that continue `ids`, the last one an end-of-text token if the text ends."""
-        timing = timing or Timing()
+        self, ids: Sequence[int], max_tokens: int, sampling: Sampling, seed: int = 0, timing: Timing | None = None,
+        ends: bool = True,
+    ) -> Iterator[int]:  # fmt: skip
+        """Yield up to max_tokens tokens that continue `ids`, the last one an end-of-text token if the text `ends`.
+
+        Streams may take turns: one that was interrupted by another reads its text again.
+        """
+        timing, me, history = timing or Timing(), object(), list(ids)
         sampler = Sampler(sampling, seed)
-        started = time.perf_counter()
-        timing.prompt_tokens = self.read(ids)
-        timing.prompt_seconds = time.perf_counter() - started
-        history = list(ids)
         for _ in range(min(max_tokens, self.capacity - len(ids))):
             started = time.perf_counter()
-            token = sampler(self._logits, history)
+            if len(history) == len(ids):
+                timing.prompt_tokens = self.read(history)
+                timing.prompt_seconds = time.perf_counter() - started
+                started = time.perf_counter()
+            elif self._reader is me:
+                self._run(history[-1:], out=self._logits)
+            else:
+                self.read(history)
+            self._reader = me
+            token = sampler(self._logits[0], history)
             history.append(token)
-            ends = token in self.stops
-            if not ends:
-                self._run([token], out=self._logits)
             timing.tokens += 1
             timing.seconds += time.perf_counter() - started
             yield token
-            if ends:
+            if ends and token in self.stops:
                 return
 
     def logits(self, ids: Tensor) -> Tensor:
         """Logits [T, V] fp32 of every position of a text [T] that fits into the cache, from its beginning."""
         self.cached.clear()
+        self._reader = None
         out = torch.empty(ids.numel(), self.graph.header.vocabulary)
         chunk = self.session.most_tokens
         for start in range(0, ids.numel(), chunk):
@@ -142,13 +161,18 @@ def is_native(source: str | Path) -> bool:
     return (Path(source) / native_file.NAME).is_file()
 
 
-def open_native(path: Path, verify: bool = False, memory: native_file.Memory | None = None) -> tuple[Graph, Any, list[int]]:
-    """Graph, tokenizer and end-of-text tokens of a native directory. verify: read all of it against its checksums.
+def open_native(
+    path: Path, verify: bool = False, memory: native_file.Memory | None = None, complete: bool = True
+) -> tuple[Graph, Any, list[int]]:
+    """Graph, tokenizer and end-of-text tokens of a native directory. verify: read all of it against its checksums; otherwise
+    the sizes of its files are compared, unless it is still being written (not `complete`).
 
     Raises ModelError where it is not whole.
     """
     if verify:
         verify_manifest(path)
+    elif complete and not is_whole(path):
+        raise ModelError(f"{path} is not whole: files are missing, or have other sizes than its {MANIFEST} says.")
     if not (path / CARD).is_file() or read_json(path / CARD).get("form") != "native":
         raise ModelError(f"{path} holds {native_file.NAME}, but no {CARD} that says so: it was not completely written.")
     return native_file.read(path / native_file.NAME, memory), load_tokenizer(path), _stops(path)

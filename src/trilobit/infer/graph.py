@@ -19,7 +19,7 @@ from typing import Any, get_args, get_origin
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import MistralConfig, PreTrainedModel
 
 from trilobit import quant
 from trilobit.errors import ModelError
@@ -36,6 +36,7 @@ MODULES = {
 }  # fmt: skip
 GATES: dict[str, Gate] = {"silu": "silu", "swish": "silu", "relu2": "relu2"}
 WEIGHTS_ONLY_GROUP = 128
+MOST_HEAD_SIZE = 256  # floats.h
 HEAD_GROUP = 32
 LEAST_TENSORS = 2 + 2 * len(MODULES)  # of a layer: norms, and codes and scales of each matrix
 DTYPES = {"U8": torch.uint8, "F32": torch.float32, "BF16": torch.bfloat16}
@@ -192,9 +193,10 @@ class Graph:
         h, t = self.header, self.tensors
 
         def projection(name: str, form: Format, shape: tuple[int, int], group: int, activations: Activations) -> Projection:
-            matrix = PackedMatrix(t[f"{name}.codes"], *shape, group, form)
+            stored = name if f"{name}.codes" in t else "embedding"  # a tied head
+            matrix = PackedMatrix(t[f"{stored}.codes"], *shape, group, form)
             bias, gain = t.get(f"{name}.bias"), t.get(f"{name}.gain")
-            return Projection(matrix, t[f"{name}.scales"], bias, gain, h.norm_eps, activations)
+            return Projection(matrix, t[f"{stored}.scales"], bias, gain, h.norm_eps, activations)
 
         layers = [
             Layer(
@@ -210,7 +212,7 @@ class Graph:
         if not h.ternary_head:
             head = projection("head", "int8", table, h.head_group, "int16")
         else:
-            head = projection("head" if "head.codes" in t else "embedding", h.layout, table, h.group, h.activations)
+            head = projection("head", h.layout, table, h.group, h.activations)
         return Decoder(
             h.width, h.hidden, h.heads, h.kv_heads, h.head_size, h.vocabulary, h.eps, h.attention_scale, h.rotary_scale,
             t["rope.frequencies"], h.gate, layers, t["norm"], embedding, head,
@@ -226,6 +228,9 @@ def why_not_native(model: nn.Module) -> str | None:
     config: Any = model.config
     if config.hidden_act not in GATES:
         return f"the engine has no {config.hidden_act} gate (it has {', '.join(GATES)})"
+    size = model.model.layers[0].self_attn.head_dim  # pyright: ignore
+    if size > MOST_HEAD_SIZE or size % 2:
+        return f"the engine has no heads of size {size} (even ones up to {MOST_HEAD_SIZE})"
     kind: str = model.model.rotary_emb.rope_type  # pyright: ignore
     if "dynamic" in kind or kind == "longrope":
         return f"the engine has no {kind} positions, whose angles depend on the length of the text"
@@ -257,7 +262,7 @@ def compile(model: PreTrainedModel, form: Format | None = None, head_group: int 
         vocabulary=embedding.weight.shape[0] if isinstance(embedding, nn.Embedding) else embedding.num_embeddings,  # pyright: ignore
         positions=config.max_position_embeddings, eps=config.rms_norm_eps,
         attention_scale=decoder.layers[0].self_attn.scaling, rotary_scale=float(decoder.rotary_emb.attention_scaling),
-        gate=GATES[config.hidden_act], windows=[_window(layer, config) for layer in decoder.layers],
+        gate=GATES[config.hidden_act], windows=[_window(i, config) for i in range(len(decoder.layers))],
         rotary=[bool(getattr(layer.self_attn, "use_rope", True)) for layer in decoder.layers],
         layout=form or layout(f"group-{group}" if group else "tensor"), group=group,  # pyright: ignore[reportArgumentType]
         activations="token" if int8 else "group",
@@ -271,6 +276,11 @@ def compile(model: PreTrainedModel, form: Format | None = None, head_group: int 
         tensors["embedding"] = embedding.weight.to(torch.bfloat16).contiguous()  # pyright: ignore
     if isinstance(head, PackedLinear):
         tensors |= _linear("head", head, header)
+        if all(
+            torch.equal(tensors[f"head.{part}"], tensors.get(f"embedding.{part}", tensors["norm"]))
+            for part in ("codes", "scales")
+        ):
+            del tensors["head.codes"], tensors["head.scales"]  # tied
     else:
         tensors |= int8_matrix("head", head.weight.float(), head_group)  # pyright: ignore
         if head.bias is not None:  # pyright: ignore
@@ -306,13 +316,12 @@ def _inner_eps(layer: Any, config: Any) -> float:
     return config.rms_norm_eps if norm is None else norm.eps
 
 
-def _window(layer: nn.Module, config: Any) -> int:
-    """Latest positions that a layer attends to, 0 for all."""
-    attention: Any = layer.self_attn
-    window = attention.sliding_window if hasattr(attention, "sliding_window") else None
-    if type(config).__name__ == "MistralConfig":
-        window = config.sliding_window
-    return window or 0
+def _window(index: int, config: Any) -> int:
+    """Latest positions that a layer attends to, 0 for all: what transformers' masks are made from, not what modules hold."""
+    kinds = getattr(config, "layer_types", None)
+    if isinstance(config, MistralConfig) or (kinds and kinds[index] == "sliding_attention"):
+        return config.sliding_window or 0
+    return 0
 
 
 def _gain(norm: nn.Module, width: int, eps: float) -> Tensor:

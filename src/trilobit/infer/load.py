@@ -188,7 +188,9 @@ def read_ours(path: Path) -> Loaded:
     card = read_json(path / CARD)
     form = card["form"]
     if form == "native":
-        raise ModelError(f"{path} is written for the native engine (generate, chat, bench): give the model it was made from.")
+        raise ModelError(
+            f"{path} is written for the native engine: generate, chat and bench run it. Take the run it came from."
+        )
     plan = Plan.from_json(card["plan"]) if card["plan"] else None
     tokenizer = load_tokenizer(path)
     with clear_errors(str(path)):

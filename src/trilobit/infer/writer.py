@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers.decoders import DecodeStream
 from transformers.generation.streamers import TextStreamer
 
 from trilobit.config.running import EngineConfig, RunningConfig
@@ -27,6 +26,7 @@ from trilobit.kernels import native
 from trilobit.kernels.engine import Sampling
 from trilobit.listener import SILENT, Listener
 
+NATIVE_ONLY = ("threads", "instructions", "verify")
 Emit = Callable[[str], None]
 
 
@@ -38,16 +38,28 @@ class Written:
     timing: Timing
 
 
+class Interrupted(KeyboardInterrupt):
+    """The user stopped a text. Has what was written of it."""
+
+    def __init__(self, written: Written):
+        super().__init__("interrupted")
+        self.written = written
+
+
 class Writer(ABC):
-    """A model that continues token ids. positions: most tokens of a text."""
+    """A model that continues token ids. positions: most tokens of a text; name: of the engine; what: that and the reason."""
 
     tokenizer: Any
     positions: int
+    name: str
     what: str
 
     @abstractmethod
-    def write(self, ids: Sequence[int], max_tokens: int, sampling: Sampling, seed: int, emit: Emit) -> Written:
-        """Continue `ids` by up to max_tokens tokens, telling `emit` the text without special tokens as it comes."""
+    def write(
+        self, ids: Sequence[int], max_tokens: int, sampling: Sampling, seed: int, emit: Emit, ends: bool = True
+    ) -> Written:  # fmt: skip
+        """Continue `ids` by up to max_tokens tokens, telling `emit` the text without special tokens as it comes. Unless it
+        `ends`, an end-of-text token is a token like others. Raises Interrupted with what there is on Ctrl-C."""
 
     def start(self, text: str) -> list[int]:
         """Token ids of a prompt. Raises ConfigError if there are none."""
@@ -75,19 +87,49 @@ class NativeWriter(Writer):
     def __init__(self, engine: Engine, instructions: str | None = None):
         self.engine, self.tokenizer, self.positions = engine, engine.tokenizer, engine.graph.header.positions
         choice = native.choice() if instructions is None else native.Instructions(instructions, "--instructions")
+        self.name = "native"
         self.what = f"native engine, {engine.session.threads} threads, {choice.name}: {choice.reason}"
 
-    def write(self, ids: Sequence[int], max_tokens: int, sampling: Sampling, seed: int, emit: Emit) -> Written:
+    def write(
+        self, ids: Sequence[int], max_tokens: int, sampling: Sampling, seed: int, emit: Emit, ends: bool = True
+    ) -> Written:  # fmt: skip
         self.engine.reserve(len(ids) + max_tokens)
-        decoder, timing, new, told = DecodeStream(skip_special_tokens=True), Timing(), list[int](), 0
-        for token in self.engine.stream(ids, max_tokens, sampling, seed, timing):
-            new.append(token)
-            if piece := decoder.step(self.tokenizer.backend_tokenizer, token):
-                emit(piece)
-                told += len(piece)
-        if rest := str(self.tokenizer.decode(new, skip_special_tokens=True))[told:]:  # a character that was never finished
-            emit(rest)
-        return Written(new, timing)
+        pieces, timing = Pieces(self.tokenizer), Timing()
+        try:
+            for token in self.engine.stream(ids, max_tokens, sampling, seed, timing, ends):
+                pieces.add(token, emit)
+        except KeyboardInterrupt as interrupt:
+            raise Interrupted(Written(pieces.ids, timing)) from interrupt
+        pieces.finish(emit)
+        return Written(pieces.ids, timing)
+
+
+class Pieces:
+    """Token ids as text, piece by piece: what decoding a few tokens more adds to what decoding them gave before. Decoders join
+    words, strip spaces and put bytes together, so that a token has no text of its own."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        self.start = self.told = 0  # a piece is decoded from `start`; up to `told` it has been emitted
+
+    def _text(self, start: int, end: int | None = None) -> str:
+        ids = self.ids[start:end]
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def add(self, token: int, emit: Emit) -> None:
+        """Take a token; emit what is now certain: an unfinished character waits for its other bytes."""
+        self.ids.append(token)
+        before, now = self._text(self.start, self.told), self._text(self.start)
+        if len(now) > len(before) and not now.endswith("\ufffd"):
+            emit(now[len(before) :])
+            self.start, self.told = self.told, len(self.ids)
+
+    def finish(self, emit: Emit) -> None:
+        """Emit what waited in vain."""
+        before, now = self._text(self.start, self.told), self._text(self.start)
+        if len(now) > len(before):
+            emit(now[len(before) :])
 
 
 class _Stream(TextStreamer):
@@ -106,13 +148,15 @@ class TransformersWriter(Writer):
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
         positions = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
         self.positions = positions or 1 << 30
-        self.what = f"transformers: {reason}"
+        self.name, self.what = "transformers", f"transformers: {reason}"
 
-    def write(self, ids: Sequence[int], max_tokens: int, sampling: Sampling, seed: int, emit: Emit) -> Written:
+    def write(
+        self, ids: Sequence[int], max_tokens: int, sampling: Sampling, seed: int, emit: Emit, ends: bool = True
+    ) -> Written:  # fmt: skip
         inputs = torch.tensor([list(ids)], device=self.model.device)
         started = time.perf_counter()
         output = continue_tokens(
-            self.model, inputs, max_tokens, sampling.temperature, sampling.top_p, seed, _Stream(self.tokenizer, emit),
+            self.model, inputs, max_tokens, sampling.temperature, sampling.top_p, seed, _Stream(self.tokenizer, emit), ends,
             top_k=sampling.top_k, min_p=sampling.min_p, repetition_penalty=sampling.repetition_penalty,
         )  # fmt: skip
         new = output[0, len(ids) :].tolist()
@@ -153,4 +197,6 @@ def open_writer(config: EngineConfig, capacity: int | None = None, listener: Lis
                 raise
             writer = TransformersWriter(loaded, str(error).rstrip("."))
     listener.note(f"Runs on {writer.what}")
+    if writer.name == "transformers" and (unused := [f"--{name}" for name in NATIVE_ONLY if getattr(config, name)]):
+        listener.note(f"(without effect there: {', '.join(unused)})")
     return writer

@@ -8,6 +8,7 @@ Letters: T tokens of a call, V vocabulary. native/engine.h says what is computed
 """
 
 import ctypes
+import threading
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ Gate = Literal["silu", "relu2"]
 GATES: dict[str, int] = {"silu": 0, "relu2": 1}
 Cache = Literal["bf16", "int8"]
 CACHES: dict[str, int] = {"bf16": 0, "int8": 1}
+NO_MEMORY = -5
 
 
 @dataclass(frozen=True)
@@ -145,29 +147,17 @@ def _graph(d: Decoder) -> _Graph:
     )  # fmt: skip
 
 
-native._SIGNATURES.update(
-    session_new=(c_void_p, [POINTER(_Graph), c_int64, c_int64, c_int32, c_int64, POINTER(c_int32)]),
-    session_free=(None, [c_void_p]),
-    session_bytes=(c_int64, [c_void_p]),
-    forward=(
-        c_int32,
-        [c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int32, c_int32],
-    ),
-    sample=(c_int32, [c_void_p, c_int64, POINTER(_Sampling), c_void_p, c_int64, POINTER(ctypes.c_uint64)]),
-)  # fmt: skip
-
-
 class Session:
     """A decoder with a cache for `slots` sequences of up to `capacity` positions, run up to `most_tokens` tokens a call.
 
-    Raises ModelError where there is no memory. Not for several threads at once; a session computes on several itself.
+    Raises ModelError where there is no memory. Calls from several threads wait for each other; a call computes on several.
     """
 
     def __init__(
         self, decoder: Decoder, *, slots: int = 1, capacity: int = 2048, cache: Cache = "bf16", most_tokens: int = 512,
         threads: int | None = None, instructions: str | None = None,
     ):  # fmt: skip
-        self._library = native._loaded()
+        self._library, self._lock = native._loaded(), threading.Lock()
         self._decoder = decoder  # owns what the graph points to
         self._graph = _graph(decoder)
         self.vocabulary, self.slots, self.capacity, self.most_tokens = decoder.vocabulary, slots, capacity, most_tokens
@@ -177,14 +167,18 @@ class Session:
             byref(self._graph), slots, capacity, CACHES[cache], most_tokens, byref(status)
         )
         if self._session is None:
-            reason = native._STATUS[status.value] if status.value == -5 else "the sizes of its parts do not fit together"
-            raise ModelError(f"the engine cannot hold this model: {reason}.")
+            if status.value == NO_MEMORY:
+                raise ModelError(
+                    f"there is no memory for keys and values of {slots} × {capacity} tokens: take fewer, or an int8 cache."
+                )
+            raise ModelError("the engine cannot hold this model: the sizes of its parts do not fit together.")
 
     def close(self) -> None:
         """Give the memory back."""
-        if self._session is not None:
-            self._library.functions["session_free"](self._session)
-            self._session = None
+        with self._lock:
+            if self._session is not None:
+                self._library.functions["session_free"](self._session)
+                self._session = None
 
     def __del__(self) -> None:
         if getattr(self, "_session", None) is not None:
@@ -203,15 +197,16 @@ class Session:
 
         All int32 [T]. A token sees the positions of its slot up to its own. `out`: where the logits go.
         """
-        assert self._session is not None, "the session is closed"
         tokens = ids.numel()
         rows = torch.tensor([tokens - 1], dtype=torch.int32) if rows is None else rows
         out = torch.empty(rows.numel(), self.vocabulary) if out is None else out
-        self._library.call(
-            "forward", self._session, tokens, _pointer(ids, tokens, torch.int32), _pointer(slots, tokens, torch.int32),
-            _pointer(positions, tokens, torch.int32), rows.numel(), _pointer(rows, None, torch.int32),
-            _pointer(out, rows.numel() * self.vocabulary), self._set, self.threads,
-        )  # fmt: skip
+        with self._lock:
+            assert self._session is not None, "the session is closed"
+            self._library.call(
+                "forward", self._session, tokens, _pointer(ids, tokens, torch.int32), _pointer(slots, tokens, torch.int32),
+                _pointer(positions, tokens, torch.int32), rows.numel(), _pointer(rows, None, torch.int32),
+                _pointer(out, rows.numel() * self.vocabulary), self._set, self.threads,
+            )  # fmt: skip
         return out
 
 

@@ -85,6 +85,15 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         [c_void_p, c_int32, c_int64, c_int64, c_void_p, c_int64, c_float, c_void_p, c_void_p, c_int32, c_int32],
     ),
     "read": (c_int32, [c_void_p, c_int64, c_int32, c_int32]),
+    # engine.h, called by kernels/engine.py
+    "session_new": (c_void_p, [c_void_p, c_int64, c_int64, c_int32, c_int64, c_void_p]),
+    "session_free": (None, [c_void_p]),
+    "session_bytes": (c_int64, [c_void_p]),
+    "forward": (
+        c_int32,
+        [c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int32, c_int32],
+    ),
+    "sample": (c_int32, [c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p]),
 }
 _STATUS = {
     -1: "a size below 1, or more columns than int32 sums hold",
@@ -102,11 +111,12 @@ class _Library:
         library = ctypes.CDLL(str(path))
         self.path = path
         self.functions: dict[str, Callable[..., Any]] = {}
+        abi = library.trilobit_abi()
+        assert abi == ABI, f"{path} has ABI {abi}, not {ABI}"
         for name, (result, arguments) in _SIGNATURES.items():
             function = getattr(library, f"trilobit_{name}")
             function.restype, function.argtypes = result, arguments
             self.functions[name] = function
-        assert self.functions["abi"]() == ABI, f"{path} has ABI {self.functions['abi']()}, not {ABI}"
         names = [self.functions["set_name"](i).decode() for i in range(self.functions["set_count"]())]
         self.sets = {name: i for i, name in enumerate(names) if self.functions["set_runs_here"](i)}
 
