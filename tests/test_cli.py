@@ -250,7 +250,7 @@ def test_exported_models_run(cli: Any, tmp_path: Path, monkeypatch: pytest.Monke
     result = json.loads(cli("export", str(tmp_path / "latent"), "--out", out, "--json").out)
     assert {"path", "layout", "bytes", "bits_per_ternary_weight", "kl", "perplexity_ratio"} <= set(result)
     outcome = cli("generate", out, "naïve", "--max-tokens", "12", "--verify", "--cache", "int8", "--json")
-    assert json.loads(outcome.out)["engine"] == "native engine"
+    assert json.loads(outcome.out)["engine"] == "native"
     assert "Runs on native engine, 1 threads, " in outcome.err
     monkeypatch.setattr("sys.stdin", io.StringIO("hi\n/exit\n"))
     outcome = cli("chat", out, "--max-tokens", "8", "--context", "60", "--json")

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from trilobit.config.bench import BenchConfig
 from trilobit.config.chat import ChatConfig
 from trilobit.config.demo import DemoConfig
+from trilobit.config.doctor import DoctorConfig
 from trilobit.config.eval import EvalConfig
 from trilobit.config.generate import GenerateConfig
 from trilobit.config.tune import TuneConfig
@@ -145,6 +146,7 @@ def test_configs_are_flat_and_frozen() -> None:
         (lambda: GenerateConfig(model="m", prompt="p", repetition_penalty=float("inf")), "--repetition-penalty is inf"),
         (lambda: GenerateConfig(model="m", prompt="p", threads=0), "--threads is 0; it must be from 1 to 256"),
         (lambda: BenchConfig(model="m", threads=257), "--threads is 257"),
+        (lambda: DoctorConfig(threads=0), "--threads is 0"),
         (
             lambda: BenchConfig(model="m", engine="native", device="cuda:1"),
             "--engine native runs on the CPU, not on --device cuda:1",

@@ -136,7 +136,7 @@ def test_a_native_directory_is_not_exported_again(trained: Path, tmp_path: Path)
     """What is written for the engine is no source of anything else, and the error says what it is (old code: that there is
     no model.safetensors)."""
     run(ExportConfig(model=str(trained), out=str(tmp_path / "once")))
-    with pytest.raises(ModelError, match=r"once is written for the native engine .* give the model it was made from"):
+    with pytest.raises(ModelError, match="once is written for the native engine"):
         run(ExportConfig(model=str(tmp_path / "once"), out=str(tmp_path / "twice")))
 
 

@@ -79,7 +79,7 @@ def test_reset_and_exit(model: Path) -> None:
 
 @needs_library
 def test_a_conversation_goes_on_from_what_was_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A later turn costs its own tokens and the reply's template, not the whole conversation again."""
+    """A later turn costs its own tokens, the template's and the reply's last one, not the whole conversation again."""
     folder = native_directory(tmp_path / "model", tokenizer=tokenizer(), stops=None, max_position_embeddings=600)
     writers = []
 
@@ -91,33 +91,38 @@ def test_a_conversation_goes_on_from_what_was_read(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("trilobit.kernels.engine.Sampler.__call__", lambda self, logits, history=(): 70)  # one byte a token
     heard = Heard()
     run(config(folder, context=600), heard, ["a" * 100, "b" * 10, "c"])
-    assert [int(n.split()[0][1:]) for n in heard.notes if "tokens read" in n] == [105, 16, 7]
+    assert [int(n.split()[0][1:]) for n in heard.notes if "tokens read" in n] == [105, 17, 8]
     assert writers[0].engine.capacity == 600
 
 
 def test_the_oldest_turns_make_room(ordinary: Path) -> None:
-    """What does not fit beside the reply is left out, oldest turn with its reply first, the system message never; a turn that
-    does not fit alone is refused, and the conversation stays as it was (old code: its turns were gone)."""
-    talk = Conversation(open_writer(config(ordinary)), "S", 40)
+    """A conversation that outgrows its room loses its oldest turns with their replies until half of the room is free, the
+    system message never; a turn that does not fit alone is refused, and the conversation stays as it was (old code: its turns
+    were gone)."""
+    talk = Conversation(open_writer(config(ordinary)), "S", 64)
 
     def text() -> str:
         return "".join(f"{m['role'][0]}:{m['content']}|" for m in talk.messages)
 
-    ids = talk.ask("one", 5)
-    assert len(ids) == len("s:S|u:one|a:")
-    talk.answer("ONE")
-    talk.ask("two", 5)
-    talk.answer("TWO")
-    assert len(talk.ask("three", 5)) <= 35
-    assert text() == "s:S|u:two|a:TWO|u:three|"
-    talk.answer("THREE")
+    def exchange(index: int) -> str:
+        return f"u:q{index}|a:A{index}|"
+
+    for index in range(5):  # of 60 tokens that fit, 51 at the fifth turn
+        assert len(talk.ask(f"q{index}", 4)) == len("s:S|" + 10 * "x" * index + "u:q0|a:")
+        assert talk.left_out == 0
+        talk.answer(f"A{index}")
+    assert text() == "s:S|" + "".join(map(exchange, range(5)))
+    assert len(talk.ask("q5", 4)) == 21
+    assert text() == "s:S|" + exchange(4) + "u:q5|"
+    assert talk.left_out == 8
+    talk.answer("A5")
     before = text()
-    with pytest.raises(ConfigError, match=r"this turn has 39 tokens; with --max-tokens 5 at most 35 fit"):
-        talk.ask("x" * 30, 5)
+    with pytest.raises(ConfigError, match="this turn has 61 tokens; with --max-tokens 4 at most 60 fit"):
+        talk.ask("x" * 52, 4)
     assert text() == before
-    talk.ask("y" * 26, 5)
-    assert text() == f"s:S|u:{'y' * 26}|"
-    talk.ask("z", 5)  # a turn that was not answered makes room alone
+    assert len(talk.ask("y" * 51, 4)) == 60
+    assert text() == f"s:S|u:{'y' * 51}|"
+    talk.ask("z", 4)  # a turn that was not answered makes room alone
     assert text() == "s:S|u:z|"
     talk.reset()
     assert text() == "s:S|"
@@ -160,6 +165,26 @@ def test_equal_seeds_give_equal_conversations(model: Path) -> None:
         run(config(model, seed=seed, temperature=1.0, top_p=1.0), Heard(), lines).messages for seed in (1, 1, 2)
     )
     assert first == again != other
+
+
+def test_a_reply_can_be_interrupted(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C ends a reply: what there is of it is kept as the reply, and the conversation goes on."""
+    class Impatient(Heard):
+        def stream(self, text: str) -> None:
+            super().stream(text)
+            if len(self.pieces) == 2:
+                raise KeyboardInterrupt
+
+    heard = Impatient()
+    lines = ["hi", "you"]
+    settings = config(model, temperature=1.0, seed=3, max_tokens=12)
+    whole = run(settings, Heard(), lines).messages
+    result = run(settings, heard, lines)
+    assert result.turns == 2
+    assert [m["role"] for m in result.messages] == ["user", "assistant"] * 2
+    first = result.messages[1]["content"]
+    assert whole[1]["content"].startswith(first.rstrip("\ufffd"))
+    assert len(first) < len(whole[1]["content"])
 
 
 def test_turns_come_from_standard_input(ordinary: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,19 +96,20 @@ def test_texts_continue_each_other(model: Graph) -> None:
     read to its end; the penalty sees prompt and text."""
     chat, ids = engine(model), ids_of(20)
     new = list(chat.stream(ids, 10, Sampling(), seed=3))
-    assert chat.read([*ids, *new, 4, 5]) == 2
+    assert chat.cached == [*ids, *new[:-1]], "nothing asks for what comes after the last token"
+    assert chat.read([*ids, *new, 4, 5]) == 3
     stream = chat.stream(ids, 10, Sampling(), seed=3)
     assert [next(stream) for _ in range(4)] == new[:4]
     stream.close()
-    assert chat.cached == [*ids, *new[:4]]
-    assert chat.read([*ids, *new]) <= 7
+    assert chat.cached == [*ids, *new[:3]]
+    assert chat.read([*ids, *new]) == 7
     assert torch.equal(chat._logits, last_logits(model, [*ids, *new]))
     penalised = list(engine(model).stream(ids, 30, Sampling(temperature=0, repetition_penalty=1e9)))
     assert len({*ids, *penalised}) == len(set(ids)) + 30
 
 
 def test_a_stop_ends_the_text(model: Graph) -> None:
-    """The first end-of-text token is the last of the text, and is not in the cache."""
+    """The first end-of-text token is the last of the text, and is not in the cache; unless the text is not to end."""
     ids = ids_of(5)
     free = list(engine(model).stream(ids, 30, Sampling(), seed=1))
     stop = free[10]
@@ -116,6 +117,23 @@ def test_a_stop_ends_the_text(model: Graph) -> None:
     stopped = list(stopping.stream(ids, 30, Sampling(), seed=1))
     assert stopped == free[: free.index(stop) + 1]
     assert stopping.cached == [*ids, *stopped[:-1]]
+    assert list(stopping.stream(ids, 30, Sampling(), seed=1, ends=False)) == free
+
+
+def test_streams_may_take_turns(model: Graph) -> None:
+    """Two texts generated in turns from one engine, and reads between them, are those that each is alone."""
+    both, prompts = engine(model), [ids_of(20), ids_of(31, 1)]
+    alone = [list(engine(model).stream(ids, 8, Sampling(), seed=4)) for ids in prompts]
+    streams = [both.stream(ids, 8, Sampling(), seed=4) for ids in prompts]
+    got: list[list[int]] = [[], []]
+    for turn in range(8):
+        for stream, into in zip(streams, got, strict=True):
+            into.append(next(stream))
+        if turn == 3:
+            both.read(ids_of(5, 2))
+        if turn == 5:
+            both.logits(torch.tensor(ids_of(9, 3)))
+    assert got == alone
 
 
 def test_capacity(model: Graph) -> None:
@@ -124,8 +142,10 @@ def test_capacity(model: Graph) -> None:
     small, ids = engine(model, capacity=20), ids_of(15)
     assert len(list(small.stream(ids, 100, GREEDY))) == 5
     assert len(list(small.stream(ids_of(19), 100, GREEDY))) == 1
-    with pytest.raises(ConfigError, match="the prompt has 20 tokens, and there is room for 20"):
-        small.read(ids_of(20))
+    assert small.read(ids_of(20)) > 0
+    assert list(small.stream(ids_of(20), 100, GREEDY)) == []
+    with pytest.raises(ConfigError, match="the prompt has 21 tokens, and there is room for 20"):
+        small.read(ids_of(21))
     assert engine(model, capacity=10**6).capacity == POSITIONS == engine(model).capacity
     small.reserve(10)
     assert small.capacity == 20
@@ -134,6 +154,23 @@ def test_capacity(model: Graph) -> None:
     assert small.cached == []
     assert small.read(ids_of(600)) == 600
     assert torch.equal(small._logits, last_logits(model, ids_of(600)))
+
+
+def test_room_that_there_is_not_changes_nothing(model: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no memory for more, the error comes and the engine goes on with what it has."""
+    small, ids = engine(model, capacity=20), ids_of(10)
+    small.read(ids)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ModelError("there is no memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "Session", refuse)
+        with pytest.raises(ModelError, match="there is no memory"):
+            small.reserve(100)
+    assert small.capacity == 20
+    assert small.read([*ids, 5]) == 1
+    assert torch.equal(small._logits, last_logits(model, [*ids, 5]))
 
 
 def test_prompts_that_are_none(model: Graph) -> None:
@@ -168,8 +205,8 @@ def test_end_of_text_tokens_of_a_directory(stops: Any, expected: list[int], tmp_
 
 
 def test_verify_reads_all_of_it(folder: Path, tmp_path: Path) -> None:
-    """A changed byte in a weight is noticed with `verify`, and only then; a directory without its card or manifest was not
-    completely written."""
+    """A changed byte in a weight is noticed with `verify`, and only then; a file of another size, or a directory without its
+    card or manifest, always: it was not completely written."""
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     open_native(copy, verify=True)
@@ -179,12 +216,19 @@ def test_verify_reads_all_of_it(folder: Path, tmp_path: Path) -> None:
     open_native(copy)
     with pytest.raises(ModelError, match=r"native\.safetensors is missing or damaged"):
         open_native(copy, verify=True)
+    config = (copy / "config.json").read_text()
+    (copy / "config.json").write_text(config + " ")
+    with pytest.raises(ModelError, match="is not whole: files are missing, or have other sizes"):
+        open_native(copy)
+    (copy / "config.json").write_text(config)
     (copy / "manifest.json").unlink()
     with pytest.raises(ModelError, match="not completely written"):
         open_native(copy, verify=True)
-    (copy / "trilobit.json").unlink()
-    with pytest.raises(ModelError, match="not completely written"):
+    with pytest.raises(ModelError, match="is not whole"):
         open_native(copy)
+    (copy / "trilobit.json").unlink()
+    with pytest.raises(ModelError, match=r"no trilobit\.json that says so: it was not completely written"):
+        open_native(copy, complete=False)
 
 
 def test_without_the_library_the_engine_says_why(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,9 +94,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral with a window": ("mistral", {"sliding_window": 7}),
     "qwen2": ("qwen2", {}),
     "qwen2 with a window in one layer": ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+    "qwen2 without the window that it names": ("qwen2", {"use_sliding_window": False, "sliding_window": 5}),
     "qwen3": ("qwen3", {}),
     "qwen3 with a window": ("qwen3", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 0]}),
+    "smollm3 with a window": (
+        "smollm3",
+        {"use_sliding_window": True, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
     "bitnet": ("bitnet", {"hidden_act": "relu2"}),
     "bitnet with silu": ("bitnet", {"hidden_act": "silu"}),
 }
@@ -115,8 +120,9 @@ def test_families(case: str) -> None:
         for form in ("two-bit", "base-3"):
             compiled = require_same(model, (spec, tied, form), form=form)
             assert compiled.header.layout == form
-    assert "window" not in case or max(compiled.header.windows) in (5, 7)
-    assert family != "smollm3" or compiled.header.rotary == [True, False]
+    windowed = case.endswith(("a window", "a window in one layer"))
+    assert (max(compiled.header.windows) in (5, 7)) == windowed
+    assert case != "smollm3" or compiled.header.rotary == [True, False]
 
 
 ROPES: dict[str, dict[str, Any]] = {

@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from families import build
-from infer.checkpoints import BYTES, byte_tokenizer, save
+from infer.checkpoints import BYTES, byte_tokenizer, save, word_tokenizer
 from infer.natives import latent, native_directory
 from infer.test_complete import Heard
 from trilobit.config.running import EngineConfig, RunningConfig
@@ -15,7 +17,7 @@ from trilobit.errors import ConfigError, ModelError
 from trilobit.export.hf import write_latent
 from trilobit.infer import writer as module
 from trilobit.infer.graph import NotNative
-from trilobit.infer.writer import NativeWriter, TransformersWriter, open_writer, sampling_of
+from trilobit.infer.writer import NativeWriter, Pieces, TransformersWriter, open_writer, sampling_of
 from trilobit.kernels import native
 from trilobit.kernels.engine import Sampling
 from trilobit.surgery.ternary import TernarySpec, ternarize
@@ -133,6 +135,33 @@ def test_both_write_what_they_were_asked_for(places: Path) -> None:
         sampled = [writer.write(ids, 20, Sampling(), seed, lambda _: None).ids for seed in (1, 1, 2)]
         assert sampled[0] == sampled[1] != sampled[2]
     assert found[0][0] == found[1][0]
+
+
+def test_what_transformers_does_not_know_is_said(places: Path) -> None:
+    """Settings of the native engine are named where another one runs, and only those that were given."""
+    heard = Heard()
+    settings = EngineConfig(model=str(places / "ordinary"), device="cpu", threads=2, verify=True)
+    open_writer(settings, None, heard)
+    assert heard.notes[1:] == ["(without effect there: --threads, --verify)"]
+    assert opened(places / "ordinary", device="cpu")[1] == heard.notes[0]
+
+
+@given(ids=st.lists(st.integers(0, 270), max_size=60), kind=st.sampled_from(["bytes", "merges", "words"]))
+def test_pieces_join_to_the_text(ids: list[int], kind: str) -> None:
+    """Whatever the tokens, of bytes that are no characters or words that are joined by spaces, what is emitted joins to what
+    the tokenizer decodes; nothing is emitted that a later token would change."""
+    merges = ("a b", "ab c", "Ã ©") if kind == "merges" else ()
+    tokenizer = word_tokenizer(271) if kind == "words" else byte_tokenizer(merges=merges)
+    ids = [i % len(tokenizer) for i in ids]
+    told: list[str] = []
+    pieces = Pieces(tokenizer)
+    for i in ids:
+        pieces.add(i, told.append)
+    pieces.finish(told.append)
+    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert "".join(told) == text
+    assert pieces.ids == ids
+    assert len(told) > 5 or len(text) < 20
 
 
 def test_settings_become_sampling() -> None:

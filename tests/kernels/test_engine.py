@@ -8,6 +8,7 @@ when its embeddings change so much (2⁻¹²) that some codes are sure to.
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -516,6 +517,18 @@ def test_a_closed_session_is_not_used() -> None:
         whole(small, text_of(d, 3))
     with pytest.raises(ConfigError, match="sse9 does not exist here"):
         Session(d, capacity=8, instructions="sse9")
+
+
+def test_callers_from_several_threads_wait_for_each_other() -> None:
+    """One session called from four threads, each with a slot of its own, gives each its own logits."""
+    d = decoder_of(10)
+    texts = [text_of(d, 40, seed) for seed in range(4)]
+    expected = [whole(Session(d, capacity=40), ids) for ids in texts]
+    session = Session(d, slots=4, capacity=40, threads=2)
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            found = pool.map(lambda slot: whole(session, texts[slot], slot, 7), range(4))
+            assert all(torch.equal(y, wanted) for y, wanted in zip(found, expected, strict=True))
 
 
 # Sampling

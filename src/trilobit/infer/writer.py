@@ -136,6 +136,12 @@ class _Stream(TextStreamer):
     def __init__(self, tokenizer: Any, emit: Emit):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.emit = emit
+        self.ids: list[int] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self.next_tokens_are_prompt:
+            self.ids += value.flatten().tolist()
+        super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         self.emit(text)
@@ -154,13 +160,19 @@ class TransformersWriter(Writer):
         self, ids: Sequence[int], max_tokens: int, sampling: Sampling, seed: int, emit: Emit, ends: bool = True
     ) -> Written:  # fmt: skip
         inputs = torch.tensor([list(ids)], device=self.model.device)
-        started = time.perf_counter()
-        output = continue_tokens(
-            self.model, inputs, max_tokens, sampling.temperature, sampling.top_p, seed, _Stream(self.tokenizer, emit), ends,
-            top_k=sampling.top_k, min_p=sampling.min_p, repetition_penalty=sampling.repetition_penalty,
-        )  # fmt: skip
-        new = output[0, len(ids) :].tolist()
-        return Written(new, Timing(len(ids), 0.0, len(new), time.perf_counter() - started))
+        started, stream = time.perf_counter(), _Stream(self.tokenizer, emit)
+
+        def written(new: list[int]) -> Written:
+            return Written(new, Timing(len(ids), 0.0, len(new), time.perf_counter() - started))
+
+        try:
+            output = continue_tokens(
+                self.model, inputs, max_tokens, sampling.temperature, sampling.top_p, seed, stream, ends,
+                top_k=sampling.top_k, min_p=sampling.min_p, repetition_penalty=sampling.repetition_penalty,
+            )  # fmt: skip
+        except KeyboardInterrupt as interrupt:
+            raise Interrupted(written(stream.ids)) from interrupt
+        return written(output[0, len(ids) :].tolist())
 
 
 def sampling_of(config: RunningConfig) -> Sampling:
