@@ -169,6 +169,7 @@ def test_equal_seeds_give_equal_conversations(model: Path) -> None:
 
 def test_a_reply_can_be_interrupted(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C ends a reply: what there is of it is kept as the reply, and the conversation goes on."""
+
     class Impatient(Heard):
         def stream(self, text: str) -> None:
             super().stream(text)
