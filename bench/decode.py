@@ -1,10 +1,10 @@
-"""Decoding through transformers: tokens per second of a model as it is and of its ternary form, interleaved.
+"""Decoding a real model: as it is and in its ternary form, through transformers and on the native engine, interleaved.
 
     python bench/decode.py MODEL [--run RUN] [--device cuda] [--tokens 64] [--batch 1]
 
 MODEL: a checkpoint directory. RUN: a finished run of `trilobit tune` on it; without one MODEL is made ternary untrained,
-which costs the same, with the norms and without: what they cost, in bytes and in time.
-GB/s counts the bytes of all weights once a token, as they lie in memory (codes are one byte here).
+which costs the same, with the norms and without: what they cost, in bytes and in time. The engine runs one sequence on a CPU.
+GB/s counts the bytes of all weights once a token, as they lie in memory (for transformers codes are one byte).
 """
 
 import argparse
@@ -14,8 +14,13 @@ import time
 import torch
 from torch import nn
 
+from trilobit.infer.engine import Engine
 from trilobit.infer.generate import continue_tokens
+from trilobit.infer.graph import compile, why_not_native
 from trilobit.infer.load import freeze, load
+from trilobit.kernels import native
+from trilobit.kernels.engine import Sampling
+from trilobit.measure.speed import weight_bytes as read_bytes
 from trilobit.surgery.ternary import TernarySpec, ternarize
 
 
@@ -37,7 +42,11 @@ def main() -> None:
             ternarize(untrained.model, TernarySpec(placement=placement))
             models[name] = freeze(untrained.model).to(arguments.device)  # pyright: ignore
     prompt = torch.full((arguments.batch, 8), 7, device=arguments.device)
-    rates: dict[str, list[float]] = {name: [] for name in models}
+    engines: dict[str, Engine] = {}
+    if arguments.device == "cpu" and arguments.batch == 1 and native.available():
+        ternary = {name: model for name, model in models.items() if "bf16" not in name and why_not_native(model) is None}
+        engines = {f"{name}, engine": Engine(compile(model), None, []) for name, model in ternary.items()}  # pyright: ignore
+    rates: dict[str, list[float]] = {name: [] for name in [*models, *engines]}
     for _ in range(arguments.rounds + 1):
         for name, model in models.items():
             model.generation_config.eos_token_id = None  # pyright: ignore[reportOptionalMemberAccess]
@@ -45,11 +54,15 @@ def main() -> None:
             output = continue_tokens(model, prompt, arguments.tokens)
             output.cpu()
             rates[name].append(arguments.tokens * arguments.batch / (time.perf_counter() - start))
+        for name, engine in engines.items():
+            start = time.perf_counter()
+            list(engine.stream([7] * 8, arguments.tokens, Sampling(temperature=0)))
+            rates[name].append(arguments.tokens / (time.perf_counter() - start))
     for name, values in rates.items():
-        size = weight_bytes(models[name])
+        size = read_bytes(engines[name]) if name in engines else weight_bytes(models[name])
         rate = statistics.median(values[1:])
         steps = rate / arguments.batch
-        print(f"{name:<20}{rate:>10.1f} tokens/s{size / 1e6:>10.1f} MB{steps * size / 1e9:>8.2f} GB/s", flush=True)
+        print(f"{name:<32}{rate:>10.1f} tokens/s{size / 1e6:>10.1f} MB{steps * size / 1e9:>8.2f} GB/s", flush=True)
 
 
 def weight_bytes(model: nn.Module) -> int:

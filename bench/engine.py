@@ -1,6 +1,7 @@
 """The native engine against llama.cpp in one run: decoding, prompts, sequences together; tokens/s, and against the roofs.
 
     python bench/engine.py [--peer PYTHON --models DIR] [--shapes bitnet-2b smollm2-135m] [--rounds 5] [--json FILE]
+    python bench/engine.py --ready
 
 Models of the named shapes with random ternary weights (speed does not depend on them). The peer is llama-cpp-python in an
 environment of its own, PYTHON, on the files that bench/llama_cpp.py writes to DIR as SHAPE-TYPE.gguf; without one, roofs
@@ -17,6 +18,8 @@ import json
 import os
 import statistics
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,6 +29,7 @@ from typing import Any
 import torch
 from native import helper, processor
 
+from trilobit.infer import native_file
 from trilobit.infer.graph import Graph, Header, expected_tensors
 from trilobit.kernels import native
 from trilobit.kernels.engine import Session
@@ -197,6 +201,40 @@ def rows_of(shape: str, arguments: argparse.Namespace, close: list[Peer]) -> lis
     return rows
 
 
+READY = """
+import resource, sys, time, torch
+from pathlib import Path
+from trilobit.infer import native_file
+from trilobit.kernels.engine import Session
+resident = lambda: int(open('/proc/self/statm').read().split()[1]) * resource.getpagesize()
+before = resident()
+start = time.perf_counter()
+graph = native_file.read(Path(sys.argv[1]), sys.argv[2])
+session = Session(graph.decoder(), capacity=1024)
+ready = time.perf_counter() - start
+token = torch.zeros(1, dtype=torch.int32)
+session.run(token, token, token)
+first = time.perf_counter() - start
+print(ready, first, resident() - before - Path(sys.argv[1]).stat().st_size, session.bytes)
+"""
+
+
+def print_ready(shape: str) -> None:
+    """How long a native file takes from being opened to being ready, and to its first token; and memory beyond the file."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "native.safetensors"
+        native_file.write(random_model(shape, "base-3"), path)
+        for memory in ("mapped", "copied"):
+            command = [sys.executable, "-c", READY, str(path), memory]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            ready, first, beyond, session = map(float, done.stdout.split())
+            size = path.stat().st_size / 1e6
+            print(
+                f"{shape}, {size:.0f} MB, {memory}: ready in {ready:.2f} s, first token after {first:.2f} s; memory beyond "
+                f"the file {beyond / 1e6:.0f} MB (session {session / 1e6:.0f} MB)", flush=True
+            )  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peer", type=Path, help="python with llama-cpp-python")
@@ -205,7 +243,10 @@ def main() -> None:
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--ready", action="store_true", help="only say how fast a file of the first shape is ready")
     arguments = parser.parse_args()
+    if arguments.ready:
+        return print_ready(arguments.shapes[0])
     assert "avx512" in native.instruction_sets(), "the roof of the products needs AVX-512"
     library, area = helper(), native.huge_pages(ROOF_BYTES).fill_(1)
 

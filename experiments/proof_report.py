@@ -82,6 +82,7 @@ SHOWN = {
     "every-layerwise-ce": ("#d69e2e", "norms + schedule"), "every-global-kl": (ACCENT, "all three"),
 }  # fmt: skip
 """Arms of the plots: colour, label."""
+FLIPS = "every-layerwise-ce"
 
 
 @dataclass(frozen=True)
@@ -270,11 +271,11 @@ def plot_curves(records: Records, study: Study, axes: Axes) -> None:
 
 
 def plot_flips(records: Records, study: Study, figure: Figure) -> None:
-    """λ and flips of each layer: norms, schedule and distillation, at the largest budget, seed 0."""
+    """λ and flips of each layer: norms and layer-wise schedule, at the largest budget, seed 0."""
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[1, 2])
     budget = study.budgets[-1]
-    rates = best_rates(records, study, "every-layerwise-kl", budget)
-    flips: list[Any] = records.get(Trial("every-layerwise-kl", budget, rates[0], 0), {}).get("flips", []) if rates else []
+    rates = best_rates(records, study, FLIPS, budget)
+    flips: list[Any] = records.get(Trial(FLIPS, budget, rates[0], 0), {}).get("flips", []) if rates else []
     if not flips:
         return
     layers = len(flips[0][1])
