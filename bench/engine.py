@@ -196,7 +196,7 @@ def rows_of(shape: str, arguments: argparse.Namespace, close: list[Peer]) -> lis
 
                 size = peer.about["bytes_per_token"]
                 rows.append(Row(shape, "decode", kind, threads, DECODED, ask(f"decode {DECODED} {CONTEXT}"), size))
-                if kind != "q2_0":  # scalar code: minutes
+                if kind not in ("q2_0", "tq1_0"):  # scalar code: minutes; slower than tq2_0
                     rows.append(Row(shape, f"prompt of {PROMPT}", kind, threads, PROMPT, ask(f"prefill {PROMPT}")))
     return rows
 

@@ -48,9 +48,9 @@ def main() -> None:
                 own["attention"] = "sdpa"  # the one that can be listened to
             if arguments.data != "self":
                 own.pop("self_tokens", None)
-            own |= {"max_tokens": STEPS * own["batch_tokens"], "eval_every": 1 << 40, "model_format": "none"}
+            own |= {"max_tokens": STEPS * own["batch_tokens"], "eval_every": 1 << 40, "model_format": "none", "lr": 1e-3}
             own |= {"cache_dir": str(arguments.out / "tokens"), "device": arguments.device}
-            tune.run(TuneConfig(**own, model=arguments.model, data=arguments.data, out=str(out), lr=1e-3), Quiet())
+            tune.run(TuneConfig(**own, model=arguments.model, data=arguments.data, out=str(out)), Quiet())
             rates[arm].append(float(np.median([row["tokens_per_second"] for row in read_log(out)])))
             shutil.rmtree(out, ignore_errors=True)
             print(f"{arm:<32}{rates[arm][-1]:>10,.0f} tokens/s", flush=True)
