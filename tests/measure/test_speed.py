@@ -64,6 +64,12 @@ def test_the_engine_is_measured_against_memory(ternary: Path, monkeypatch: pytes
     assert "GB/s" in result.summary()
 
 
+def test_the_prompt_fits_the_model(tmp_path: Path) -> None:
+    """Without --prompt-tokens a model of few positions is measured on what they hold (the old code refused it)."""
+    result = run(BenchConfig(model=str(save(tmp_path / "checkpoint")), tokens=16, rounds=1, device="cpu"))
+    assert result.prompt_tokens == 64 - 16
+
+
 def test_one_token_cannot_be_timed(tmp_path: Path) -> None:
     """The first token belongs to the prompt: a rate of one token would be a made-up number."""
     with pytest.raises(ConfigError, match="at least 2"):

@@ -10,8 +10,8 @@ from trilobit.config.running import EngineConfig
 class BenchConfig(EngineConfig):
     """Measure a model's speed: a prompt, then one token after another, against what memory allows."""
 
-    prompt_tokens: Count = 512
-    """Tokens of the prompt."""
+    prompt_tokens: Count | None = None
+    """Tokens of the prompt. Default: 512, or as many as the model has positions for beside --tokens."""
     tokens: Count = 64
     """Tokens to generate after it."""
     rounds: Count = 5

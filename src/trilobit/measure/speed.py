@@ -18,6 +18,7 @@ from trilobit.kernels import native
 from trilobit.kernels.engine import Sampling
 from trilobit.listener import SILENT, Listener
 
+PROMPT = 512  # tokens, where the model has room for them
 ROOF_BYTES = 256 << 20
 CACHED_BYTES = 64 << 20  # weights of fewer bytes may come from the processor's caches, and memory is no limit
 ATTEMPTS = 4
@@ -78,11 +79,11 @@ def run(config: BenchConfig, listener: Listener = SILENT) -> BenchResult:
     """`trilobit bench`. Raises ConfigError where prompt and tokens are more than the model's positions, or too few to time."""
     if config.tokens < 2:
         raise ConfigError("--tokens must be at least 2: the first one belongs to the prompt.")
-    room = config.prompt_tokens + config.tokens
-    writer = open_writer(config, room, listener)
-    if room > writer.positions:
+    writer = open_writer(config, (config.prompt_tokens or PROMPT) + config.tokens, listener)
+    length = config.prompt_tokens or min(PROMPT, writer.positions - config.tokens)
+    if length < 1 or length + config.tokens > writer.positions:
         raise ConfigError(f"--prompt-tokens and --tokens are more than the model's {writer.positions} positions.")
-    prompt = [(7 * i + 3) % (writer.tokenizer.vocab_size - 1) + 1 for i in range(config.prompt_tokens)]
+    prompt = [(7 * i + 3) % (writer.tokenizer.vocab_size - 1) + 1 for i in range(length)]
     engine = writer.engine if isinstance(writer, NativeWriter) else None
     area = native.huge_pages(ROOF_BYTES).fill_(1) if engine else None
     prompts: list[float] = []
@@ -98,11 +99,9 @@ def run(config: BenchConfig, listener: Listener = SILENT) -> BenchResult:
         listener.progress("Measuring rounds", done, config.rounds, 1.0)
     reading, writing = statistics.median(prompts[1:]), statistics.median(decoded[1:])
     if writing <= 0:
-        raise ConfigError(f"--tokens {config.tokens} are too few to be timed after {config.prompt_tokens}: take more.")
+        raise ConfigError(f"--tokens {config.tokens} are too few to be timed after {length}: take more.")
     rate = (config.tokens - 1) / writing
-    result = BenchResult(
-        str(config.model), writer.name, config.prompt_tokens, config.prompt_tokens / reading, config.tokens, rate
-    )
+    result = BenchResult(str(config.model), writer.name, length, length / reading, config.tokens, rate)
     if engine is None:
         return result
     size = weight_bytes(engine)
