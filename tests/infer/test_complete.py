@@ -139,3 +139,12 @@ def test_damaged_weights_give_no_text(engine: str, tmp_path: Path) -> None:
         path = save(tmp_path / "model", model)
     with pytest.raises(ModelError, match="not finite"):
         run(GenerateConfig(model=str(path), prompt="a", max_tokens=9, device="cpu"))
+
+
+def test_a_prompt_that_is_no_text_is_refused(checkpoint: Path) -> None:
+    """Bytes of a command line that are not UTF-8 are the user's to mend (old code: a TypeError of the tokenizer), and a cache
+    that transformers does not have is said to be without effect (old code: said nothing)."""
+    heard = Heard()
+    with pytest.raises(ConfigError, match="not valid UTF-8"):
+        run(GenerateConfig(model=str(checkpoint), prompt="def \udcff", max_tokens=4, device="cpu", cache="int8"), heard)
+    assert any("--cache" in note for note in heard.notes)

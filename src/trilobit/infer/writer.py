@@ -26,7 +26,7 @@ from trilobit.kernels import native
 from trilobit.kernels.engine import Sampling
 from trilobit.listener import SILENT, Listener
 
-NATIVE_ONLY = ("threads", "instructions", "verify")
+NATIVE_ONLY = {"threads": None, "instructions": None, "cache": "bf16", "verify": False}
 Emit = Callable[[str], None]
 
 
@@ -62,7 +62,11 @@ class Writer(ABC):
         `ends`, an end-of-text token is a token like others. Raises Interrupted with what there is on Ctrl-C."""
 
     def start(self, text: str) -> list[int]:
-        """Token ids of a prompt. Raises ConfigError if there are none."""
+        """Token ids of a prompt. Raises ConfigError if there are none, or the text is not valid Unicode."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # bytes of a command line that are no UTF-8
+            raise ConfigError("the prompt is not valid UTF-8.") from error
         ids: list[int] = self.tokenizer(text)["input_ids"]
         if ids:
             return ids
@@ -209,6 +213,7 @@ def open_writer(config: EngineConfig, capacity: int | None = None, listener: Lis
                 raise
             writer = TransformersWriter(loaded, str(error).rstrip("."))
     listener.note(f"Runs on {writer.what}")
-    if writer.name == "transformers" and (unused := [f"--{name}" for name in NATIVE_ONLY if getattr(config, name)]):
+    unused = [f"--{name}" for name, default in NATIVE_ONLY.items() if getattr(config, name) != default]
+    if writer.name == "transformers" and unused:
         listener.note(f"(without effect there: {', '.join(unused)})")
     return writer
