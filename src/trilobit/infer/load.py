@@ -219,7 +219,7 @@ def read_ours(path: Path) -> Loaded:
                 shared = model.get_submodule(plan.embedding)
                 tensors |= {f"{name}.{key}": value for key, value in ternary_tensors(shared).items()}
             try:
-                model.set_submodule(name, _packed(module, name, tensors, form))
+                model.set_submodule(name, packed_module(module, name, tensors, form))
             except KeyError as error:
                 raise ModelError(f"{path} does not hold the tensors its {CARD} promises: {error} is missing.") from error
     _assign(model, tensors, path)
@@ -233,7 +233,7 @@ def _with_every_norm(plan: Plan) -> Plan:
     return Plan(plan.spec, linears, plan.embedding, plan.head, plan.tied)
 
 
-def _packed(module: TernaryModule, name: str, tensors: dict[str, Tensor], form: str) -> nn.Module:
+def packed_module(module: TernaryModule, name: str, tensors: dict[str, Tensor], form: str) -> nn.Module:
     """The frozen form of `module` from the stored tensors, which are taken out of `tensors`."""
     if form == "packed":
         width = module.embedding_dim if isinstance(module, TernaryEmbedding) else module.in_features  # pyright: ignore
