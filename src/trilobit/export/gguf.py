@@ -80,7 +80,7 @@ class Contents:
 def write(source: Source, target: Path, kind: str = "auto", head: str = "auto", listener: Listener = SILENT) -> Contents:
     """Write `source` as one GGUF file. kind: of ternary matrices, `auto` or a name in TERNARY or DENSE; of a model that is not
     ternary, one of DENSE. head: of embedding and head. Raises ExportError if no graph or type can hold it, with what can."""
-    contents = plan_file(source, kind, head)
+    contents = plan_file(source, kind, head, target.stem)
     writer = gguf.GGUFWriter(target, contents.graph)
     for key, value in contents.metadata.items():
         _add(writer, key, value)
@@ -107,21 +107,22 @@ def vocabulary_size(source: Source) -> int:
     return int(source.model.get_input_embeddings().num_embeddings)  # pyright: ignore
 
 
-def plan_file(source: Source, kind: str, head: str) -> Contents:
+def plan_file(source: Source, kind: str, head: str, name: str = "model") -> Contents:
     """Decide graph, types and numbers from the structure alone. Raises ExportError."""
     graph, reason = choose_graph(source)
     contents = Contents(graph, choose_kind(source, kind), reason)
     adjust = _adjustments(source, graph)
-    contents.metadata = _metadata(source, graph, adjust)
+    contents.metadata = _metadata(source, graph, adjust, name)
     head = _choose_head(source, head, contents.kind)
     _add_ends(source, contents, head, adjust)
+    parameters = set(source.kept_names)
     norms = GEMMA_NORMS if graph == "gemma3" else NORMS
     for index in range(source.config.num_hidden_layers):
         layer, at = f"model.layers.{index}", f"blk.{index}"
         for path, name in norms.items():
             _add_norm(source, contents, f"{layer}.{path}", f"{at}.{name}", adjust)
         for path, name in QK_NORMS.items():
-            if source.has(f"{layer}.{path}.weight"):
+            if f"{layer}.{path}.weight" in parameters:
                 _add_norm(source, contents, f"{layer}.{path}", f"{at}.{name}", adjust)
         for path, name in LINEARS.items():
             _add_linear(source, contents, f"{layer}.{path}", f"{at}.{name}", adjust)
@@ -194,7 +195,7 @@ def _unlike_bitnet(source: Source, name: str) -> str | None:
         config.hidden_size
     ):
         return "its heads fill the width"
-    if plan.spec.dead_zone_bias or any(source.has(f"{path}.bias") for path in plan.linears):
+    if any(source.has_bias(path) for path in plan.linears):
         return "it has no biases"
     for path, linear in plan.linears.items():
         if linear.normed and linear.fed_by is not None:
@@ -203,7 +204,7 @@ def _unlike_bitnet(source: Source, name: str) -> str | None:
                     "norms with a gain per channel in front of q, k, v, gate and up. Tune with --placement output, or with "
                     "--gain scalar where block gains are constant (single-scale norms)"
                 )
-            gain = source.kept(linear.fed_by)
+            gain = source.kept(f"{linear.fed_by}.weight")
             if (gain.max() - gain.min()).item() > 1e-6 * gain.abs().max().item():
                 return f"two norms in a row are one only where the first has a constant gain, and {linear.fed_by} has not"
         elif linear.normed != path.endswith(WRITERS):
@@ -278,7 +279,7 @@ def _adjustments(source: Source, graph: str) -> Adjustments:
         return Adjustments(block, inner=math.sqrt(block / inserted))
     scales, left = {}, []
     for path, norm in fed.items():
-        first = source.kept(norm).double().mean().item()
+        first = source.kept(f"{norm}.weight").double().mean().item()
         second = source.gain(path).double().mean().item()
         both = first**2 + inserted
         scales[path] = first * second / math.sqrt(both)
@@ -298,7 +299,7 @@ def _add_ends(source: Source, contents: Contents, head: str, adjust: Adjustments
     gemma = 1.0 if contents.graph == "gemma3" else 0.0
     width = source.config.hidden_size
     contents.entries.append(
-        Entry("output_norm.weight", (width,), "f32", lambda: _f32((source.kept("model.norm") + gemma) / adjust.residual))
+        Entry("output_norm.weight", (width,), "f32", lambda: _f32((source.kept("model.norm.weight") + gemma) / adjust.residual))
     )
     if not source.tied:
         _add_matrix(source, contents, source.head_path, "output.weight", head, 1.0)
@@ -309,7 +310,7 @@ def _add_ends(source: Source, contents: Contents, head: str, adjust: Adjustments
 
 def _add_norm(source: Source, contents: Contents, path: str, name: str, adjust: Adjustments) -> None:
     def read() -> np.ndarray:
-        weight = source.kept(path)
+        weight = source.kept(f"{path}.weight")
         if path in adjust.merged:
             return _f32(torch.ones_like(weight))
         return _f32(weight + 1 if contents.graph == "gemma3" else weight)
@@ -333,12 +334,12 @@ def _add_linear(source: Source, contents: Contents, path: str, name: str, adjust
     elif path.endswith(("v_proj", "up_proj")):
         factor *= adjust.inner
     _add_matrix(source, contents, path, f"{name}.weight", contents.kind, factor)
-    if not source.has(f"{path}.bias") and (source.plan is None or not source.plan.spec.dead_zone_bias):
+    if not source.has_bias(path):
         return
     assert factor == 1.0, path
 
     def read() -> np.ndarray:
-        bias = source.packed(path).bias if path in source.ternary else source.kept(path, "bias")  # pyright: ignore
+        bias = source.packed(path).bias if path in source.ternary else source.kept(f"{path}.bias")  # pyright: ignore
         rows = _row_order(source, contents.graph, path)
         return _f32(bias if rows is None else bias[rows])  # pyright: ignore
 
@@ -357,7 +358,7 @@ def _add_matrix(source: Source, contents: Contents, path: str, name: str, kind: 
 
     def read() -> np.ndarray:
         if path not in source.ternary:
-            weight = source.kept(path) * factor
+            weight = source.kept(f"{path}.weight") * factor
             return encode(weight if rows is None else weight[rows], kind)
         packed = source.packed(path)
         codes, scale = packed.codes, packed.scale.float() * abs(factor)
@@ -391,7 +392,7 @@ def _f32(tensor: Tensor) -> np.ndarray:
 # ── metadata ──
 
 
-def _metadata(source: Source, graph: str, adjust: Adjustments) -> dict[str, Any]:
+def _metadata(source: Source, graph: str, adjust: Adjustments, name: str) -> dict[str, Any]:
     config = source.config
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rope = config.rope_parameters["full_attention"] if graph == "gemma3" else config.rope_parameters
@@ -404,7 +405,7 @@ def _metadata(source: Source, graph: str, adjust: Adjustments) -> dict[str, Any]
     }  # fmt: skip
     if graph == "gemma3":
         of_graph["attention.sliding_window"] = config.sliding_window
-    return {"general.name": source.directory.absolute().name} | {f"{graph}.{key}": value for key, value in of_graph.items()}
+    return {"general.name": name} | {f"{graph}.{key}": value for key, value in of_graph.items()}
 
 
 def _rotary_factors(source: Source) -> Tensor | None:

@@ -45,6 +45,7 @@ from trilobit.surgery.ternary import Plan, apply_plan
 
 CARD = "trilobit.json"
 LOCAL_PREFIXES = (".", "/", "~", "out/")  # out/ is where runs are written by default: a misspelt one is no hub id
+SMALL_GAIN = 2.0**-20  # what is left of a block gain that moved into the linears (export/forms.py)
 PACKED_FILE = "packed.safetensors"  # not model.safetensors: stock software must refuse it, not half-read it
 
 
@@ -209,7 +210,7 @@ def read_ours(path: Path) -> Loaded:
     if form != "latent" and card.get("norms") == "everywhere":
         plan = _with_every_norm(plan)
     apply_plan(model, plan)
-    tensors = _read_tensors(path / (PACKED_FILE if form == "packed" else "model.safetensors"))
+    tensors = {name: read_tensor(path / file, name) for name, file in tensor_files(path, form).items()}
     if form == "latent":
         _assign(model, tensors, path)
         return Loaded(model, tokenizer, plan, form)
@@ -267,12 +268,26 @@ def _assign(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
             parameter.copy_(tensors[name])
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def tensor_files(path: Path, form: str) -> dict[str, str]:
+    """Names of the tensors of a stored model, and the file that each is in. Raises ModelError."""
+    stem = (PACKED_FILE if form == "packed" else "model.safetensors").removesuffix(".safetensors")
+    if (path / f"{stem}.safetensors.index.json").exists():
+        return dict(read_json(path / f"{stem}.safetensors.index.json")["weight_map"])
+    file = f"{stem}.safetensors"
     try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        with safe_open(path / file, "pt") as opened:
+            return dict.fromkeys(opened.keys(), file)
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} cannot be read: {error}") from error
+        raise ModelError(f"{path / file} cannot be read: {error}") from error
+
+
+def read_tensor(file: Path, name: str) -> Tensor:
+    """A tensor of a safetensors file. Raises ModelError."""
+    try:
+        with safe_open(file, "pt") as opened:
+            return opened.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{file} cannot be read: {error}") from error
 
 
 def _require_checkpoint_directory(path: Path) -> None:
