@@ -248,7 +248,9 @@ def test_exported_models_run(cli: Any, tmp_path: Path, monkeypatch: pytest.Monke
     latent(tmp_path / "latent", tokenizer=tokenizer)
     out = str(tmp_path / "out")
     result = json.loads(cli("export", str(tmp_path / "latent"), "--out", out, "--json").out)
-    assert {"path", "layout", "bytes", "bits_per_ternary_weight", "kl", "perplexity_ratio"} <= set(result)
+    assert {"path", "form", "bytes", "seconds"} <= set(result)
+    assert {"layout", "bits_per_ternary_weight"} <= set(result["details"])
+    assert {"kl", "perplexity_ratio"} <= set(result["check"]["rows"][0]["agreement"])
     outcome = cli("generate", out, "naïve", "--max-tokens", "12", "--verify", "--cache", "int8", "--json")
     assert json.loads(outcome.out)["engine"] == "native"
     assert "Runs on native engine, 1 threads, " in outcome.err

@@ -13,8 +13,8 @@ from infer.natives import latent
 from trilobit.config.export import ExportConfig
 from trilobit.errors import ModelError, OutputError, TrilobitError, VerificationError
 from trilobit.export import native as export
+from trilobit.export.convert import ExportResult, run
 from trilobit.export.hf import write_latent
-from trilobit.export.native import run
 from trilobit.export.verify import Agreement
 from trilobit.infer import graph, native_file
 from trilobit.infer.engine import Engine, open_engine, open_native
@@ -34,6 +34,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return latent(tmp_path_factory.mktemp("latent") / "model", max_position_embeddings=128)
 
 
+def agreed(result: ExportResult) -> Agreement:
+    """The one comparison of a native export."""
+    (row,) = result.check.rows
+    return row.agreement
+
+
 @pytest.mark.parametrize("layout", ["auto", "two-bit", "base-3"])
 def test_the_written_model_is_the_model(trained: Path, tmp_path: Path, layout: Any) -> None:
     """A whole directory with its checksums, which opens as the model it was made from; layout, size and agreement are said."""
@@ -47,13 +53,13 @@ def test_the_written_model_is_the_model(trained: Path, tmp_path: Path, layout: A
     ids = torch.randint(3, BYTES, (60,))
     assert torch.equal(opened.logits(ids), source.logits(ids))
     assert opened.stops == {2}
-    assert result.layout == opened.graph.header.layout
-    assert layout in ("auto", result.layout)
+    assert result.details["layout"] == opened.graph.header.layout
+    assert layout in ("auto", result.details["layout"])
     assert result.bytes == (out / native_file.NAME).stat().st_size
-    assert result.positions == 8 * 127
-    assert result.top1 > 0.9
-    assert 0 <= result.kl < 0.005
-    assert result.perplexity_ratio == pytest.approx(1, abs=0.01)
+    assert agreed(result).positions == 8 * 127
+    assert agreed(result).top1 > 0.9
+    assert 0 <= agreed(result).kl < 0.005
+    assert agreed(result).perplexity_ratio == pytest.approx(1, abs=0.01)
     assert list(opened.stream([5], 3, Sampling())) == list(source.stream([5], 3, Sampling()))
 
 
@@ -76,7 +82,7 @@ def test_a_given_text_is_what_it_is_compared_on(trained: Path, tmp_path: Path) -
     text = tmp_path / "text.txt"
     text.write_text("Sphinx of black quartz, judge my vow. " * 20)
     result = run(ExportConfig(model=str(trained), out=str(tmp_path / "out"), data=str(text)))
-    assert result.positions == 760 // 128 * 127
+    assert agreed(result).positions == 760 // 128 * 127
 
 
 def test_weights_only_models_are_exported_with_their_loss(tmp_path: Path) -> None:
@@ -86,8 +92,8 @@ def test_weights_only_models_are_exported_with_their_loss(tmp_path: Path) -> Non
     write_latent(model, plan, byte_tokenizer(), tmp_path / "model")
     result = run(ExportConfig(model=str(tmp_path / "model"), out=str(tmp_path / "out")))
     assert open_native(tmp_path / "out")[0].header.activations == "group"
-    assert 0 < result.kl < 0.05
-    assert 0.9 < result.perplexity_ratio < 1.1
+    assert 0 < agreed(result).kl < 0.05
+    assert 0.9 < agreed(result).perplexity_ratio < 1.1
 
 
 def _ordinary(folder: Path) -> Path:

@@ -6,47 +6,25 @@ said, and refused only where too much is lost.
 """
 
 import math
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from trilobit.config.export import ExportConfig
-from trilobit.corpus import documents
-from trilobit.errors import ModelError, VerificationError
+from trilobit.errors import VerificationError
 from trilobit.export.hf import write_companions
+from trilobit.export.verification import Check, Row, probe_windows
 from trilobit.export.verify import Agreement, compare, noise_floor
 from trilobit.infer import graph, native_file
-from trilobit.infer.engine import Engine, open_native, require_library
-from trilobit.infer.generate import continue_tokens
-from trilobit.infer.load import Loaded, freeze, load
-from trilobit.listener import SILENT, Listener
-from trilobit.measure.perplexity import text_windows
-from trilobit.storage import atomic_directory, require_new_directory
+from trilobit.infer.engine import Engine, open_native
+from trilobit.infer.load import freeze, load
 
 PROBE_WINDOWS, PROBE_LENGTH = 8, 256
 MOST_KL, MOST_CHANGE, ERRORS = 0.005, 0.001, 3.0  # nats a position; of the loss, beyond so many standard errors
 NOISE = 2.0  # times the model's own noise
 LOST = 0.1  # nats of the loss of a weights-only model, which int8 activations make another one
-
-
-@dataclass(frozen=True)
-class ExportResult:
-    """What was written, and how the engine's reading of it agrees with transformers' on `positions` positions."""
-
-    path: str
-    layout: str
-    bytes: int
-    bits_per_ternary_weight: float
-    positions: int
-    top1: float
-    kl: float
-    perplexity_ratio: float
-    seconds: float
 
 
 class _Reading:
@@ -62,27 +40,24 @@ class _Reading:
         return type("Output", (), {"logits": self.engine.logits(input_ids[0])[None]})
 
 
-def run(config: ExportConfig, listener: Listener = SILENT) -> ExportResult:
-    """`trilobit export`. Raises NotNative where the engine has no graph, VerificationError where it reads another model."""
-    started = time.perf_counter()
-    require_library()
-    target = Path(config.out)
-    require_new_directory(target, "Choose another --out.")
+def write(config: ExportConfig, directory: Path) -> tuple[str, str, dict[str, Any], Check]:
+    """The native file into an existing directory, checked by running it: its form, why that one, what a weight takes, and the
+    check. Raises NotNative where the engine has no graph, VerificationError where it reads another model."""
     loaded = load(config.model)
     freeze(loaded.model)
     model = graph.compile(loaded.model, None if config.layout == "auto" else config.layout)
-    probe = _probe(loaded, config.data)
-    with atomic_directory(target) as directory:
-        native_file.write(model, directory / native_file.NAME)
-        write_companions(directory, loaded.model, loaded.plan, loaded.tokenizer, "native", {})
-        reading = Engine(*open_native(directory, complete=False), capacity=probe.shape[1])
-        agreement = compare(loaded.model, _Reading(reading), probe)
-        _require_same(agreement, model.header.activations, lambda: noise_floor(loaded.model, probe))
-    size = (target / native_file.NAME).stat().st_size
-    return ExportResult(
-        str(target), model.header.layout, size, bits_per_weight(model), agreement.positions, agreement.top1, agreement.kl,
-        agreement.perplexity_ratio, time.perf_counter() - started,
-    )  # fmt: skip
+    probe = probe_windows(loaded, config.data, PROBE_WINDOWS, PROBE_LENGTH)
+    native_file.write(model, directory / native_file.NAME)
+    write_companions(directory, loaded.model, loaded.plan, loaded.tokenizer, "native", {})
+    reading = Engine(*open_native(directory, complete=False), capacity=probe.shape[1])
+    agreement = compare(loaded.model, _Reading(reading), probe)
+    _require_same(agreement, model.header.activations, lambda: noise_floor(loaded.model, probe))
+    limits = f"KL {MOST_KL} or twice the model's own noise, perplexity within 0.1 % and three standard errors"
+    if model.header.activations != "token":
+        limits = f"{LOST} nats of loss: the engine's int8 activations make a weights-only model another one"
+    reason = "as asked" if config.layout != "auto" else "the fastest here"
+    details = {"layout": model.header.layout, "bits_per_ternary_weight": bits_per_weight(model)}
+    return model.header.layout, reason, details, Check([Row("the engine", "the model", agreement)], limits)
 
 
 def bits_per_weight(model: graph.Graph) -> float:
@@ -90,21 +65,6 @@ def bits_per_weight(model: graph.Graph) -> float:
     stored = sum(t.nbytes for n, t in model.tensors.items() if n.startswith("layers.") and n.endswith((".codes", ".scales")))
     weights = model.header.layers * sum(rows * columns for rows, columns in model.header.matrices().values())
     return 8 * stored / weights
-
-
-def _probe(loaded: Loaded, data: str | None) -> Tensor:
-    """Token windows [N, W + 1] to compare readings on: of a text, or sampled from the model (not from the engine: its
-    own text flatters it)."""
-    length = min(PROBE_LENGTH, getattr(loaded.model.config, "max_position_embeddings", PROBE_LENGTH)) - 1
-    if data is not None:
-        texts = (document.text for document in documents(data))
-        return text_windows(texts, loaded.tokenizer, length + 1, False, PROBE_WINDOWS)[0]
-    start: Any = loaded.tokenizer.bos_token_id
-    start = loaded.tokenizer.eos_token_id if start is None else start
-    if start is None:
-        raise ModelError("this tokenizer has no token to sample a text from: give --data.")
-    prompts = torch.full((PROBE_WINDOWS, 1), start)
-    return continue_tokens(loaded.model, prompts, length, temperature=1.0, ends=False)
 
 
 def _require_same(agreement: Agreement, activations: str, floor: Callable[[], Agreement]) -> None:

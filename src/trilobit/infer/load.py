@@ -84,6 +84,15 @@ def load(source: str | Path, *, device: str | torch.device = "cpu", dtype: torch
     return loaded
 
 
+def locate(source: str) -> Path:
+    """The directory that `source` names, which a hub id is copied to first. Raises ModelError."""
+    path = _path(source)
+    if path.exists() or source.startswith(LOCAL_PREFIXES) or source.count("/") > 1:
+        return path
+    with clear_errors(source):
+        return Path(snapshot_download(source))
+
+
 def _path(source: str | Path) -> Path:
     """`source` as a path that can be asked whether it exists. Raises ModelError if it may not be looked at."""
     path = Path(source)

@@ -1,0 +1,89 @@
+"""The model card of an export: where the model comes from, how it was made and measured, how its reading agrees."""
+
+from pathlib import Path
+from typing import Any
+
+from trilobit import __version__
+from trilobit.export.verification import Check
+from trilobit.storage import read_json
+
+RUN = {
+    "native": "trilobit generate {name} 'Once upon a time'",
+    "gguf": "llama-cli -m {name}.gguf -p 'Once upon a time'",
+    "hf": "AutoModelForCausalLM.from_pretrained('{name}')",
+    "bf16": "AutoModelForCausalLM.from_pretrained('{name}')",
+}
+LIBRARY = {"native": "trilobit", "gguf": "gguf", "hf": "transformers", "bf16": "transformers"}
+
+
+def write_card(directory: Path, source: Path, name: str, to: str, form: str, check: Check) -> None:
+    """Write README.md into `directory` for the export of `source`, a run or a model directory."""
+    record = read_json(source / "run.json") if (source / "run.json").exists() else {}
+    settings, result = record.get("config", {}), record.get("result", {})
+    base = settings.get("model")
+    front = ["---", f"library_name: {LIBRARY[to]}", "tags: [ternary, 1.58-bit, trilobit]"]
+    if base is not None and is_hub_id(base):
+        front.append(f"base_model: {base}")
+    if (licence := licence_of(base)) is not None:
+        front.append(f"license: {licence}")
+    front.append("---")
+    parts = [
+        "\n".join(front),
+        f"# {name}",
+        _origin(base, settings, result, licence),
+        f"Form: {form}. Run it with\n\n    {RUN[to].format(name=name)}",
+    ]
+    if measured := _measured(result):
+        parts.append(measured)
+    parts.append("## What was written, read back\n\n" + "\n".join(check.table()))
+    (directory / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def is_hub_id(base: str) -> bool:
+    """Whether a --model names a repository rather than a place on someone's disk."""
+    return base.count("/") == 1 and not base.startswith((".", "/", "~", "out/")) and not Path(base).exists()
+
+
+def licence_of(base: str | None) -> str | None:
+    """What the base model's own card says its licence is; None if it has no card, or the hub cannot be reached."""
+    from huggingface_hub import ModelCard
+
+    try:
+        card = ModelCard.load(Path(base) / "README.md" if Path(base or "").is_dir() else base)  # pyright: ignore
+        return card.data.license  # pyright: ignore[reportAttributeAccessIssue]
+    except Exception:  # the hub client raises nearly every kind there is
+        return None
+
+
+def _origin(base: str | None, settings: dict[str, Any], result: dict[str, Any], licence: str | None) -> str:
+    if not settings:
+        return f"Written by trilobit {__version__}."
+    shown = base if base is not None and is_hub_id(base) else Path(base).name if base else settings.get("architecture")
+    said = {
+        "recipe": settings.get("recipe"), "placement": settings.get("placement"), "gain": settings.get("gain"),
+        "scale": settings.get("scale"), "activations": settings.get("activations"), "cover": settings.get("cover"),
+        "schedule": settings.get("schedule"), "optimizer": settings.get("optimizer"), "lr": settings.get("lr"),
+        "tokens": f"{result['tokens']:,}" if "tokens" in result else None,
+    }  # fmt: skip
+    text = (
+        f"Made from {shown} by trilobit {__version__}: " + ", ".join(f"{k} {v}" for k, v in said.items() if v is not None) + "."
+    )
+    return text if licence is not None else f"{text} The licence of the base model applies; it could not be read here."
+
+
+def _measured(result: dict[str, Any]) -> str | None:
+    """Held-out loss of the original and of this model, from run.json."""
+    rows = [("original", "base_nats_per_token", "base_perplexity"), ("this model", "nats_per_token", "perplexity")]
+    if any(key not in result for _, *keys in rows for key in keys):
+        return None
+    lines = [f"| {name} | {result[nats]:.4f} | {result[ppl]:.2f} |" for name, nats, ppl in rows]
+    tokens = result.get("heldout_tokens")
+    return "\n".join(
+        [
+            f"## Measured on {f'{tokens:,} ' if tokens else ''}held-out tokens",
+            "",
+            "| | nats per token | perplexity |",
+            "|---|---|---|",
+            *lines,
+        ]
+    )

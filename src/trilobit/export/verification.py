@@ -1,0 +1,215 @@
+"""Does the consumer read what was trained? In a process of its own: python -m trilobit.export.verification FOLDER.
+
+    hf      transformers                against the model                                   verify.py's limits
+    bf16    transformers                against the model without activation quantisation   the same
+    gguf    llama.cpp (xllamacpp)       against the model                                   see below
+
+llama.cpp quantises activations in blocks of its own, or not at all, so it is not the same model to the last digit. How far
+int8 activations take this very model from none is the measure: KL(ours ‖ llama.cpp) ≤ 2 × KL(int8 ‖ none), and the loss the
+same within 1 % of perplexity and three standard errors. Ordinary models: KL ≤ 0.001. Both must make the same tokens of text.
+"""
+
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trilobit.corpus import documents
+from trilobit.errors import ModelError, VerificationError
+from trilobit.export.verify import MAX_PERPLEXITY_CHANGE, Agreement, compare, load_stock, noise_floor
+from trilobit.infer.generate import continue_tokens
+from trilobit.infer.load import Loaded, freeze, load
+from trilobit.listener import Listener
+from trilobit.measure.perplexity import text_windows
+from trilobit.nn.packed import PackedLinear
+from trilobit.storage import read_json
+
+PROBE_LENGTH = 129
+PROBE_WINDOWS = {"gguf": 8, "hf": 32, "bf16": 32}  # 1,024 positions one by one, or 4,096
+MOST_TIMES, MOST_ORDINARY_KL = 2.0, 0.001
+MOST_CHANGE, ERRORS = 0.01, 3.0  # of perplexity; and standard errors
+TRICKY = ["Hello, world!", "  two spaces\n\n\ttab", "don't, it's 12345 naïve café — 你好 🙂", "def f(x):\n    return x ** 2\n"]
+CANARY_TOKENS = 24
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison: who read it, and how that agrees with what."""
+
+    reader: str
+    against: str
+    agreement: Agreement
+
+
+@dataclass(frozen=True)
+class Check:
+    """What the consumer made of the artefact. why_not: why there was no check."""
+
+    rows: list[Row] = field(default_factory=list)
+    limits: str = ""
+    prompt: str = ""
+    ours: str = ""
+    theirs: str = ""
+    why_not: str | None = None
+
+    def table(self) -> list[str]:
+        """As Markdown."""
+        if self.why_not is not None:
+            return [f"Not checked: {self.why_not}"]
+        heads = ("reading", "compared with", "positions", "same argmax", "mean \\|Δ logit\\|", "KL (nats)", "perplexity")
+        lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+        for row in self.rows:
+            a = row.agreement
+            numbers = f"{a.positions:,} | {a.top1:.2%} | {a.mean_difference:.4f} | {a.kl:.5f} | × {a.perplexity_ratio:.4f}"
+            lines.append(f"| {row.reader} | {row.against} | {numbers} |")
+        lines += ["", f"Limits: {self.limits}."]
+        if self.prompt:
+            lines += ["", f"{self.prompt!r} is continued by the model with {self.ours!r}, there with {self.theirs!r}."]
+        return lines
+
+
+def verify(model: Path, artefact: Path, to: str, data: str | None, listener: Listener) -> Check:
+    """Check what was written to `artefact`. Raises VerificationError if it is another model."""
+    listener.note("checking what was written")
+    if to == "gguf":
+        from trilobit.export import llama_cpp
+
+        if not llama_cpp.available():
+            return Check(why_not="llama.cpp is not installed here (pip install 'trilobit[gguf]' brings it as xllamacpp)")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        request = {"model": str(model.absolute()), "artefact": str(artefact.absolute()), "to": to, "data": data}
+        (folder / "request.json").write_text(json.dumps(request))
+        command = [sys.executable, "-W", "ignore", "-m", "trilobit.export.verification", name]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if not (folder / "answer.json").exists():
+            raise VerificationError(f"the check did not end: {done.stderr[-400:]} Nothing was left behind.")
+        answer = read_json(folder / "answer.json")
+    if "error" in answer:
+        raise (ModelError if answer["kind"] == "ModelError" else VerificationError)(answer["error"])
+    rows = [Row(row["reader"], row["against"], Agreement(**row["agreement"])) for row in answer.pop("rows")]
+    return Check(rows, **answer)
+
+
+def probe_windows(loaded: Loaded, data: str | None, count: int, length: int = PROBE_LENGTH) -> Tensor:
+    """Token windows [N, W + 1] to compare readings on: of a text, or sampled from the model (not from what is checked: its own
+    text flatters it)."""
+    length = min(length, getattr(loaded.model.config, "max_position_embeddings", length))
+    if data is not None:
+        texts = (document.text for document in documents(data))
+        return text_windows(texts, loaded.tokenizer, length, False, count)[0]
+    start: Any = loaded.tokenizer.bos_token_id
+    start = loaded.tokenizer.eos_token_id if start is None else start
+    if start is None:
+        raise ModelError("this tokenizer has no token to sample a text from: give --data.")
+    prompts = torch.full((count, 1), start)
+    return continue_tokens(loaded.model, prompts, length - 1, temperature=1.0, ends=False)
+
+
+@contextmanager
+def activations(model: torch.nn.Module, int8: bool) -> Iterator[torch.nn.Module]:
+    """The model with int8 activations in its ternary linears, or with none quantised."""
+    linears = [m for m in model.modules() if isinstance(m, PackedLinear)]
+    before = [m.int8_activations for m in linears]
+    for linear in linears:
+        linear.int8_activations = int8
+    try:
+        yield model
+    finally:
+        for linear, value in zip(linears, before, strict=True):
+            linear.int8_activations = value
+
+
+# ── the other process ──
+
+
+def check_stock(loaded: Loaded, artefact: Path, windows: Tensor) -> Check:
+    """transformers' reading: of the model where its ternary classes hold it, else of it without quantised activations."""
+    ternary = "quantization_config" in read_json(artefact / "config.json")
+    other = load_stock(artefact)
+    if loaded.plan is None:
+        agreement = compare(loaded.model, other, windows)
+        change = abs(math.log(agreement.perplexity_ratio))
+        if not agreement.kl <= MOST_ORDINARY_KL or change > MAX_PERPLEXITY_CHANGE + ERRORS * agreement.nats_error:
+            raise VerificationError(f"transformers reads another model: KL {agreement.kl:.5f}. It was not left behind.")
+        return Check([Row("transformers", "the model", agreement)], f"KL {MOST_ORDINARY_KL}, perplexity within 0.1 %")
+    with activations(loaded.model, ternary):
+        agreement = compare(loaded.model, other, windows)
+        agreement = agreement.require("transformers' reading", cache(lambda: noise_floor(loaded.model, windows)))
+    against = "the model" if ternary else "the model, activations not quantised"
+    limits = "same argmax at 98.5 % and perplexity within 0.1 %, or no further off than the model's own last bits take it"
+    return Check([Row("transformers", against, agreement)], limits)
+
+
+def check_llama_cpp(loaded: Loaded, file: Path, windows: Tensor) -> Check:
+    """llama.cpp's reading."""
+    from trilobit.export import llama_cpp
+
+    texts = [*TRICKY, *(loaded.tokenizer.decode(window, skip_special_tokens=True) for window in windows[:2])]
+    prompt: Any = loaded.tokenizer.decode(windows[0, 1:9], skip_special_tokens=True)
+    reading = llama_cpp.read(file, windows, texts, prompt, CANARY_TOKENS)
+    for text, theirs in zip(texts, reading.tokens, strict=True):
+        expected: Any = loaded.tokenizer(text)["input_ids"]
+        if expected != theirs:
+            raise VerificationError(
+                f"llama.cpp makes other tokens of {text[:60]!r}: {theirs[:8]}…, not {expected[:8]}…. It was not left behind."
+            )
+    agreement = llama_cpp.compare_reading(loaded.model, reading, windows)
+    rows = [Row("llama.cpp", "the model", agreement)]
+    change, allowed = abs(math.log(agreement.perplexity_ratio)), MOST_CHANGE + ERRORS * agreement.nats_error
+    if loaded.plan is None:
+        most, limits = MOST_ORDINARY_KL, f"KL {MOST_ORDINARY_KL}, perplexity within 1 %"
+    else:
+        rows.append(Row("the model, int8 activations", "the model, none quantised", _own_distance(loaded.model, windows)))
+        most = MOST_TIMES * rows[1].agreement.kl
+        limits = "KL at most twice what int8 activations cost this model (second row), perplexity within 1 %"
+    if not (math.isfinite(agreement.kl) and agreement.kl <= most and change <= allowed):
+        raise VerificationError(
+            f"llama.cpp reads another model: KL {agreement.kl:.5f} (limit {most:.5f}), perplexity × "
+            f"{agreement.perplexity_ratio:.4f}, same argmax at {agreement.top1:.2%} of {agreement.positions} positions. It was "
+            "not left behind."
+        )
+    inputs = torch.tensor([loaded.tokenizer(prompt)["input_ids"]])
+    continued = continue_tokens(loaded.model, inputs, CANARY_TOKENS, temperature=0.0)[0, inputs.shape[1] :]
+    ours: Any = loaded.tokenizer.decode(continued, skip_special_tokens=True)
+    return Check(rows, limits, prompt, ours, reading.continuation)
+
+
+def _own_distance(model: torch.nn.Module, windows: Tensor) -> Agreement:
+    def plain(other: torch.nn.Module):
+        return activations(other, False)
+
+    with activations(model, True):
+        return compare(model, model, windows, other_context=plain)
+
+
+def main(folder: Path) -> None:
+    request = read_json(folder / "request.json")
+    try:
+        loaded = load(request["model"])
+        freeze(loaded.model)
+        windows = probe_windows(loaded, request["data"], PROBE_WINDOWS[request["to"]])
+        artefact = Path(request["artefact"])
+        checks: dict[str, Callable[[], Check]] = {
+            "gguf": lambda: check_llama_cpp(loaded, next(artefact.glob("*.gguf")), windows),
+            "hf": lambda: check_stock(loaded, artefact, windows),
+            "bf16": lambda: check_stock(loaded, artefact, windows),
+        }
+        answer = asdict(checks[request["to"]]())
+    except (VerificationError, ModelError) as error:
+        answer = {"error": str(error), "kind": type(error).__name__}
+    (folder / "answer.json").write_text(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
