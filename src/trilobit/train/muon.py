@@ -47,7 +47,7 @@ GROUPS = (3, 2)
 """Of wide matrices, this many polynomials at a time are multiplied out on A, which is small, before X is touched."""
 WIDE, WORTHWHILE = 2, 256
 """What counts as wide: at least twice as many columns as rows, and rows enough that products are what takes the time."""
-CHUNK_BYTES = {"torch, cpu": 1 << 23, "native": 1 << 25, "torch": 1 << 28}
+CHUNK_BYTES = {"torch, cpu": 1 << 23, "native": 1 << 26, "torch": 1 << 28}
 """Of fp32 updates that are made at once, by what multiplies. On a CPU torch's products want what stays in its caches, ours few
 changes between torch's threads and theirs; on other devices: few launches, little memory."""
 PIECE_BYTES = 1 << 20
