@@ -78,14 +78,36 @@ def test_apply_is_the_product_of_float64(number: int, rows: int, columns: int, s
 
 
 @pytest.mark.skipif(not bf16.available(), reason="no native library, or a processor without AVX512-BF16")
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_threads_change_nothing(threads: int) -> None:
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_threads_change_nothing(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same bits from any number of threads."""
     x = random(3, 100, 70, seed=0)
     a, b = polynomials(2, 100, 0)
     for left, right, symmetric in [(x, x.mT, True), (a, b.mT, True), (a, x[:2].contiguous(), False)]:
-        one, more = (bf16.product(left, right, symmetric=symmetric, threads=n) for n in (1, threads))
-        assert torch.equal(one, more)
+        found = []
+        for threads in (1, number):
+            monkeypatch.setattr(bf16, "threads", lambda threads=threads: threads)
+            found.append(bf16.product(left, right, symmetric=symmetric))
+        assert torch.equal(*found)
+
+
+def test_alone_leaves_torchs_threads_as_they_were() -> None:
+    """Inside, nested or not, torch has one thread and the kernel what torch had; afterwards, also after an error, torch has its
+    own again."""
+
+    def fail() -> None:
+        with bf16.alone(), bf16.alone():
+            assert (torch.get_num_threads(), bf16.threads()) == (1, 3)
+            raise ZeroDivisionError
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with pytest.raises(ZeroDivisionError):
+            fail()
+        assert (torch.get_num_threads(), bf16.threads()) == (3, 3)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.skipif(not bf16.available(), reason="no native library, or a processor without AVX512-BF16")

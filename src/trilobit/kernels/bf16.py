@@ -6,10 +6,14 @@
 
 The kernel (AVX512-BF16) computes one triangle of what is symmetric and mirrors it; what is added is added in fp32, and all of
 it rounded once. Its threads are not torch's, and those keep their cores busy for some milliseconds after each operator,
-waiting for the next: many products in a row should be these alone.
+waiting for the next: between products, torch should do without them (`alone`).
 
 Letters: N matrices, R rows, C columns.
 """
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -26,6 +30,27 @@ def available() -> bool:
 def runs_on(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the native kernel multiplies matrices of this type there."""
     return dtype == torch.bfloat16 and device.type == "cpu" and available()
+
+
+_threads: ContextVar[int | None] = ContextVar("threads", default=None)
+
+
+def threads() -> int:
+    """How many the kernel uses: torch's number, of before `alone`."""
+    return _threads.get() or torch.get_num_threads()
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """torch's operators run on the calling thread only, the kernel on as many threads as before."""
+    number = torch.get_num_threads()
+    token = _threads.set(threads())
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(number)
+        _threads.reset(token)
 
 
 def _native(x: Tensor) -> bool:
@@ -60,7 +85,7 @@ def apply_right(x: Tensor, p: Tensor, of_x: float = 0.0) -> Tensor:
 
 def product(
     a: Tensor, b: Tensor, alpha: float = 1.0, of_a: float = 0.0, of_b: float = 0.0, diagonal: float = 0.0,
-    symmetric: bool = False, threads: int | None = None,
+    symmetric: bool = False,
 ) -> Tensor:  # fmt: skip
     """alpha·A·B + of_a·A + of_b·B + diagonal·I of each pair A [N, R, K], B [N, K, M] bf16: [N, R, M].
 
@@ -74,7 +99,7 @@ def product(
     c = torch.empty(number, rows, columns, dtype=a.dtype)
     native._loaded().call(
         "bf16_product", a.data_ptr(), a_transposed, b.data_ptr(), b_transposed, c.data_ptr(), number, rows, inner, columns,
-        symmetric, alpha, of_a, of_b, diagonal, native._threads(threads),
+        symmetric, alpha, of_a, of_b, diagonal, threads(),
     )  # fmt: skip
     return c
 

@@ -18,12 +18,13 @@ Letters: N matrices of one shape, R rows, C columns.
 
 from collections import defaultdict
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from trilobit.kernels.bf16 import apply, apply_right, commuting, gram, runs_on
+from trilobit.kernels.bf16 import alone, apply, apply_right, commuting, gram, runs_on, threads
 from trilobit.nn.outlier_safe import EmbeddingProjection
 from trilobit.surgery.roles import decoder_layers
 
@@ -47,9 +48,8 @@ GROUPS = (3, 2)
 """Of wide matrices, this many polynomials at a time are multiplied out on A, which is small, before X is touched."""
 WIDE, WORTHWHILE = 2, 256
 """What counts as wide: at least twice as many columns as rows, and rows enough that products are what takes the time."""
-CHUNK_BYTES = {"torch, cpu": 1 << 23, "native": 1 << 26, "torch": 1 << 28}
-"""Of fp32 updates that are made at once, by what multiplies. On a CPU torch's products want what stays in its caches, ours few
-changes between torch's threads and theirs; on other devices: few launches, little memory."""
+CHUNK_BYTES = {True: 1 << 23, False: 1 << 28}
+"""Of fp32 updates that are iterated at once. CPU: what stays in its caches; elsewhere: few launches, little memory."""
 PIECE_BYTES = 1 << 20
 """For each thread, of the bf16 matrices that our kernel iterates at once: what stays in the caches, with all that is made of
 them."""
@@ -66,7 +66,7 @@ def orthogonalize(matrices: Tensor, coefficients: Coefficients = "quintic", comp
     x = torch.mul(x, 1 / (norm * MARGIN[coefficients] + EPS), out=torch.empty_like(x, dtype=compute))
     if not runs_on(compute, x.device) or x.numel() == 0:
         return _iterate(x, coefficients)
-    size = max(1, PIECE_BYTES * torch.get_num_threads() // (2 * x.shape[-2] * x.shape[-1]))
+    size = max(1, PIECE_BYTES * threads() // (2 * x.shape[-2] * x.shape[-1]))
     return torch.cat([_iterate(piece, coefficients) for piece in x.split(size)])
 
 
@@ -159,11 +159,11 @@ class Muon(torch.optim.AdamW):
             if parameter.grad is not None:
                 shapes[parameter.shape, parameter.device].append((parameter, parameter.grad))
         for (shape, device), found in shapes.items():
-            by = "native" if runs_on(self.compute, device) else "torch, cpu" if device.type == "cpu" else "torch"
-            size = max(1, CHUNK_BYTES[by] // (4 * shape.numel()))
+            size = max(1, CHUNK_BYTES[device.type == "cpu"] // (4 * shape.numel()))
             workspace = found[0][1].new_empty(min(size, len(found)), *shape)  # fresh memory costs more than what is done in it
-            for start in range(0, len(found), size):
-                self._step_chunk(group, found[start : start + size], workspace)
+            with alone() if runs_on(self.compute, device) else nullcontext():
+                for start in range(0, len(found), size):
+                    self._step_chunk(group, found[start : start + size], workspace)
 
     def _step_chunk(self, group: dict[str, Any], found: list[tuple[nn.Parameter, Tensor]], workspace: Tensor) -> None:
         """One step of matrices of one shape. workspace: as many of them, overwritten."""
