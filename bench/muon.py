@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from trilobit.kernels import bf16
-from trilobit.train.muon import ITERATION, Muon, hidden_matrices, orthogonalize
+from trilobit.train.muon import ITERATION, PIECE_BYTES, Muon, hidden_matrices, orthogonalize
 
 SMOLLM2 = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)] * 30
 
@@ -74,19 +74,21 @@ def errors(rows: int, columns: int) -> str:
     return f"{rows} × {columns}: " + ", ".join(parts)
 
 
-def seconds_of(multiply: Callable[[], Tensor], times: int = 8) -> float:
-    """Of one product among several, torch's threads asleep at first: they wait actively for a while after their last one."""
+def seconds_of(multiply: Callable[[], Tensor], times: int = 16) -> float:
+    """The shortest of some, torch's threads asleep at first: after an operator they wait actively for the next."""
     time.sleep(0.02)
-    multiply()
-    start = time.perf_counter()
+    found = []
     for _ in range(times):
+        start = time.perf_counter()
         multiply()
-    return (time.perf_counter() - start) / times
+        found.append(time.perf_counter() - start)
+    return min(found)
 
 
 def products(rows: int, columns: int, rounds: int) -> str:
-    """Two X·Xᵀ and two P·X: the kernel's time in torch.bmm's, and its rate in full products (2R²C operations)."""
-    x, number = torch.randn(2, rows, columns).bfloat16(), 2 * 2 * rows * rows * columns
+    """As many X·Xᵀ and P·X as are iterated at once: the kernel's time in torch.bmm's, its rate in full products (2R²C)."""
+    count = max(1, PIECE_BYTES * torch.get_num_threads() // (2 * rows * columns))
+    x, number = torch.randn(count, rows, columns).bfloat16(), count * 2 * rows * rows * columns
     p = bf16.gram(x)
     cases = {
         "X·Xᵀ": (lambda: bf16.gram(x), lambda: torch.bmm(x, x.mT)),
