@@ -4,20 +4,22 @@
 
 Random gradients; steps of the three are interleaved, the ratio is the median over rounds of ours / torch's in the same round.
 TFLOP/s counts what five plain iterations would take (4R²C + 2R³ each), for both: doing with fewer is the point. Without a
-directory the matrices are those of SmolLM2-135M. Also printed: how far each is from the float64 iteration, on gradients of
-three spectra; and, given the seconds of forward and backward on --step-tokens (bench/tune_step.py measures a step), what Muon
-adds to a whole training step.
+directory the matrices are those of SmolLM2-135M. Also printed: where kernels/bf16.py has a kernel, its products alone against
+torch.bmm; how far each is from the float64 iteration, on gradients of three spectra; and, given the seconds of forward and
+backward on --step-tokens (bench/tune_step.py measures a step), what Muon adds to a whole training step.
 """
 
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from trilobit.train.muon import ITERATION, Muon, hidden_matrices, orthogonalize
+from trilobit.kernels import bf16
+from trilobit.train.muon import ITERATION, PIECE_BYTES, Muon, hidden_matrices, orthogonalize
 
 SMOLLM2 = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)] * 30
 
@@ -72,6 +74,36 @@ def errors(rows: int, columns: int) -> str:
     return f"{rows} × {columns}: " + ", ".join(parts)
 
 
+def seconds_of(multiply: Callable[[], Tensor], times: int = 16) -> float:
+    """The shortest of some, torch's threads asleep at first: after an operator they wait actively for the next."""
+    time.sleep(0.02)
+    found = []
+    for _ in range(times):
+        start = time.perf_counter()
+        multiply()
+        found.append(time.perf_counter() - start)
+    return min(found)
+
+
+def products(rows: int, columns: int, rounds: int) -> str:
+    """As many X·Xᵀ and P·X as are iterated at once: the kernel's time in torch.bmm's, its rate in full products (2R²C)."""
+    count = max(1, PIECE_BYTES * torch.get_num_threads() // (2 * rows * columns))
+    x, number = torch.randn(count, rows, columns).bfloat16(), count * 2 * rows * rows * columns
+    p = bf16.gram(x)
+    cases = {
+        "X·Xᵀ": (lambda: bf16.gram(x), lambda: torch.bmm(x, x.mT)),
+        "P·X": (lambda: bf16.apply(p, x), lambda: torch.bmm(p, x)),
+    }
+    parts = []
+    for name, (ours, theirs) in cases.items():
+        pairs = [(seconds_of(ours), seconds_of(theirs)) for _ in range(rounds)]
+        ratio, rate = statistics.median(a / b for a, b in pairs), number / statistics.median(a for a, _ in pairs) / 1e12
+        parts.append(
+            f"{name} {ratio:.2f} ({rate:.2f} TFLOP/s, torch {number / statistics.median(b for _, b in pairs) / 1e12:.2f})"
+        )
+    return f"{rows} × {columns}: " + ", ".join(parts)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?")
@@ -112,6 +144,10 @@ def main() -> None:
         ours, adamw = (statistics.median(seconds[name]) for name in ("trilobit", "AdamW, fused"))
         whole = (arguments.step_seconds + ours) / (arguments.step_seconds + adamw)
         print(f"a step of {arguments.step_tokens:,} tokens with Muon: {whole:.3f} of AdamW's")
+    if arguments.device == "cpu" and bf16.available():
+        print("products alone, time in torch.bmm's:")
+        for shape in sorted({tuple(sorted(s)) for s in shapes}):
+            print(" ", products(*shape, arguments.rounds))
     print("relative error against the float64 iteration, trilobit / torch.optim.Muon:")
     for shape in sorted({tuple(sorted(s)) for s in shapes}):
         print(" ", errors(*shape))

@@ -1,6 +1,7 @@
 // The entry points of trilobit.h: check, pack, spread the activations, choose an instruction set, share out the work.
 //
 // The processor is asked once, at the first use: what it has (cpuid) and what the system saves for it (xgetbv).
+#include "bf16.h"
 #include "floats.h"
 #include "kernels.h"
 #include "memory.h"
@@ -20,9 +21,9 @@ bool always() { return true; }
 
 #if defined(__x86_64__)
 struct Features {
-    bool avx2, fma, avxvnni, avx512, avx512vbmi;
+    bool avx2, fma, avxvnni, avx512, avx512vbmi, avx512bf16;
 
-    Features() : avx2(false), fma(false), avxvnni(false), avx512(false), avx512vbmi(false) {
+    Features() : avx2(false), fma(false), avxvnni(false), avx512(false), avx512vbmi(false), avx512bf16(false) {
         unsigned a, b, c, d, a1, b1, c1, d1;
         if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE)) return;
         unsigned saved, upper;
@@ -30,11 +31,14 @@ struct Features {
         const bool ymm = (saved & 0x06) == 0x06, zmm = (saved & 0xe6) == 0xe6;
         const bool has_fma = c & 1u << 12;
         if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return;
+        const bool amx_bf16 = d & 1u << 22;
         avx2 = ymm && (b & 1u << 5);
         fma = avx2 && has_fma;
         avx512 = zmm && (b & 1u << 16) && (b & 1u << 30) && (b & 1u << 31) && (c & 1u << 11);  // F, BW, VL, VNNI
         avx512vbmi = avx512 && (c & 1u << 1);
-        avxvnni = a >= 1 && __get_cpuid_count(7, 1, &a1, &b1, &c1, &d1) && avx2 && (a1 & 1u << 4);
+        if (a < 1 || !__get_cpuid_count(7, 1, &a1, &b1, &c1, &d1)) return;
+        avxvnni = avx2 && (a1 & 1u << 4);
+        avx512bf16 = avx512 && (a1 & 1u << 5) && !amx_bf16;  // where there are tiles, torch uses them and is faster
     }
 };
 
@@ -123,6 +127,13 @@ const Kernels *kernels_of(int32_t set) {
 const FloatKernels *floats_of(int32_t set) {
     if (set == -1) set = trilobit_best_set();
     return has(set) ? SETS[set].floats : nullptr;
+}
+
+const Bf16Kernels *bf16_kernels() {
+#if defined(__x86_64__)
+    if (features().avx512bf16) return &BF16_AVX512;
+#endif
+    return nullptr;
 }
 
 int32_t check(int32_t format, int64_t rows, int64_t columns, int64_t group) {

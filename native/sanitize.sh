@@ -13,13 +13,14 @@ build() {  # name, sanitizer flags
     local flags="$common $2" objects="" unit
     compile() { g++ $flags "${@:3}" -c "$2" -o "$directory/$1.o"; }
     library() { compile "$@"; objects="$objects $directory/$1.o"; }
-    for unit in scalar pool dispatch engine sample; do library $unit $unit.cpp; done
+    for unit in scalar pool dispatch engine sample bf16; do library $unit $unit.cpp; done
     library floats floats.cpp $floats
     if [ "$(uname -m)" = x86_64 ]; then
         library avx2 avx2.cpp -mavx2
         library avxvnni avxvnni.cpp -mavx2 -mavxvnni
         library avx512 avx512.cpp $avx512
         library avx512vbmi avx512.cpp $avx512 -mavx512vbmi
+        library avx512bf16 avx512bf16.cpp $avx512 -mavx512bf16
         library floats_avx2 floats.cpp $floats -mavx2 -mfma
         library floats_avx512 floats.cpp $floats $avx512
     else

@@ -144,6 +144,61 @@ void check_quantize(const Problem &p) {
         }
 }
 
+std::vector<uint16_t> halves(int64_t count, std::vector<float> &wide) {
+    std::vector<uint16_t> found;
+    for (int64_t i = 0; i < count; ++i) {
+        const float v = Problem::number() - 1;
+        uint32_t bits;
+        std::memcpy(&bits, &v, sizeof v);
+        found.push_back(static_cast<uint16_t>(bits >> 16));
+        bits &= 0xffff0000u;
+        float rounded;
+        std::memcpy(&rounded, &bits, sizeof rounded);
+        wide.push_back(rounded);
+    }
+    return found;
+}
+
+// A·B of bf16 matrices, or A·Aᵀ, stored either way, plus multiples of what has the result's shape.
+void check_bf16() {
+    if (!trilobit_bf16_runs_here()) return;
+    const int64_t count = between(1, 3), rows = between(1, 120), inner = between(1, 120);
+    const bool symmetric = between(0, 1), a_transposed = between(0, 1), b_transposed = symmetric ? !a_transposed : between(0, 1);
+    const int64_t columns = symmetric ? rows : between(1, 120);
+    std::vector<float> a_wide, b_wide;
+    const std::vector<uint16_t> a = halves(count * rows * inner, a_wide);
+    const std::vector<uint16_t> b = symmetric ? std::vector<uint16_t>() : halves(count * inner * columns, b_wide);
+    const uint16_t *b_data = symmetric ? a.data() : b.data();
+    const std::vector<float> &right = symmetric ? a_wide : b_wide;
+    const float beta = inner == columns && !a_transposed && !symmetric ? 0.5f : 0;
+    const float gamma = inner == rows && !b_transposed && !symmetric ? -0.25f : 0;
+    std::vector<uint16_t> c(static_cast<size_t>(count * rows * columns));
+    bool fine = trilobit_bf16_product(a.data(), a_transposed, b_data, b_transposed, c.data(), count, rows, inner, columns,
+                                      symmetric, 0.75f, beta, gamma, 2, static_cast<int32_t>(between(1, 3))) == 0;
+    for (int64_t m = 0; m < count; ++m)
+        for (int64_t i = 0; i < rows; ++i)
+            for (int64_t j = 0; j < columns; ++j) {
+                const auto left_at = [&](int64_t k) {
+                    return a_wide[static_cast<size_t>(m * rows * inner + (a_transposed ? k * rows + i : i * inner + k))];
+                };
+                const auto right_at = [&](int64_t k) {
+                    return right[static_cast<size_t>(m * columns * inner + (b_transposed ? j * inner + k : k * columns + j))];
+                };
+                double sum = i == j ? 2 : 0, size = 2;
+                for (int64_t k = 0; k < inner; ++k) {
+                    sum += 0.75 * left_at(k) * right_at(k);
+                    size += std::fabs(left_at(k) * right_at(k));
+                }
+                if (beta != 0) sum += beta * left_at(j);
+                if (gamma != 0) sum += gamma * right_at(i);
+                const uint32_t bits = static_cast<uint32_t>(c[static_cast<size_t>((m * rows + i) * columns + j)]) << 16;
+                float found;
+                std::memcpy(&found, &bits, sizeof found);
+                fine = fine && std::fabs(found - sum) <= std::fabs(sum) / 250 + 1e-6 * size;
+            }
+    require(fine, "bf16 product", symmetric ? "symmetric" : "whole", {nullptr, rows, columns, inner, 0}, count);
+}
+
 void check_refusals(const Problem &p) {
     trilobit_matrix m = p.matrix;
     int32_t y = 0;
@@ -173,6 +228,7 @@ int main(int argc, char **argv) {
         require(trilobit_unpack(&m, back.data()) == 0 && same(back, p.codes), "unpack", "none", m, 0);
         check_products(p);
         check_quantize(p);
+        check_bf16();
         check_refusals(p);
     }
     std::printf("%d random problems, every instruction set that runs here, right\n", problems);

@@ -17,7 +17,7 @@
 extern "C" {
 #endif
 
-#define TRILOBIT_ABI 2
+#define TRILOBIT_ABI 3
 
 enum trilobit_format {
     TRILOBIT_TWO_BIT = 0, /* ternary, four codes a byte */
@@ -74,6 +74,15 @@ int32_t trilobit_quantize(const void *x, int32_t bf16, int64_t tokens, int64_t c
 
 /* Look at every byte of a block of memory: what a matrix–vector product cannot be faster than. */
 int32_t trilobit_read(const uint8_t *from, int64_t bytes, int32_t set, int32_t threads);
+
+/* C = alpha·A·B + beta·A + gamma·B + delta·I in bf16, `count` times: A [rows, inner], stored as [inner, rows] where
+ * a_transposed ≠ 0; B [inner, columns], or [columns, inner]; C [rows, columns], neither A nor B. Added up in fp32, rounded once.
+ * symmetric ≠ 0: C is known to be, one triangle is computed and mirrored; beta and gamma are then of symmetric matrices too.
+ * beta, gamma ≠ 0: only where A, or B, has C's shape and is stored like it. On processors with AVX512-BF16. */
+int32_t trilobit_bf16_runs_here(void); /* 1 or 0 */
+int32_t trilobit_bf16_product(const uint16_t *a, int32_t a_transposed, const uint16_t *b, int32_t b_transposed, uint16_t *c,
+                              int64_t count, int64_t rows, int64_t inner, int64_t columns, int32_t symmetric, float alpha,
+                              float beta, float gamma, float delta, int32_t threads);
 
 #ifdef __cplusplus
 }

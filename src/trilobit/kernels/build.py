@@ -41,6 +41,7 @@ UNITS: dict[str, tuple[str, list[str]]] = {
     "dispatch": ("dispatch.cpp", []),
     "engine": ("engine.cpp", []),
     "sample": ("sample.cpp", []),
+    "bf16": ("bf16.cpp", []),
     "floats": ("floats.cpp", FLOATS),
 }
 UNITS_OF_MACHINE: dict[str, dict[str, tuple[str, list[str]]]] = {
@@ -49,6 +50,7 @@ UNITS_OF_MACHINE: dict[str, dict[str, tuple[str, list[str]]]] = {
         "avxvnni": ("avxvnni.cpp", ["-mavx2", "-mavxvnni"]),
         "avx512": ("avx512.cpp", AVX512),
         "avx512vbmi": ("avx512.cpp", [*AVX512, "-mavx512vbmi"]),
+        "avx512bf16": ("avx512bf16.cpp", [*AVX512, "-mavx512bf16"]),
         "floats_avx2": ("floats.cpp", [*FLOATS, "-mavx2", "-mfma"]),
         "floats_avx512": ("floats.cpp", [*FLOATS, *AVX512]),
     },

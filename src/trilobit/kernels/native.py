@@ -32,7 +32,7 @@ from trilobit.quant import Granularity
 
 Format = Literal["two-bit", "base-3", "int8"]
 FORMATS: dict[str, int] = {"two-bit": 0, "base-3": 1, "int8": 2}
-ABI = 2
+ABI = 3
 BEST = -1
 
 
@@ -85,6 +85,12 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         [c_void_p, c_int32, c_int64, c_int64, c_void_p, c_int64, c_float, c_void_p, c_void_p, c_int32, c_int32],
     ),
     "read": (c_int32, [c_void_p, c_int64, c_int32, c_int32]),
+    # called by kernels/bf16.py
+    "bf16_runs_here": (c_int32, []),
+    "bf16_product": (
+        c_int32,
+        [c_void_p, c_int32, c_void_p, c_int32, c_void_p, *[c_int64] * 4, c_int32, *[c_float] * 4, c_int32],
+    ),
     # engine.h, called by kernels/engine.py
     "session_new": (c_void_p, [c_void_p, c_int64, c_int64, c_int32, c_int64, c_void_p]),
     "session_free": (None, [c_void_p]),

@@ -10,18 +10,21 @@ NorMuon (arXiv 2510.05491) divides each row of O by the root of its running mean
 The constants of outlier-safe pre-training (arXiv 2506.19697) are the defaults: quintic coefficients (Keller Jordan's), five
 iterations in bf16. `polar-express` has a polynomial of its own for each iteration (arXiv 2505.16932), which brings the
 singular values nearer to one. The iteration is over the whole logical matrix. Matrices of one shape are iterated as one
-batched product. Of tall ones A = XᵀX, and X ← X·(a + bA + cA²).
+batched product. Of tall ones A = XᵀX, and X ← X·(a + bA + cA²). Products that are symmetric, all but those with X on one side
+only, cost half where kernels/bf16.py has a kernel for them.
 
 Letters: N matrices of one shape, R rows, C columns.
 """
 
 from collections import defaultdict
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from trilobit.kernels.bf16 import alone, apply, apply_right, commuting, gram, runs_on, threads
 from trilobit.nn.outlier_safe import EmbeddingProjection
 from trilobit.surgery.roles import decoder_layers
 
@@ -47,6 +50,9 @@ WIDE, WORTHWHILE = 2, 256
 """What counts as wide: at least twice as many columns as rows, and rows enough that products are what takes the time."""
 CHUNK_BYTES = {True: 1 << 23, False: 1 << 28}
 """Of fp32 updates that are iterated at once. CPU: what stays in its caches; elsewhere: few launches, little memory."""
+PIECE_BYTES = 1 << 20
+"""For each thread, of the bf16 matrices that our kernel iterates at once: what stays in the caches, with all that is made of
+them."""
 
 
 def orthogonalize(matrices: Tensor, coefficients: Coefficients = "quintic", compute: torch.dtype = torch.bfloat16) -> Tensor:
@@ -55,34 +61,40 @@ def orthogonalize(matrices: Tensor, coefficients: Coefficients = "quintic", comp
     Singular values from 0.01 of the Frobenius norm on end between 0.68 and 1.14 (quintic), 0.85 and 1.15 (polar-express).
     Zero stays zero.
     """
-    x, tall = matrices, matrices.shape[-2] > matrices.shape[-1]
+    x = matrices
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
     x = torch.mul(x, 1 / (norm * MARGIN[coefficients] + EPS), out=torch.empty_like(x, dtype=compute))
+    if not runs_on(compute, x.device) or x.numel() == 0:
+        return _iterate(x, coefficients)
+    size = max(1, PIECE_BYTES * threads() // (2 * x.shape[-2] * x.shape[-1]))
+    return torch.cat([_iterate(piece, coefficients) for piece in x.split(size)])
+
+
+def _iterate(x: Tensor, coefficients: Coefficients) -> Tensor:
+    """Of normalised matrices [N, R, C]."""
+    tall = x.shape[-2] > x.shape[-1]
     rows, columns = sorted(x.shape[-2:])
     # The mean of A's diagonal, known: what is taken from it before it is rounded, and carried along as a number.
     shift = 1 / (max(rows, 1) * MARGIN[coefficients] ** 2)
-    identity = torch.eye(rows, dtype=compute, device=x.device)
     remaining = iter(ITERATION[coefficients])
     grouped = coefficients == "quintic" and columns >= WIDE * rows >= WIDE * WORTHWHILE
     for steps in GROUPS if grouped else (1,) * len(ITERATION[coefficients]):
-        pair = (x.mT, x) if tall else (x, x.mT)  # A is as wide as the shorter side
-        gram = torch.baddbmm(identity, *pair, beta=-shift)  # A = shift + gram
-        product, diagonal = gram, 0.0  # of the polynomials so far: diagonal + product
+        rest = gram(x.mT if tall else x, -shift)  # A = shift + rest, as wide as the shorter side
+        product, diagonal = rest, 0.0  # of the polynomials so far: diagonal + product
         for index in range(steps):
             a, b, c = next(remaining)
             lone = a + b * shift + c * shift**2
-            polynomial = torch.baddbmm(gram, gram, gram, beta=b + 2 * c * shift, alpha=c)  # a + bA + cA² = lone + polynomial
+            polynomial = commuting(rest, rest, c, b + 2 * c * shift)  # a + bA + cA² = lone + polynomial
             if index == 0:
                 product, diagonal = polynomial, lone
             else:
-                product = torch.baddbmm(product, polynomial, product, beta=lone).add_(polynomial, alpha=diagonal)
+                product = commuting(product, polynomial, of_a=lone, of_b=diagonal)
                 diagonal *= lone
             if index + 1 < steps:  # A ← A · (lone + polynomial)²: all of these commute
-                square = torch.baddbmm(polynomial, polynomial, polynomial, beta=2 * lone)
-                gram = torch.baddbmm(gram, square, gram, beta=lone**2).add_(square, alpha=shift)
+                square = commuting(polynomial, polynomial, of_a=2 * lone)
+                rest = commuting(rest, square, of_a=lone**2, of_b=shift)
             shift *= lone**2
-        pair = (x, product) if tall else (product, x)
-        x = torch.baddbmm(x, *pair, beta=diagonal)
+        x = apply_right(x, product, diagonal) if tall else apply(product, x, diagonal)
     return x
 
 
@@ -149,8 +161,9 @@ class Muon(torch.optim.AdamW):
         for (shape, device), found in shapes.items():
             size = max(1, CHUNK_BYTES[device.type == "cpu"] // (4 * shape.numel()))
             workspace = found[0][1].new_empty(min(size, len(found)), *shape)  # fresh memory costs more than what is done in it
-            for start in range(0, len(found), size):
-                self._step_chunk(group, found[start : start + size], workspace)
+            with alone() if runs_on(self.compute, device) else nullcontext():
+                for start in range(0, len(found), size):
+                    self._step_chunk(group, found[start : start + size], workspace)
 
     def _step_chunk(self, group: dict[str, Any], found: list[tuple[nn.Parameter, Tensor]], workspace: Tensor) -> None:
         """One step of matrices of one shape. workspace: as many of them, overwritten."""
