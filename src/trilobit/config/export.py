@@ -13,7 +13,7 @@ class ExportConfig:
     """Write a ternary model in the form that an engine reads."""
 
     model: ModelPath
-    """Run directory, or a directory or hub id of a model that trilobit wrote."""
+    """Run directory, or a directory or hub id of a ternary model, trilobit's own or another's (`bitnet` in transformers)."""
     out: Annotated[str, tyro.conf.arg(metavar="DIR")]
     """Directory to write. It must not exist."""
     to: Literal["native"] = "native"
