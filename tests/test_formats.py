@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from trilobit.errors import ModelError
-from trilobit.formats import Bitnet, TwoBit
+from trilobit.formats import Q2_0, TQ1_0, TQ2_0, Bitnet, GgufBlocks, Q2_0Of128, TwoBit
 
 SIZES = st.integers(1, 23)
 
@@ -77,3 +77,58 @@ def test_non_contiguous_codes_pack_alike() -> None:
     codes = random_codes(8, 12, 0)
     assert torch.equal(Bitnet.pack(codes.T), Bitnet.pack(codes.T.contiguous()))
     assert torch.equal(TwoBit.pack(codes.T), TwoBit.pack(codes.T.contiguous()))
+
+
+def codes_and_scales(layout: type[GgufBlocks], rows: int, blocks: int, seed: int) -> tuple[Tensor, Tensor]:
+    codes = random_codes(rows, layout.BLOCK * blocks, seed)
+    generator = torch.Generator().manual_seed(seed)
+    return codes, (torch.rand(rows, blocks, generator=generator) + 0.01).half()
+
+
+@pytest.mark.parametrize("layout", [TQ1_0, TQ2_0])
+@given(rows=st.integers(1, 5), blocks=st.integers(1, 3), seed=st.integers(0, 99))
+def test_gguf_blocks_are_the_gguf_packages(layout: type[GgufBlocks], rows: int, blocks: int, seed: int) -> None:
+    """Bytes equal those of the gguf package's codec bit for bit, and it reads ours as code · scale."""
+    import gguf
+
+    codes, scales = codes_and_scales(layout, rows, blocks, seed)
+    packed = layout.pack(codes, scales)
+    kind = gguf.GGMLQuantizationType(layout.TYPE)
+    dense = codes.float() * scales.float().repeat_interleave(layout.BLOCK, dim=1)
+    assert torch.equal(packed, torch.from_numpy(gguf.quants.quantize(dense.numpy(), kind)))
+    assert torch.equal(torch.from_numpy(gguf.quants.dequantize(packed.numpy(), kind)), dense)
+
+
+@pytest.mark.parametrize("layout", [Q2_0, Q2_0Of128])
+@given(seed=st.integers(0, 99))
+def test_q2_0_bits(layout: type[GgufBlocks], seed: int) -> None:
+    """An fp16 scale, then byte b has columns 4b … 4b + 3, the first in the lowest bits."""
+    codes, scales = codes_and_scales(layout, 1, 1, seed)
+    packed = layout.pack(codes, scales)[0]
+    assert torch.equal(packed[:2].view(torch.float16), scales[0])
+    naive = [sum((int(codes[0, 4 * b + j]) + 1) * 4**j for j in range(4)) for b in range(layout.BLOCK // 4)]
+    assert packed[2:].tolist() == naive
+
+
+@pytest.mark.parametrize("layout", [Q2_0, Q2_0Of128, TQ1_0, TQ2_0])
+@given(rows=st.integers(1, 5), blocks=st.integers(1, 3), seed=st.integers(0, 99))
+def test_gguf_blocks_come_back(layout: type[GgufBlocks], rows: int, blocks: int, seed: int) -> None:
+    """Codes and scales come back as they were, zero scales and all-zero blocks among them."""
+    codes, scales = codes_and_scales(layout, rows, blocks, seed)
+    codes[0, : layout.BLOCK], scales[-1, 0] = 0, 0
+    packed = layout.pack(codes, scales)
+    assert packed.shape == (rows, blocks * layout.SIZE)
+    back, halves = layout.unpack(packed)
+    assert torch.equal(back, codes)
+    assert torch.equal(halves, scales)
+
+
+@pytest.mark.parametrize("layout", [Q2_0, TQ1_0, TQ2_0])
+def test_gguf_blocks_refuse_what_they_cannot_hold(layout: type[GgufBlocks]) -> None:
+    """Widths between blocks, and scales outside fp16, are refused with the number."""
+    codes = random_codes(2, layout.BLOCK, 0)
+    with pytest.raises(ModelError, match=f"576 columns|{layout.BLOCK // 2} columns"):
+        layout.pack(codes[:, : layout.BLOCK // 2], torch.ones(2, 1))
+    for scale in (1e6, 1e-9):
+        with pytest.raises(ModelError, match="fp16 scales"):
+            layout.pack(codes, torch.full((2, 1), scale))

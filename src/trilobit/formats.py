@@ -1,7 +1,7 @@
 """Byte layouts of ternary codes: one class each, `pack` and `unpack`, the bits visible as reshape and shift.
 
-A layout knows nothing of scales, names or files. Codes are int8 tensors of −1, 0, 1 and shape [O, K] (outputs, inputs);
-stored as symbols 0, 1, 2 in two bits each. docs/formats.md draws them.
+A layout knows nothing of names or files; those of GGUF hold the scales too, an fp16 in every block. Codes are int8 tensors
+of −1, 0, 1 and shape [O, K] (outputs, inputs), stored as symbols 0, 1, 2. docs/formats.md draws them.
 """
 
 import torch
@@ -122,3 +122,118 @@ def _rows(symbols: Tensor, outputs: int, inputs: int, group: int, width: int) ->
     padded = blocks.reshape(-1, tiles * width).to(torch.int8) - 1
     parts = padded.split([n + -n % width for n in columns], dim=1)
     return torch.cat([part[:outputs, :n] for part, n in zip(parts, columns, strict=True)], dim=1)
+
+
+class GgufBlocks:
+    """A ternary type of GGUF: a row is K / BLOCK blocks of SIZE bytes, each with symbols and one fp16 scale.
+
+    K must be a multiple of BLOCK. TYPE is ggml's number for it.
+    """
+
+    TYPE: int
+    BLOCK: int
+    SIZE: int
+
+    @classmethod
+    def fits(cls, inputs: int) -> bool:
+        return inputs % cls.BLOCK == 0
+
+    @classmethod
+    def pack(cls, codes: Tensor, scales: Tensor) -> Tensor:
+        """[O, K] int8, [O, K / BLOCK] (rounded to fp16) → [O, bytes] uint8. Raises ModelError if K is no multiple of BLOCK, or
+        if fp16 has no such scale."""
+        outputs, inputs = codes.shape
+        if not cls.fits(inputs):
+            raise ModelError(f"{inputs} columns are not a multiple of {cls.BLOCK}: {cls.__name__} cannot hold them.")
+        halves = scales.to(torch.float16)
+        if not bool(torch.isfinite(halves).all()) or bool(((halves == 0) & (scales != 0)).any()):
+            raise ModelError(f"{cls.__name__} has fp16 scales, and this matrix needs one of {scales.abs().max().item():.3g}.")
+        symbols = (codes + 1).to(torch.uint8).reshape(-1, cls.BLOCK)
+        return cls._join(symbols, halves.reshape(-1, 1).contiguous().view(torch.uint8)).reshape(outputs, -1)
+
+    @classmethod
+    def unpack(cls, packed: Tensor) -> tuple[Tensor, Tensor]:
+        """[O, bytes] uint8 → codes [O, K] int8, scales [O, K / BLOCK] fp16."""
+        outputs = packed.shape[0]
+        symbols, halves = cls._split(packed.reshape(-1, cls.SIZE))
+        codes = (symbols.to(torch.int8) - 1).reshape(outputs, -1)
+        return codes, halves.contiguous().view(torch.float16).reshape(outputs, -1)
+
+    @staticmethod
+    def _join(symbols: Tensor, halves: Tensor) -> Tensor:
+        """[N, BLOCK] uint8, [N, 2] uint8 → [N, SIZE]."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _split(blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """The inverse of _join."""
+        raise NotImplementedError
+
+
+class Q2_0(GgufBlocks):
+    """ggml's Q2_0: 64 columns, the scale first. Bits 2j…2j+1 of byte b hold column 4b + j. 2.25 bits a weight."""
+
+    TYPE, BLOCK, SIZE = 42, 64, 18
+
+    @staticmethod
+    def _join(symbols: Tensor, halves: Tensor) -> Tensor:
+        four = symbols.reshape(len(symbols), -1, PER_BYTE)
+        return torch.cat([halves, four[..., 0] | four[..., 1] << 2 | four[..., 2] << 4 | four[..., 3] << 6], dim=1)
+
+    @staticmethod
+    def _split(blocks: Tensor) -> tuple[Tensor, Tensor]:
+        symbols = torch.stack([blocks[:, 2:] >> shift & 3 for shift in (0, 2, 4, 6)], dim=-1)
+        return symbols.flatten(1), blocks[:, :2]
+
+
+class Q2_0Of128(Q2_0):
+    """PrismML's Q2_0: the same with 128 columns a block, under the same number. Only told apart by a tensor's size."""
+
+    BLOCK, SIZE = 128, 34
+
+
+class TQ2_0(GgufBlocks):
+    """ggml's TQ2_0: 256 columns, the scale last. 2.0625 bits a weight.
+
+    Bits 2l…2l+1 of byte 32g + m hold column 128g + 32l + m.
+    """
+
+    TYPE, BLOCK, SIZE = 35, 256, 66
+
+    @staticmethod
+    def _join(symbols: Tensor, halves: Tensor) -> Tensor:
+        s = symbols.reshape(len(symbols), 2, 4, 32)
+        return torch.cat([(s[:, :, 0] | s[:, :, 1] << 2 | s[:, :, 2] << 4 | s[:, :, 3] << 6).flatten(1), halves], dim=1)
+
+    @staticmethod
+    def _split(blocks: Tensor) -> tuple[Tensor, Tensor]:
+        stored = blocks[:, :64].reshape(-1, 2, 32)
+        return torch.stack([stored >> shift & 3 for shift in (0, 2, 4, 6)], dim=2).flatten(1), blocks[:, 64:]
+
+
+class TQ1_0(GgufBlocks):
+    """ggml's TQ1_0: 256 columns, the scale last. Five symbols a byte, the first the most significant, v = Σ 3^(4−n) · symbol n,
+    stored as ceil(256 v / 243), so that multiplying by 3 pushes them out one by one. Byte m of the first 32 holds columns
+    32n + m, byte m of the next 16 columns 160 + 16n + m; byte m of the last 4 has four, 240 + 4n + m. 1.6875 bits a weight."""
+
+    TYPE, BLOCK, SIZE = 34, 256, 54
+    PARTS = ((32, 5), (16, 5), (4, 4))  # bytes, symbols in each
+
+    @staticmethod
+    def _join(symbols: Tensor, halves: Tensor) -> Tensor:
+        parts, start = [], 0
+        for size, count in TQ1_0.PARTS:
+            digits = symbols[:, start : start + size * count].reshape(-1, count, size).to(torch.int32)
+            value = sum(3 ** (4 - n) * digits[:, n] for n in range(count))
+            parts.append(((value * 256 + 242) // 243).to(torch.uint8))
+            start += size * count
+        return torch.cat([*parts, halves], dim=1)
+
+    @staticmethod
+    def _split(blocks: Tensor) -> tuple[Tensor, Tensor]:
+        parts, start = [], 0
+        for size, count in TQ1_0.PARTS:
+            stored = blocks[:, start : start + size].to(torch.int32)
+            parts += [(stored * 3**n & 255) * 3 >> 8 for n in range(count)]
+            start += size
+        return torch.cat(parts, dim=1).to(torch.uint8), blocks[:, start:]
