@@ -27,6 +27,7 @@ from transformers.initialization import no_init_weights
 from trilobit.errors import ModelError
 from trilobit.formats import Bitnet, TwoBit
 from trilobit.infer.foreign import adopt, bitnet_form, thaw
+from trilobit.infer.gguf_model import read_gguf
 from trilobit.infer.quiet import clear_errors, quiet_transformers
 from trilobit.nn.packed import PackedEmbedding, PackedLinear
 from trilobit.nn.ternary import TernaryEmbedding, TernaryLinear, TernaryModule
@@ -35,6 +36,7 @@ from trilobit.surgery.roles import vocabulary_size
 from trilobit.surgery.ternary import Plan, apply_plan
 
 CARD = "trilobit.json"
+GGUF = ".gguf"
 LOCAL_PREFIXES = (".", "/", "~", "out/")  # out/ is where runs are written by default: a misspelt one is no hub id
 PACKED_FILE = "packed.safetensors"  # not model.safetensors: stock software must refuse it, not half-read it
 
@@ -50,14 +52,15 @@ class Loaded:
 
 
 def load(source: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Loaded:
-    """Load whatever `source` names: a run directory, its model/ or latent/, a checkpoint directory, or a hub id of either.
+    """Load whatever `source` names: a run directory, its model/ or latent/, a checkpoint directory, a hub id of either, or
+    a .gguf file.
 
-    A ternary checkpoint that others wrote gives frozen ternary modules, too. latent/ gives trainable ternary modules, fp32 always; every other trilobit form gives frozen ones. `dtype` is that of
-    the activations between modules and of what is not ternary; ternary modules compute in fp32. Raises ModelError with
-    what to do when the source is missing, gated, damaged, or is no language model.
+    latent/ gives trainable ternary modules, fp32 always; every other ternary form, trilobit's or another's, frozen ones.
+    `dtype` is that of the activations between modules and of what is not ternary; ternary modules compute in fp32. Raises
+    ModelError with what to do when the source is missing, gated, damaged, or is no language model.
     """
     path = _path(source)
-    if not path.exists() and (cached := _ours_on_hub(str(source))) is not None:
+    if path.suffix != GGUF and not path.exists() and (cached := _ours_on_hub(str(source))) is not None:
         path = cached
     if (path / "run.json").exists():
         if "result" not in read_json(path / "run.json"):
@@ -111,6 +114,8 @@ def load_pretrained(source: str, dtype: torch.dtype = torch.float32, *, trainabl
     Raises ModelError instead of guessing.
     """
     path = _path(source)
+    if path.suffix == GGUF:
+        return _loaded_gguf(path, dtype, trainable)
     local = path.exists() or source.startswith(LOCAL_PREFIXES) or source.count("/") > 1
     if local:
         _require_checkpoint_directory(path)
@@ -143,6 +148,20 @@ def load_pretrained(source: str, dtype: torch.dtype = torch.float32, *, trainabl
         return Loaded(thaw(model.float(), plan), tokenizer, plan, form)
     _cast_unquantised(freeze(model), dtype)
     return Loaded(model.requires_grad_(False), tokenizer, plan, form)
+
+
+def _loaded_gguf(path: Path, dtype: torch.dtype, trainable: bool) -> Loaded:
+    if not path.is_file():
+        raise ModelError(
+            f"there is no file {path}. (One that lies on the hub is downloaded first: hf download REPOSITORY FILE.)"
+        )
+    model, tokenizer, plan = read_gguf(path)
+    check_tokenizer(path, model, tokenizer)
+    if trainable and plan is not None:
+        thaw(model, plan)
+    elif not trainable:
+        _cast_unquantised(model, dtype)
+    return Loaded(model.requires_grad_(trainable), tokenizer, plan, "gguf")
 
 
 def load_tokenizer(source: str | Path) -> Any:
