@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from infer.bitnets import BITNET, write_bitnet
+from infer.ggufs import write_gguf
 from trilobit.config.tune import TuneConfig
 from trilobit.errors import ConfigError
 from trilobit.infer.load import load, load_pretrained
@@ -56,3 +57,16 @@ def test_what_it_is_has_to_be_said(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="drop --dead-zone-bias"):
         run(config(tmp_path, model, **fitting, dead_zone_bias=1e-3))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_gguf_file_is_trained_on(tmp_path: Path) -> None:
+    """Scales of groups and full-precision activations, as the file has them; model/ is an ordinary checkpoint again."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = write_gguf(tmp_path / "theirs.gguf", "qwen3", "q2_0", **sizes).path
+    settings = {**AS_IT_IS, "scale": "group-64", "activations": "none"}
+    result = run(config(tmp_path, model, **settings))
+    assert result.form == "dense"
+    assert result.nats_per_token < result.base_nats_per_token - 0.1
+    assert load(tmp_path / "run").plan == load(model).plan
+    with pytest.raises(ConfigError, match="--activations none --scale group-64"):
+        run(config(tmp_path, model, **AS_IT_IS, out=str(tmp_path / "other")))

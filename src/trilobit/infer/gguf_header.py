@@ -28,7 +28,7 @@ LINEARS = {
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }  # fmt: skip
-ACTIVATIONS = {"silu": "silu", "swish": "silu", "relu2": "relu2", "relu_sqr": "relu2"}
+ACTIVATIONS = ("silu", "relu2")  # of bitnet
 GEMMA_27B_LAYERS = 62  # the one whose attention is scaled by D/H, not by E
 GEMMA_LOCAL_THETA = 10_000.0
 
@@ -57,7 +57,7 @@ READ = {
     "rope.scaling.original_context_length", "vocab_size",
 }  # fmt: skip
 READ_BY = {
-    "gemma3": {"attention.sliding_window", "rope.freq_base_swa"}, "bitnet": {"hidden_activation", "hidden_act"}
+    "gemma3": {"attention.sliding_window", "rope.freq_base_swa"}, "bitnet": {"hidden_activation"}
 }  # fmt: skip
 
 
@@ -161,11 +161,12 @@ class GgufHeader:
         if self.kind.free_head:
             settings["head_dim"] = self.head_size
         if self.name == "bitnet":
-            said = self.file.metadata
-            act = said.get("bitnet.hidden_activation", said.get("bitnet.hidden_act", "silu"))
+            act = self.file.metadata.get(
+                "bitnet.hidden_activation", "silu"
+            )  # llama.cpp's own default, and for long its only one
             if act not in ACTIVATIONS:
                 raise ModelError(f"its gate is {str(act)[:40]!r}; {', '.join(ACTIVATIONS)} are read.")
-            settings["hidden_act"] = ACTIVATIONS[act]
+            settings["hidden_act"] = act
         if self.name != "qwen2":  # which has them on q, k and v always
             settings["attention_bias"] = "blk.0.attn_q.bias" in self.file.tensors
         if self.name == "llama":
