@@ -27,3 +27,7 @@ class NonFiniteError(TrilobitError):
 
 class VerificationError(TrilobitError):
     """A written artefact, read back by its real consumer, does not agree with the model it was made from."""
+
+
+class ExportError(TrilobitError):
+    """A model that the target format or engine cannot hold. Says what can."""

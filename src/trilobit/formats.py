@@ -224,7 +224,8 @@ class TQ1_0(GgufBlocks):
         parts, start = [], 0
         for size, count in TQ1_0.PARTS:
             digits = symbols[:, start : start + size * count].reshape(-1, count, size).to(torch.int32)
-            value = sum(3 ** (4 - n) * digits[:, n] for n in range(count))
+            powers = torch.tensor([3 ** (4 - n) for n in range(count)], dtype=torch.int32, device=symbols.device)
+            value = (digits * powers[:, None]).sum(dim=1, dtype=torch.int32)
             parts.append(((value * 256 + 242) // 243).to(torch.uint8))
             start += size * count
         return torch.cat([*parts, halves], dim=1)

@@ -8,19 +8,24 @@ that is killed at any instant leaves the previous state. Only safetensors and JS
 import ctypes
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trilobit.errors import ModelError, OutputError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 MANIFEST = "manifest.json"
+MOST_BYTES = 5_000_000_000  # of a file, as hubs like it
+_DTYPES = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16", "torch.uint8": "U8", "torch.int8": "I8"}
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # fcntl.h, linux/fs.h
 
 
@@ -158,6 +163,71 @@ def save_tensors(tensors: "dict[str, Tensor]", path: Path) -> None:
         save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, path, {"format": "pt"})
     except SafetensorError as error:
         raise OutputError(f"cannot write {path.name}: {error}. Nothing was left behind.") from error
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor to be stored, and how to get it when its turn comes."""
+
+    name: str
+    dtype: "torch.dtype"
+    shape: tuple[int, ...]
+    read: Callable[[], "Tensor"]
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def stream_tensors(
+    entries: list[Entry],
+    directory: Path,
+    stem: str = "model",
+    most: int = MOST_BYTES,
+    each: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Write entries as STEM.safetensors with one tensor in memory at a time; as several files with an index where they hold
+    more than `most` bytes. each: told how many are written, and of how many. Raises OutputError where the disk refuses."""
+    shards: list[list[Entry]] = [[]]
+    for entry in entries:
+        if shards[-1] and sum(e.bytes for e in shards[-1]) + entry.bytes > most:
+            shards.append([])
+        shards[-1].append(entry)
+    names = [f"{stem}.safetensors"]
+    if len(shards) > 1:
+        names = [f"{stem}-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+        where = {entry.name: name for name, shard in zip(names, shards, strict=True) for entry in shard}
+        size = sum(entry.bytes for entry in entries)
+        write_json(directory / f"{stem}.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": where})
+    written = 0
+    for name, shard in zip(names, shards, strict=True):
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        start = 0
+        for entry in shard:
+            header[entry.name] = {
+                "dtype": _DTYPES[str(entry.dtype)], "shape": list(entry.shape), "data_offsets": [start, start + entry.bytes],
+            }  # fmt: skip
+            start += entry.bytes
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        try:
+            with (directory / name).open("wb") as file:
+                file.write(len(text).to_bytes(8, "little") + text)
+                for entry in shard:
+                    tensor = entry.read().detach().to("cpu", entry.dtype).contiguous()
+                    assert tensor.shape == entry.shape, (entry.name, tensor.shape, entry.shape)
+                    data: Any = tensor.view(-1).view(_bytes_dtype()).numpy()
+                    data.tofile(file)
+                    written += 1
+                    each(written, len(entries))
+        except OSError as error:
+            raise OutputError(f"cannot write {name}: {error.strerror or error}. Nothing was left behind.") from error
+
+
+def _bytes_dtype() -> "torch.dtype":
+    import torch
+
+    return torch.uint8
 
 
 def _exchange(new: Path, old: Path) -> None:

@@ -1,6 +1,7 @@
 """model/ and latent/: the table of forms, and what stock transformers and trilobit.load make of each."""
 
 import json
+from collections.abc import Callable
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -16,12 +17,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from families import FAMILIES, SCALED_EMBEDDING, VOCABULARY, build, logits
 from infer.checkpoints import word_tokenizer
 from trilobit.errors import ConfigError, ModelError, OutputError, VerificationError
-from trilobit.export import hf, verify
+from trilobit.export import forms, hf, verify
+from trilobit.export.source import Source
 from trilobit.export.verify import MAX_PERPLEXITY_CHANGE, MIN_TOP1, POSITIONS, compare, noise_floor, shaken
 from trilobit.infer.load import PACKED_FILE, load
 from trilobit.nn.packed import PackedLinear
 from trilobit.nn.ternary import TernaryLinear, ternary_modules
 from trilobit.quant import Granularity
+from trilobit.storage import Entry
 from trilobit.surgery.roles import Roles, find_roles
 from trilobit.surgery.ternary import Activations, Cover, Placement, Plan, TernarySpec, make_plan, ternarize
 
@@ -47,7 +50,7 @@ def made(
 
 
 def write(
-    model: PreTrainedModel, plan: Plan, target: Path, form: str = "auto", store: hf.Store = "fp32", windows: int = len(PROBE)
+    model: PreTrainedModel, plan: Plan, target: Path, form: str = "auto", store: forms.Store = "fp32", windows: int = len(PROBE)
 ) -> hf.Written:
     return hf.write_model(model, plan, TOKENIZER, target, PROBE[:windows], form, store)
 
@@ -91,11 +94,11 @@ def roles_of(family: str) -> tuple[PreTrainedModel, Roles]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_table(family: str) -> None:
-    """choose_form gives what hf.py's table says for every placement × scale × activations × cover, with its reason."""
+    """choose_form gives what forms.py's table says for every placement × scale × activations × cover, with its reason."""
     model, roles = roles_of(family)
     for placement, scale, activations, cover in product(*map(get_args, (Placement, Granularity, Activations, Cover))):
         plan = make_plan(roles, TernarySpec(placement=placement, scale=scale, activations=activations, cover=cover))
-        form, reason = hf.choose_form(plan, model)
+        form, reason = forms.choose_form(Source(model, plan))
         case = (placement, scale, activations, cover, form, reason)
         if placement == "none" and activations == "none":
             assert form == "dense", case
@@ -175,7 +178,7 @@ def test_moved_gains_keep_the_block_norms_epsilon(tmp_path: Path) -> None:
 
 def test_a_block_gain_of_one_is_refused_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The regression: with the block gain at one that same model fails its verification."""
-    monkeypatch.setattr(hf, "SMALL_GAIN", 1.0)
+    monkeypatch.setattr(forms, "SMALL_GAIN", 1.0)
     model, plan = made("llama", placement="output", settings={"initializer_range": 0.02, "rms_norm_eps": 1e-4})
     with pytest.raises(VerificationError):
         write(model, plan, tmp_path / "model", "autobitlinear")
@@ -199,7 +202,7 @@ def test_output_norms_behind_layer_norms_are_packed(tmp_path: Path) -> None:
     assert isinstance(model.get_submodule("model.layers.0.input_layernorm"), torch.nn.LayerNorm)
     obstacle = "model.layers.0.input_layernorm is no RMSNorm whose gain could move into model.layers.0.self_attn.q_proj"
     with pytest.raises(ConfigError, match=f"--model-format bitlinear cannot hold this model: .*{obstacle}"):
-        hf.require_form(plan, model, "bitlinear")
+        forms.require_form(Source(model, plan), "bitlinear")
     written = write(model, plan, tmp_path / "model")
     assert written.form == "packed"
     assert obstacle in written.reason
@@ -473,6 +476,21 @@ FAULTS = {
 }
 
 
+def tampered(patch: pytest.MonkeyPatch, change: Callable[[dict[str, Any], str, str], None]) -> None:
+    """A writer whose tensors and configuration `change` alters; it is told the form and the precision."""
+    right = hf.contents_of
+
+    def wrong(source: Source, form: str, store: forms.Store) -> forms.Contents:
+        contents = right(source, form, store)
+        stored = {entry.name: entry.read().detach().to(entry.dtype).clone() for entry in contents.entries}
+        content = {"tensors": stored, "quantization_config": contents.quantization}
+        change(content, form, store)
+        entries = [Entry(n, t.dtype, tuple(t.shape), lambda t=t: t) for n, t in content["tensors"].items()]
+        return forms.Contents(entries, contents.dtype, content["quantization_config"], contents.card)
+
+    patch.setattr(hf, "contents_of", wrong)
+
+
 @pytest.mark.parametrize("form", ["autobitlinear", "bitlinear"])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_caught(fault: str, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -480,14 +498,7 @@ def test_planted_faults_are_caught(fault: str, form: str, tmp_path: Path, monkey
     three only the stock reader can see."""
     if fault == "bias not divided" and form == "bitlinear":
         pytest.skip("bitlinear does not divide its bias")
-    right = hf._bitnet_tensors
-
-    def wrong(*arguments: Any) -> dict[str, Any]:
-        content = right(*arguments)
-        FAULTS[fault](content, form)
-        return content
-
-    monkeypatch.setattr(hf, "_bitnet_tensors", wrong)
+    tampered(monkeypatch, lambda content, form, store: FAULTS[fault](content, form))
     model, plan = made("qwen2")
     expected = ModelError if fault == "norms forgotten" else VerificationError
     with pytest.raises(expected):
@@ -497,14 +508,7 @@ def test_planted_faults_are_caught(fault: str, form: str, tmp_path: Path, monkey
 
 def test_swapped_class_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The two classes mean opposite things by weight_scale: naming the other one is caught."""
-    right = hf._bitnet_tensors
-
-    def wrong(*arguments: Any) -> dict[str, Any]:
-        content = right(*arguments)
-        content["quantization_config"]["linear_class"] = "bitlinear"
-        return content
-
-    monkeypatch.setattr(hf, "_bitnet_tensors", wrong)
+    tampered(monkeypatch, lambda content, form, store: content["quantization_config"].update(linear_class="bitlinear"))
     model, plan = made("llama")
     with pytest.raises(VerificationError, match="transformers' reading of the autobitlinear form differs"):
         write(model, plan, tmp_path / "model", "autobitlinear")
@@ -516,14 +520,11 @@ def test_a_failed_write_keeps_what_was_there(tmp_path: Path, monkeypatch: pytest
     model, plan = made("llama")
     write(model, plan, tmp_path / "model")
     before = {p.name: p.read_bytes() for p in (tmp_path / "model").iterdir()}
-    right = hf._packed_tensors
 
-    def wrong(*arguments: Any) -> dict[str, Any]:
-        content = right(*arguments)
+    def triple(content: dict[str, Any], form: str, store: str) -> None:
         content["tensors"]["model.layers.0.mlp.down_proj.scale"] *= 3
-        return content
 
-    monkeypatch.setattr(hf, "_packed_tensors", wrong)
+    tampered(monkeypatch, triple)
     with pytest.raises(VerificationError, match="trilobit's reading of the packed form differs"):
         write(model, plan, tmp_path / "model", "packed")
     assert {p.name: p.read_bytes() for p in (tmp_path / "model").iterdir()} == before
@@ -532,15 +533,12 @@ def test_a_failed_write_keeps_what_was_there(tmp_path: Path, monkeypatch: pytest
 
 def test_bf16_that_changes_too_much_is_stored_in_fp32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where bf16 embeddings fail the verification the writer takes fp32, says so, and the directory is right."""
-    right = hf._dense_tensors
 
-    def coarse(model: PreTrainedModel, plan: Plan, form: str, store: hf.Store) -> dict[str, Any]:
-        content = right(model, plan, form, store)
+    def coarse(content: dict[str, Any], form: str, store: str) -> None:
         if store == "bf16":
-            content["tensors"]["model.embed_tokens.weight"] = content["tensors"]["model.embed_tokens.weight"].sign()
-        return content
+            content["tensors"]["model.embed_tokens.weight"].sign_()
 
-    monkeypatch.setattr(hf, "_dense_tensors", coarse)
+    tampered(monkeypatch, coarse)
     model, plan = made("llama", placement="none", activations="none")
     written = write(model, plan, tmp_path / "model", store="bf16")
     assert "stored in fp32" in written.reason

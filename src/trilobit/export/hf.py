@@ -1,44 +1,27 @@
-"""model/: the trained model as a directory that stock transformers loads, wherever its formats have words for it.
+"""model/: the trained model as a directory that stock transformers loads, wherever its formats have words for it (forms.py).
 
-    placement      scale       activations  cover         form
-    every          tensor      int8         projections   autobitlinear (or bitlinear), use_rms_norm
-    none           tensor      int8         projections   autobitlinear (or bitlinear)
-    output         tensor      int8         projections   the same, where every other linear reads a block norm directly:
-                                                          the block gain moves into the linear's own rms_norm
-    none           any         none         any           dense: code · s as ordinary weights
-    everything else                                       packed: trilobit's own, refused by stock software
-
-`autobitlinear` multiplies by weight_scale (s), and its bias with it (so bias/s is stored); `bitlinear` divides by it (1/s).
 Whatever form is chosen, the directory is read back by its real consumer before it is given its name, and compared with
 the model in memory; one that differs is not left behind (transformers loads some wrong files with only a report).
 """
 
 import json
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from trilobit import __version__, quant
-from trilobit.errors import ConfigError, OutputError, VerificationError
+from trilobit import __version__
+from trilobit.errors import OutputError, VerificationError
+from trilobit.export.forms import Store, choose_form, contents_of, kept_entries, require_form, stored_precision
+from trilobit.export.source import Source
 from trilobit.export.verify import Agreement, compare, load_stock, noise_floor
-from trilobit.formats import Bitnet
-from trilobit.infer.load import CARD, PACKED_FILE, read_ours, ternary_tensors
-from trilobit.nn.packed import PackedEmbedding, PackedLinear
-from trilobit.nn.ternary import TernaryEmbedding, TernaryLinear
-from trilobit.storage import atomic_directory, save_tensors, write_json
+from trilobit.infer.load import CARD, PACKED_FILE, read_ours
+from trilobit.storage import atomic_directory, save_tensors, stream_tensors, write_json
 from trilobit.surgery.ternary import Plan
-
-Form = Literal["autobitlinear", "bitlinear", "dense", "packed"]
-Store = Literal["bf16", "fp32"]
-SMALL_GAIN = 2.0**-20
-DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -53,60 +36,6 @@ class Written:
     agreement: Agreement | None
 
 
-def choose_form(plan: Plan, model: nn.Module) -> tuple[Form, str]:
-    """The form that says most to stock software, and why."""
-    obstacle = bitnet_obstacle(plan, model)
-    if obstacle is None:
-        return "autobitlinear", "stock transformers holds it exactly"
-    normed = any(linear.normed for linear in plan.linears.values())
-    if plan.spec.activations == "none" and not normed and not plan.spec.dead_zone_bias:
-        return "dense", "weights only and no inserted norms: stock transformers runs it as an ordinary model"
-    return "packed", f"stock transformers has no words for it: {obstacle}"
-
-
-def bitnet_obstacle(plan: Plan, model: nn.Module) -> str | None:
-    """Why transformers' bitnet classes cannot hold this model; None if they can."""
-    spec = plan.spec
-    if spec.scale != "tensor":
-        return f"one scale per matrix only, this model has one per {spec.scale}"
-    if spec.activations != "int8":
-        return "activations are int8 always, this model's are not quantised"
-    if plan.head is not None or plan.embedding is not None:
-        return "embeddings and lm_head cannot be ternary"
-    if spec.dead_zone_bias:
-        return "the dead zone adds a bias to every linear"
-    for path in plan.linears:
-        outputs = model.get_submodule(path).out_features
-        if not Bitnet.fits(outputs):  # pyright: ignore[reportArgumentType]
-            return f"outputs must be a multiple of 4, {path} has {outputs}"
-    normed = [linear.normed for linear in plan.linears.values()]
-    if any(normed) and not all(normed):
-        for path, linear in plan.linears.items():
-            if not linear.normed and linear.fed_by is None:
-                return f"norms everywhere or nowhere, and {path} does not read a block norm whose gain could move into it"
-            if linear.fed_by is not None and not linear.normed:
-                try:
-                    _movable_gain(model.get_submodule(linear.fed_by), model.get_submodule(path).in_features, spec.eps)  # pyright: ignore[reportArgumentType]
-                except VerificationError:
-                    return f"norms everywhere or nowhere, and {linear.fed_by} is no RMSNorm whose gain could move into {path}"
-    return None
-
-
-def require_form(plan: Plan, model: nn.Module, form: str) -> None:
-    """Raise ConfigError if `form` (a --model-format) cannot hold the model that `plan` makes of `model`."""
-    if form == "dense" and choose_form(plan, model)[0] != "dense":
-        raise ConfigError("--model-format dense holds weights-only models without inserted norms, and this is not one.")
-    if form.endswith("bitlinear") and (obstacle := bitnet_obstacle(plan, model)):
-        raise ConfigError(f"--model-format {form} cannot hold this model: {obstacle}.")
-
-
-def stored_precision(plan: Plan, model: nn.Module, form: str, store: Store) -> Store:
-    """The precision embeddings and head really get. transformers leaves tensors of a quantised checkpoint in the dtype they
-    are stored in, and cannot multiply fp32 activations by a bf16 head: its bitnet classes get fp32 throughout."""
-    chosen = choose_form(plan, model)[0] if form == "auto" else form
-    return "fp32" if chosen.endswith("bitlinear") else store
-
-
 def write_model(
     model: PreTrainedModel, plan: Plan, tokenizer: Any, target: Path, probe: Tensor, form: str = "auto", store: Store = "bf16"
 ) -> Written:
@@ -117,16 +46,17 @@ def write_model(
     form chosen by `auto` to the packed one, and the reason says so. Raises VerificationError, leaving nothing, when none is
     left, and ConfigError if `form` cannot hold this model.
     """
-    chosen, reason = choose_form(plan, model)
+    source = Source(model, plan, tokenizer)
+    chosen, reason = choose_form(source)
     if form != "auto":
-        require_form(plan, model, form)
+        require_form(source, form)
         chosen, reason = form, "as asked"
-    store = stored_precision(plan, model, form, store)
+    store = stored_precision(source, form, store)
     was_training = model.training
     model.eval()
     try:
         try:
-            agreement = _write(model, plan, tokenizer, target, probe, chosen, store)
+            agreement = _write(source, target, probe, chosen, store)
         except VerificationError as error:
             if store == "bf16":
                 reason += "; stored in fp32, because bf16 embeddings changed the model too much"
@@ -134,7 +64,7 @@ def write_model(
                 chosen, reason = "packed", str(error).replace("It was not left behind.", "So it is stored in our own form.")
             else:
                 raise
-            agreement = _write(model, plan, tokenizer, target, probe, chosen, "fp32")
+            agreement = _write(source, target, probe, chosen, "fp32")
     finally:
         model.train(was_training)
     if agreement.floor_top1 is not None:
@@ -162,9 +92,8 @@ def round_kept(model: PreTrainedModel, plan: Plan, store: Store) -> None:
 
     Done before a finished model is measured, so that what is measured is what is stored.
     """
-    parameters = dict(model.named_parameters())
-    for name, tensor in _kept_tensors(model, plan, store).items():
-        parameters[name].copy_(tensor)
+    for entry in kept_entries(Source(model, plan), store):
+        model.get_parameter(entry.name).copy_(entry.read().to(entry.dtype))
 
 
 def write_latent(model: PreTrainedModel, plan: Plan | None, tokenizer: Any, target: Path) -> None:
@@ -174,16 +103,10 @@ def write_latent(model: PreTrainedModel, plan: Plan | None, tokenizer: Any, targ
         write_companions(directory, model, plan, tokenizer, "latent" if plan else "full precision", {})
 
 
-def _write(
-    model: PreTrainedModel, plan: Plan, tokenizer: Any, target: Path, probe: Tensor, form: str, store: Store
-) -> Agreement:
-    writers: dict[str, Callable[..., dict[str, Any]]] = {
-        "autobitlinear": _bitnet_tensors, "bitlinear": _bitnet_tensors, "dense": _dense_tensors, "packed": _packed_tensors,
-    }  # fmt: skip
+def _write(source: Source, target: Path, probe: Tensor, form: str, store: Store) -> Agreement:
+    model = source.model
     with atomic_directory(target) as directory:
-        content = writers[form](model, plan, form, store)
-        save_tensors(content.pop("tensors"), directory / (PACKED_FILE if form == "packed" else "model.safetensors"))
-        write_companions(directory, model, plan, tokenizer, form, content)
+        write_form(source, directory, form, store)
         floor = cache(lambda: noise_floor(model, probe))
         agreement = compare(model, read_ours(directory).model, probe)
         agreement = agreement.require(f"trilobit's reading of the {form} form", floor)
@@ -193,101 +116,15 @@ def _write(
     return agreement
 
 
-def _bitnet_tensors(model: PreTrainedModel, plan: Plan, form: str, store: Store) -> dict[str, Any]:
-    """Tensors and quantization_config of transformers' `bitlinear` and `autobitlinear` (offline) classes."""
-    tensors = _kept_tensors(model, plan, store)
-    everywhere = any(linear.normed for linear in plan.linears.values())
-    for path, planned in plan.linears.items():
-        linear = model.get_submodule(path)
-        assert isinstance(linear, TernaryLinear), (path, type(linear))
-        packed = PackedLinear.from_ternary(linear)
-        scale = packed.scale.reshape(1)
-        tensors[f"{path}.weight"] = Bitnet.pack(packed.codes)
-        tensors[f"{path}.weight_scale"] = scale if form == "autobitlinear" else scale.reciprocal()
-        if linear.bias is not None:
-            tensors[f"{path}.bias"] = linear.bias.detach() / (scale if form == "autobitlinear" else 1.0)
-        if linear.rms_norm is not None:
-            tensors[f"{path}.rms_norm.weight"] = linear.rms_norm.weight.detach().expand(linear.in_features)
-        elif everywhere:
-            assert planned.fed_by is not None, path
-            gain, neutral = _movable_gain(model.get_submodule(planned.fed_by), linear.in_features, plan.spec.eps)
-            tensors[f"{path}.rms_norm.weight"] = gain
-            tensors[f"{planned.fed_by}.weight"] = neutral
-    quantization = {
-        "quant_method": "bitnet",
-        "linear_class": form,
-        "quantization_mode": "offline",
-        "use_rms_norm": everywhere,
-        "rms_norm_eps": plan.spec.eps,
-        "modules_to_not_convert": [n for n, m in model.named_modules() if type(m) is nn.Linear],
-    }
-    return {
-        "tensors": tensors,
-        "quantization_config": quantization,
-        "norms": "everywhere" if everywhere else "nowhere",
-        "dtype": "float32",
-    }
-
-
-def _movable_gain(norm: nn.Module, width: int, eps: float) -> tuple[Tensor, Tensor]:
-    """The gain of the rms_norm that takes over a block norm's, and the weight the block norm is left with.
-
-    A second norm after a block norm whose gain is c returns c·u / sqrt(c²·mean(u²) + eps), where u is x normalised. With
-    c = 1 that undoes the block norm's own epsilon, which shows where the residual is small (first layers, unscaled
-    embeddings). With c² far below eps the root is a constant: the second norm multiplies by its gain and no more.
-    Norms that apply 1 + w keep c = 1: their weight could not hold a small c in bf16. Which kind a norm is, is measured.
-    """
-    weight = norm.weight
-    assert isinstance(weight, Tensor)
-    small = SMALL_GAIN
-    plain = (weight, torch.full_like(weight, small), math.sqrt(small**2 + eps) / small)
-    for gain, left, factor in (plain, (weight + 1, torch.zeros_like(weight), 1.0)):
-        with torch.no_grad():
-            applied = norm(torch.full((1, width), 1e4, device=weight.device, dtype=torch.float32)).reshape(-1)
-            if torch.allclose(applied, gain, rtol=1e-5, atol=1e-7):
-                return gain.detach() * factor, left
-    raise VerificationError(f"{type(norm).__name__} applies its gain in a way that is not known; nothing was written.")
-
-
-def _dense_tensors(model: PreTrainedModel, plan: Plan, form: str, store: Store) -> dict[str, Any]:
-    tensors = _kept_tensors(model, plan, store)
-    for name, module in model.named_modules():
-        if isinstance(module, TernaryLinear | TernaryEmbedding) and not (name == plan.head and plan.tied):
-            if isinstance(module, TernaryLinear):
-                weight = quant.ternary_dequantize(*module.quantized(), module.rule.granularity)
-            else:
-                weight = quant.ternary_quantize(module.weight, module.granularity)
-            tensors[f"{name}.weight"] = weight.to(DTYPES[store])
-            if isinstance(module, TernaryLinear) and module.bias is not None:
-                tensors[f"{name}.bias"] = module.bias.detach()
-    return {"tensors": tensors, "dtype": "bfloat16" if store == "bf16" else "float32"}
-
-
-def _packed_tensors(model: PreTrainedModel, plan: Plan, form: str, store: Store) -> dict[str, Any]:
-    tensors = _kept_tensors(model, plan, store)
-    for name, module in model.named_modules():
-        if isinstance(module, TernaryLinear):
-            packed = PackedLinear.from_ternary(module)
-            if not (name == plan.head and plan.tied):
-                tensors |= {f"{name}.{key}": value for key, value in ternary_tensors(packed).items()}
-            if packed.bias is not None:
-                tensors[f"{name}.bias"] = packed.bias
-            if module.rms_norm is not None:
-                tensors[f"{name}.rms_norm.weight"] = module.rms_norm.weight.detach()
-        elif isinstance(module, TernaryEmbedding):
-            embedding = PackedEmbedding.from_ternary(module)
-            tensors |= {f"{name}.{key}": value for key, value in ternary_tensors(embedding).items()}
-    return {"tensors": tensors, "dtype": "float32"}
-
-
-def _kept_tensors(model: PreTrainedModel, plan: Plan, store: Store) -> dict[str, Tensor]:
-    """Parameters outside the ternary modules: matrices (embedding, head) in `store`, the rest in fp32."""
-    ternary = [n for n, m in model.named_modules() if isinstance(m, TernaryLinear | TernaryEmbedding)]
-    return {
-        name: parameter.detach().to(DTYPES[store] if parameter.ndim >= 2 else torch.float32)
-        for name, parameter in model.named_parameters()
-        if not any(name.startswith(f"{path}.") for path in ternary)
-    }
+def write_form(source: Source, directory: Path, form: str, store: Store, **options: Any) -> None:
+    """Tensors, config and tokenizer of one form into an existing directory, unchecked. options: of stream_tensors."""
+    contents = contents_of(source, form, store)
+    stem = (PACKED_FILE if form == "packed" else "model.safetensors").removesuffix(".safetensors")
+    stream_tensors(contents.entries, directory, stem, **options)
+    extra: dict[str, Any] = {"dtype": contents.dtype, **contents.card}
+    if contents.quantization is not None:
+        extra["quantization_config"] = contents.quantization
+    write_companions(directory, source.model, source.plan, source.tokenizer, form, extra)
 
 
 def write_companions(

@@ -10,7 +10,7 @@ far it moves when its embeddings change by one part in four million, the last bi
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -105,25 +105,36 @@ def compare(
     """
     device = next(reference.parameters()).device
     other.to(device)
+
+    def pairs() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        seen = 0
+        for window in windows:
+            if seen >= positions:
+                break
+            inputs, targets = window[None, :-1].to(device), window[1:].to(device)
+            with torch.autocast(device.type, enabled=False):
+                a = reference(input_ids=inputs, use_cache=False).logits[0].float()
+            # transformers' bitnet classes would want a C++ compiler
+            with torch.compiler.set_stance("force_eager"), other_context(other):
+                b = other(input_ids=inputs, use_cache=False).logits[0].float()
+            left = positions - seen
+            yield a[:left], b[:left], targets[:left]
+            seen += len(a[:left])
+
+    return agreement_of(pairs())
+
+
+def agreement_of(pairs: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Agreement:
+    """From pieces of logits, or log probabilities, of two models, [T, V] each, and targets [T]."""
     agree = difference = divergence = 0.0
     changes: list[Tensor] = []  # in nats, position by position
-    seen = 0
-    for window in windows:
-        if seen >= positions:
-            break
-        inputs, targets = window[None, :-1].to(device), window[1:].to(device)
-        with torch.autocast(device.type, enabled=False):
-            a = reference(input_ids=inputs, use_cache=False).logits[0].float()
-        # transformers' bitnet classes would want a C++ compiler
-        with torch.compiler.set_stance("force_eager"), other_context(other):
-            b = other(input_ids=inputs, use_cache=False).logits[0].float()
-        a, b, targets = a[: positions - seen], b[: positions - seen], targets[: positions - seen]
+    for a, b, targets in pairs:
         p, q = F.log_softmax(a, dim=-1), F.log_softmax(b, dim=-1)
         agree += (a.argmax(-1) == b.argmax(-1)).sum().item()
         difference += (a - b).abs().mean(-1).sum().item()
         divergence += (p.exp() * (p - q)).sum(-1).sum().item()
         changes.append((F.nll_loss(q, targets, reduction="none") - F.nll_loss(p, targets, reduction="none")).double())
-        seen += len(a)
+    seen = sum(map(len, changes))
     assert seen > 0, "no positions to compare"
     change = torch.cat(changes)
     error = change.std(correction=0).item() / seen**0.5

@@ -207,8 +207,8 @@ class GgufHeader:
         }  # fmt: skip
         if not bool(torch.isfinite(divisors).all()) or not 1 <= rope["factor"] <= 1e6:
             raise ModelError("its rope_freqs are no divisors of frequencies.")
-        if bool(divisors.min() == divisors.max()):
-            return {"rope_type": "linear", "factor": rope["factor"]}
+        if bool(divisors.max() - divisors.min() <= 1e-6 * rope["factor"]):  # quotients of rounded frequencies
+            return {"rope_type": "linear", "factor": float(divisors.median())}
         config = transformers.LlamaConfig(
             head_dim=self.head_size, max_position_embeddings=self.positions, rope_parameters={"rope_theta": theta, **rope}
         )

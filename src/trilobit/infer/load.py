@@ -38,6 +38,7 @@ from trilobit.surgery.ternary import Plan, apply_plan
 CARD = "trilobit.json"
 GGUF = ".gguf"
 LOCAL_PREFIXES = (".", "/", "~", "out/")  # out/ is where runs are written by default: a misspelt one is no hub id
+SMALL_GAIN = 2.0**-20  # what is left of a block gain that moved into the linears (export/forms.py)
 PACKED_FILE = "packed.safetensors"  # not model.safetensors: stock software must refuse it, not half-read it
 
 
@@ -232,7 +233,7 @@ def read_ours(path: Path) -> Loaded:
     if form != "latent" and card.get("norms") == "everywhere":
         plan = _with_every_norm(plan)
     apply_plan(model, plan)
-    tensors = _read_tensors(path / (PACKED_FILE if form == "packed" else "model.safetensors"))
+    tensors = {name: read_tensor(path / file, name) for name, file in tensor_files(path, form).items()}
     if form == "latent":
         _assign(model, tensors, path)
         return Loaded(model, tokenizer, plan, form)
@@ -242,7 +243,7 @@ def read_ours(path: Path) -> Loaded:
                 shared = model.get_submodule(plan.embedding)
                 tensors |= {f"{name}.{key}": value for key, value in ternary_tensors(shared).items()}
             try:
-                model.set_submodule(name, _packed(module, name, tensors, form))
+                model.set_submodule(name, packed_module(module, name, tensors, form))
             except KeyError as error:
                 raise ModelError(f"{path} does not hold the tensors its {CARD} promises: {error} is missing.") from error
     _assign(model, tensors, path)
@@ -256,7 +257,7 @@ def _with_every_norm(plan: Plan) -> Plan:
     return Plan(plan.spec, linears, plan.embedding, plan.head, plan.tied)
 
 
-def _packed(module: TernaryModule, name: str, tensors: dict[str, Tensor], form: str) -> nn.Module:
+def packed_module(module: TernaryModule, name: str, tensors: dict[str, Tensor], form: str) -> nn.Module:
     """The frozen form of `module` from the stored tensors, which are taken out of `tensors`."""
     if form == "packed":
         width = module.embedding_dim if isinstance(module, TernaryEmbedding) else module.in_features  # pyright: ignore
@@ -290,12 +291,26 @@ def _assign(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
             parameter.copy_(tensors[name])
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def tensor_files(path: Path, form: str) -> dict[str, str]:
+    """Names of the tensors of a stored model, and the file that each is in. Raises ModelError."""
+    stem = (PACKED_FILE if form == "packed" else "model.safetensors").removesuffix(".safetensors")
+    if (path / f"{stem}.safetensors.index.json").exists():
+        return dict(read_json(path / f"{stem}.safetensors.index.json")["weight_map"])
+    file = f"{stem}.safetensors"
     try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        with safe_open(path / file, "pt") as opened:
+            return dict.fromkeys(opened.keys(), file)
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} cannot be read: {error}") from error
+        raise ModelError(f"{path / file} cannot be read: {error}") from error
+
+
+def read_tensor(file: Path, name: str) -> Tensor:
+    """A tensor of a safetensors file. Raises ModelError."""
+    try:
+        with safe_open(file, "pt") as opened:
+            return opened.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{file} cannot be read: {error}") from error
 
 
 def _require_checkpoint_directory(path: Path) -> None:

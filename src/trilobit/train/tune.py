@@ -18,15 +18,9 @@ from transformers import PreTrainedModel
 
 from trilobit.config.tune import TuneConfig
 from trilobit.errors import ConfigError, ModelError
-from trilobit.export.hf import (
-    Written,
-    require_form,
-    round_kept,
-    stored_precision,
-    write_full_precision,
-    write_latent,
-    write_model,
-)
+from trilobit.export.forms import require_form, stored_precision
+from trilobit.export.hf import Written, round_kept, write_full_precision, write_latent, write_model
+from trilobit.export.source import Source
 from trilobit.infer.load import load_pretrained
 from trilobit.listener import SILENT, Listener
 from trilobit.measure.perplexity import nats, perplexity, require_positions
@@ -107,7 +101,7 @@ class _Tune(Run[TuneConfig, TuneResult]):
         else:
             self.plan = None if config.schedule == "never" else make_plan(find_roles(self.model), _spec(config))
         if self.plan is not None:
-            require_form(self.plan, self.model, config.model_format)
+            require_form(Source(self.model, self.plan), config.model_format)
         self.base_bytes = sum(p.numel() * 2 for p in self.model.parameters())  # as bf16, as checkpoints are published
         if record is not None and record["base"] != weights_fingerprint(self.model):
             raise ModelError(
@@ -235,7 +229,7 @@ class _Tune(Run[TuneConfig, TuneResult]):
                 set_strengths(model, [1.0] * layers, [1.0] * layers)
             write_latent(model, plan, self.base.tokenizer, out / "latent")
             if plan is not None and config.model_format != "none":
-                round_kept(model, plan, stored_precision(plan, model, config.model_format, config.store))
+                round_kept(model, plan, stored_precision(Source(model, plan), config.model_format, config.store))
             total, count = nats(model, self.heldout, config.sequences, listener=self.listener)
             self.signals.raise_if_set()
             written = self.write()
