@@ -59,13 +59,22 @@ def test_what_is_exported_comes_back(
         assert loaded.tokenizer(text)["input_ids"] == tokenizer(text)["input_ids"]
 
 
+YARN = {"type": "yarn", "factor": 4.0, "original_context_length": 32}
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not llama_cpp.available(), reason="xllamacpp is not installed")
-@pytest.mark.parametrize("architecture", FAMILIES)
-def test_llama_cpp_reads_the_same_model(tmp_path: Path, architecture: str) -> None:
+@pytest.mark.parametrize(("architecture", "scaling"), [*((name, {}) for name in FAMILIES), ("qwen3", YARN)])
+def test_llama_cpp_reads_the_same_model(tmp_path: Path, architecture: str, scaling: dict[str, Any]) -> None:
     """fp32 files of each architecture, in which nothing rounds: the next tokens of stock llama.cpp, and its token ids."""
-    written = write_gguf(tmp_path / "model.gguf", architecture, "f32")
-    loaded, probe = load(written.path), windows(2, 24)
+
+    def change(writer: Any) -> None:
+        for key, value in scaling.items():
+            add = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32}[type(value)]
+            add(f"{architecture}.rope.scaling.{key}", value)
+
+    written = write_gguf(tmp_path / "model.gguf", architecture, "f32", change=change)
+    loaded, probe = load(written.path), windows(1, 48)
     reading = llama_cpp.read(written.path, probe, ["hello ab é 12"], "a", top=VOCABULARY - 2, threads=1)
     agreement = llama_cpp.compare_reading(loaded.model, reading, probe)
     assert agreement.kl < 1e-5

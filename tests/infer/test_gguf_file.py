@@ -195,24 +195,27 @@ def _double(data: bytearray, chosen: random.Random) -> None:
 DAMAGES: list[Callable[[bytearray, random.Random], None]] = [_flip, _flip, _number, _number, _cut, _double]
 
 
+def damaged(whole: bytes, header: int, chosen: random.Random) -> bytes:
+    """One to three damages, mostly in the first `header` bytes, half of them in front of the tokens."""
+    tokens = whole.index(b"tokenizer.ggml.tokens")
+    data = bytearray(whole[: chosen.choices([tokens, header, len(whole)], [4, 5, 1])[0]])
+    rest = whole[len(data) :]
+    for _ in range(chosen.randrange(1, 4)):
+        chosen.choice(DAMAGES)(data, chosen)
+    return bytes(data) + rest
+
+
 def test_damaged_files_are_models_or_refused(tmp_path: Path) -> None:
-    """A file with random damage, mostly in its header, loads, or a ModelError says why not; each within seconds."""
+    """A file with random damage, mostly in its header, loads, or a ModelError says why not; each within seconds. (More of
+    them: fuzz_gguf_file.py.)"""
     small = {
-        "hidden_size": 64,
-        "intermediate_size": 64,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "num_hidden_layers": 1,
-    }
-    whole = bytearray(write_gguf(tmp_path / "whole.gguf", "llama", "q2_0", **small).path.read_bytes())
+        "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1
+    }  # fmt: skip
+    whole = write_gguf(tmp_path / "whole.gguf", "llama", "q2_0", **small).path.read_bytes()
     header = len(whole) - sum(p.size for p in open_gguf(tmp_path / "whole.gguf").tensors.values())
     path, chosen, loads = tmp_path / "model.gguf", random.Random(0), 0
     for _ in range(400):
-        data = whole[: header if chosen.random() < 0.9 else len(whole)]
-        rest = whole[len(data) :]
-        for _ in range(chosen.randrange(1, 4)):
-            chosen.choice(DAMAGES)(data, chosen)
-        path.write_bytes(data + rest)
+        path.write_bytes(damaged(whole, header, chosen))
         started, said = time.perf_counter(), ""
         try:
             load(path)

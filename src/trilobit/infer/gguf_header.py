@@ -78,7 +78,7 @@ class GgufHeader:
             raise ModelError(f"it says {name}.{odd[0]}, and what that asks of a {name} model is not known here.")
         self.width = self.whole("embedding_length", 1 << 20)
         self.hidden = self.whole("feed_forward_length", 1 << 24)
-        self.layers = self.whole("block_count", 1 << 12)
+        self.layers = self.whole("block_count", 1 << 9)
         self.heads = self.whole("attention.head_count", 1 << 16)
         self.kv_heads = self.whole("attention.head_count_kv", 1 << 16, self.heads)
         self.head_size = self.whole("attention.key_length", 1 << 12, self.width // self.heads)
