@@ -18,9 +18,10 @@ test: native
 test-all: native
 	$(RUN)python -m pytest -q -m ''
 
-# Damaged native files for a minute; the kernels and the engine under sanitizers.
+# Damaged native and GGUF files, a minute each; the kernels and the engine under sanitizers.
 fuzz: native
 	$(RUN)python tests/infer/fuzz_native_file.py 60
+	$(RUN)python tests/infer/fuzz_gguf_file.py 60
 	native/sanitize.sh 5
 
 check: $(VENV)/installed

@@ -96,6 +96,35 @@ def ternary_quantize(weight: Tensor, granularity: Granularity = "tensor") -> Ten
     return ternary_levels(weight, scale, granularity).mul_(spread_scale(scale, weight.shape[1], granularity))
 
 
+def latent_weight(codes: Tensor, scale: Tensor, granularity: Granularity = "tensor") -> Tensor:
+    """A weight W [O, K] fp32 with ternary_codes(W) = codes and absmean_scale(W) = scale: where training goes on from codes.
+
+    code · s alone would shrink: its mean is s · p, p being the share of codes that are not zero. So W = code · s/p, in
+    floating point a little below it; what the granule's mean then lacks goes to its first non-zeros, one last bit each, and the
+    rest to its first zero. (fp16 group scales need none of that.) No W has a scale below FLOOR, or a group scale that is no
+    fp16 value: there the result has other scales. A granule of zeros stays zero.
+    """
+    group = group_size(granularity)
+    if group is not None:
+        parts = codes.split(group, dim=1)
+        share = torch.stack([(part != 0).mean(dim=1, dtype=torch.float64) for part in parts], dim=1)
+        return ternary_dequantize(codes, (scale / share.clamp(min=1 / group)).float(), granularity)
+    granules = codes.reshape(-1 if granularity == "row" else 1, codes.shape[1] if granularity == "row" else codes.numel())
+    wanted = scale.reshape(-1, 1).double() * granules.shape[1]
+    nonzero = granules != 0
+    count = nonzero.sum(dim=1, keepdim=True)
+    below = (wanted / count.clamp(min=1)).float()
+    below = torch.where(below.double() * count > wanted, torch.nextafter(below, torch.zeros_like(below)), below)
+    step = torch.nextafter(below, torch.full_like(below, torch.inf)) - below
+    lacking = wanted - below.double() * count
+    raised = (lacking / step).floor().long()
+    weight = granules * torch.where(nonzero.cumsum(dim=1) <= raised, below + step, below)
+    rest = (lacking - raised * step.double()).float() * (count > 0)
+    first_zero = (~nonzero).int().argmax(dim=1, keepdim=True)
+    weight.scatter_add_(1, first_zero, torch.where(nonzero.all(dim=1, keepdim=True), 0, rest))
+    return weight.view(codes.shape)
+
+
 def dead_zone_sum(weight: Tensor, granularity: Granularity) -> Tensor:
     """Sum over each row of the weights whose code is 0, [O]; their gradient is one, the others' zero.
 

@@ -14,7 +14,7 @@ class ExportConfig:
     """Write a finished model for the software that runs it, and check what was written by running it there."""
 
     model: ModelPath
-    """Run directory, or a directory or hub id of a model that trilobit wrote."""
+    """Run directory, or a directory or hub id of a ternary model, trilobit's own or another's (`bitnet` in transformers)."""
     out: Annotated[str, tyro.conf.arg(metavar="DIR")]
     """Directory to write. It must not exist."""
     to: Literal["native", "hf", "gguf", "bf16"] = "native"

@@ -15,7 +15,8 @@ class TuneConfig(TrainingConfig):
     """Turn a full-precision checkpoint into a ternary one (arXiv 2505.08823)."""
 
     model: ModelPath
-    """Hub id or directory of a full-precision decoder-only checkpoint."""
+    """Hub id or directory of a full-precision decoder-only checkpoint, or of a ternary one (`bitnet` in transformers) to be
+    trained on as it is: at λ = 1, without an original to learn from."""
 
     placement: Literal["every", "output", "none"] = "every"
     """Extra RMSNorm before every projection · before attention output and MLP output only · nowhere."""

@@ -2,27 +2,16 @@
 
 A directory written by trilobit holds trilobit.json beside the weights: the form they are stored in and the surgery's plan.
 Everything else goes through `AutoModelForCausalLM.from_pretrained`, and what that would only warn about (weights that are
-missing, a quantised checkpoint, a tokenizer that does not match) is an error here.
+missing, a tokenizer that does not match) is an error here. Ternary checkpoints of others become our modules (foreign.py).
 """
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)  # fmt: skip
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
@@ -35,8 +24,11 @@ from transformers import (
 )  # fmt: skip
 from transformers.initialization import no_init_weights
 
-from trilobit.errors import ModelError, TrilobitError
+from trilobit.errors import ModelError
 from trilobit.formats import Bitnet, TwoBit
+from trilobit.infer.foreign import adopt, bitnet_form, thaw
+from trilobit.infer.gguf_model import read_gguf
+from trilobit.infer.quiet import clear_errors, quiet_transformers
 from trilobit.nn.packed import PackedEmbedding, PackedLinear
 from trilobit.nn.ternary import TernaryEmbedding, TernaryLinear, TernaryModule
 from trilobit.storage import read_json, verify_manifest
@@ -44,6 +36,7 @@ from trilobit.surgery.roles import vocabulary_size
 from trilobit.surgery.ternary import Plan, apply_plan
 
 CARD = "trilobit.json"
+GGUF = ".gguf"
 LOCAL_PREFIXES = (".", "/", "~", "out/")  # out/ is where runs are written by default: a misspelt one is no hub id
 SMALL_GAIN = 2.0**-20  # what is left of a block gain that moved into the linears (export/forms.py)
 PACKED_FILE = "packed.safetensors"  # not model.safetensors: stock software must refuse it, not half-read it
@@ -60,14 +53,15 @@ class Loaded:
 
 
 def load(source: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Loaded:
-    """Load whatever `source` names: a run directory, its model/ or latent/, a checkpoint directory, or a hub id of either.
+    """Load whatever `source` names: a run directory, its model/ or latent/, a checkpoint directory, a hub id of either, or
+    a .gguf file.
 
-    latent/ gives trainable ternary modules, fp32 always; every other trilobit form gives frozen ones. `dtype` is that of
-    the activations between modules and of what is not ternary; ternary modules compute in fp32. Raises ModelError with
-    what to do when the source is missing, gated, damaged, or is no language model.
+    latent/ gives trainable ternary modules, fp32 always; every other ternary form, trilobit's or another's, frozen ones.
+    `dtype` is that of the activations between modules and of what is not ternary; ternary modules compute in fp32. Raises
+    ModelError with what to do when the source is missing, gated, damaged, or is no language model.
     """
     path = _path(source)
-    if not path.exists() and (cached := _ours_on_hub(str(source))) is not None:
+    if path.suffix != GGUF and not path.exists() and (cached := _ours_on_hub(str(source))) is not None:
         path = cached
     if (path / "run.json").exists():
         if "result" not in read_json(path / "run.json"):
@@ -123,9 +117,15 @@ def _cast_unquantised(model: nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def load_pretrained(source: str, dtype: torch.dtype = torch.float32) -> Loaded:
-    """An ordinary checkpoint through transformers. Raises ModelError instead of guessing."""
+def load_pretrained(source: str, dtype: torch.dtype = torch.float32, *, trainable: bool = False) -> Loaded:
+    """A checkpoint that is not ours: an ordinary one through transformers, or a ternary one (foreign.py).
+
+    A ternary one gets frozen modules or, if `trainable`, fp32 latents whose function at λ = 1 is that of the stored model.
+    Raises ModelError instead of guessing.
+    """
     path = _path(source)
+    if path.suffix == GGUF:
+        return _loaded_gguf(path, dtype, trainable)
     local = path.exists() or source.startswith(LOCAL_PREFIXES) or source.count("/") > 1
     if local:
         _require_checkpoint_directory(path)
@@ -133,11 +133,11 @@ def load_pretrained(source: str, dtype: torch.dtype = torch.float32) -> Loaded:
             raise ModelError(f"{source} is ternary already: trilobit wrote it. Start from the full-precision checkpoint.")
     with clear_errors(source):
         config = AutoConfig.from_pretrained(source)
-        if getattr(config, "quantization_config", None) is not None:
-            raise ModelError(f"{source} is a quantised checkpoint. Start from the full-precision one.")
+        form = bitnet_form(source, config)
+        settings: dict[str, Any] = {"dtype": dtype} if form is None else {"dtype": torch.float32, "config": config}
         with quiet_transformers():
             model, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
-                source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+                source, output_loading_info=True, ignore_mismatched_sizes=True, **settings
             )
     if mismatched := sorted(report["mismatched_keys"]):
         name, stored, expected = mismatched[0]
@@ -146,9 +146,32 @@ def load_pretrained(source: str, dtype: torch.dtype = torch.float32) -> Loaded:
         )
     if missing := sorted(report["missing_keys"]):
         raise ModelError(f"{source} lacks {len(missing)} of the model's weights ({missing[0]}, …): it is incomplete.")
+    if form is not None and (odd := sorted(report["unexpected_keys"])):
+        raise ModelError(f"{source} has {len(odd)} weights that its config.json gives no place ({odd[0]}, …).")
     tokenizer = load_tokenizer(source)
     check_tokenizer(source, model, tokenizer)
-    return Loaded(model, tokenizer, None, "full precision")
+    if form is None:
+        return Loaded(model, tokenizer, None, "full precision")
+    with clear_errors(source):
+        plan = adopt(model, form, source)
+    if trainable:
+        return Loaded(thaw(model.float(), plan), tokenizer, plan, form)
+    _cast_unquantised(freeze(model), dtype)
+    return Loaded(model.requires_grad_(False), tokenizer, plan, form)
+
+
+def _loaded_gguf(path: Path, dtype: torch.dtype, trainable: bool) -> Loaded:
+    if not path.is_file():
+        raise ModelError(
+            f"there is no file {path}. (One that lies on the hub is downloaded first: hf download REPOSITORY FILE.)"
+        )
+    model, tokenizer, plan = read_gguf(path)
+    check_tokenizer(path, model, tokenizer)
+    if trainable and plan is not None:
+        thaw(model, plan)
+    elif not trainable:
+        _cast_unquantised(model, dtype)
+    return Loaded(model.requires_grad_(trainable), tokenizer, plan, "gguf")
 
 
 def load_tokenizer(source: str | Path) -> Any:
@@ -304,50 +327,6 @@ def _require_checkpoint_directory(path: Path) -> None:
         raise ModelError(f"there is no {path}.")
     if not path.is_dir() or not (path / "config.json").exists():
         raise ModelError(f"{path} is not a checkpoint directory: it has no config.json.")
-
-
-@contextmanager
-def clear_errors(source: str) -> Iterator[None]:
-    """Turn what transformers and the hub raise, which is nearly every kind there is, into a ModelError that says what to do."""
-    try:
-        yield
-    except TrilobitError:
-        raise
-    except Exception as error:
-        chain: list[BaseException] = [error]  # transformers wraps the hub's errors in an OSError
-        while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
-            chain.append(cause)
-
-        def is_a(*kinds: type[BaseException]) -> bool:
-            return any(isinstance(link, kinds) for link in chain)
-
-        if is_a(GatedRepoError):
-            message = f"{source} is gated: accept its licence on its page, then `hf auth login`."
-        elif is_a(RepositoryNotFoundError):
-            message = f"{source} is neither a directory here nor a model on the hub. If it is private: `hf auth login`."
-        elif is_a(LocalEntryNotFoundError, OfflineModeIsEnabled):
-            message = f"{source} is not a directory here, and the hub cannot be reached."
-        elif is_a(SafetensorError):
-            message = f"the weights of {source} are damaged or truncated: {error}"
-        else:
-            message = f"{source} could not be loaded: {' '.join(str(error).split()) or type(error).__name__}"
-        raise ModelError(message) from error
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """transformers prints load reports and progress bars that our own checks make redundant."""
-    from transformers.utils import logging as transformers_logging
-
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity(logging.ERROR)
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 def pick_device(name: str) -> torch.device:

@@ -4,6 +4,7 @@ Codes are kept as int8: torch's integer product reads them directly. On a CPU wi
 at the first use, in the layout that those read. On disk they take two bits (formats.py).
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trilobit import quant
+from trilobit.errors import ModelError
 from trilobit.kernels.frozen_linear import frozen_linear, pack_codes, runs_native
 from trilobit.nn.ternary import InputRMSNorm, TernaryEmbedding, TernaryLinear
 from trilobit.quant import Granularity
@@ -42,6 +44,23 @@ class PackedLinear(nn.Module):
         rule, (codes, scale), bias = linear.rule, linear.quantized(), linear.total_bias()
         bias = None if bias is None else bias.detach()
         return cls(codes, scale, bias, linear.rms_norm, rule.granularity, rule.int8_activations)
+
+    def to_ternary(self) -> TernaryLinear:
+        """The trainable linear at λ = 1 of the same function, with quant.latent_weight for its latents. Raises ModelError if
+        the scales are none that training gives."""
+        weight = _latents(self.codes, self.scale, self.granularity)
+        with torch.device("meta"):
+            linear = TernaryLinear(
+                self.in_features, self.out_features, self.bias is not None,
+                granularity=self.granularity, int8_activations=self.int8_activations, norm=None,
+            )  # fmt: skip
+        linear.weight = nn.Parameter(weight)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach().float())
+        if self.rms_norm is not None:
+            linear.rms_norm = self.rms_norm
+            linear.rule = replace(linear.rule, eps=self.rms_norm.eps)
+        return linear
 
     def forward(self, input: Tensor) -> Tensor:
         with torch.autocast(input.device.type, enabled=False):  # else it would round the integer sums to bf16
@@ -93,7 +112,27 @@ class PackedEmbedding(nn.Module):
         scale = quant.absmean_scale(embedding.weight, embedding.granularity)
         return cls(quant.ternary_codes(embedding.weight, scale, embedding.granularity), scale, embedding.granularity)
 
+    def to_ternary(self) -> TernaryEmbedding:
+        """As PackedLinear.to_ternary."""
+        with torch.device("meta"):
+            embedding = TernaryEmbedding(self.num_embeddings, self.embedding_dim)
+        embedding.weight = nn.Parameter(_latents(self.codes, self.scale, self.granularity))
+        embedding.granularity = self.granularity
+        embedding.set_strength(1.0, 1.0)
+        return embedding
+
     def forward(self, input: Tensor) -> Tensor:
         ids = input.flatten()
         scale = self.scale if self.granularity == "tensor" else self.scale[ids]
         return quant.ternary_dequantize(self.codes[ids], scale, self.granularity).view(*input.shape, self.embedding_dim)
+
+
+def _latents(codes: Tensor, scale: Tensor, granularity: Granularity) -> Tensor:
+    weight = quant.latent_weight(codes, scale, granularity)
+    given = quant.ternary_dequantize(codes, scale, granularity)
+    if not torch.equal(quant.ternary_quantize(weight, granularity), given):
+        raise ModelError(
+            f"no weights in training give the stored scales (one per {granularity}): they are below {quant.FLOOR:g}, or group "
+            "scales that are no fp16 numbers. The model can be run and measured, not tuned."
+        )
+    return weight

@@ -17,13 +17,14 @@ import torch
 from transformers import PreTrainedModel
 
 from trilobit.config.tune import TuneConfig
-from trilobit.errors import ModelError
+from trilobit.errors import ConfigError, ModelError
 from trilobit.export.forms import require_form, stored_precision
 from trilobit.export.hf import Written, round_kept, write_full_precision, write_latent, write_model
 from trilobit.export.source import Source
 from trilobit.infer.load import load_pretrained
 from trilobit.listener import SILENT, Listener
 from trilobit.measure.perplexity import nats, perplexity, require_positions
+from trilobit.nn.ternary import ternary_modules
 from trilobit.surgery.roles import find_roles
 from trilobit.surgery.ternary import Plan, TernarySpec, apply_plan, make_plan, measure_rms, set_gains, set_strengths
 from trilobit.train.checkpoint import list_checkpoints
@@ -87,14 +88,18 @@ class _Tune(Run[TuneConfig, TuneResult]):
         """The original model, and what the surgery will make of it."""
         config = self.config
         self.listener.note(f"model: {config.model}")
-        self.base = load_pretrained(config.model)
+        self.base = load_pretrained(config.model, trainable=True)
         self.model = self.base.model
         self.model.to(self.device)  # pyright: ignore[reportArgumentType]
         self.own_attention = self.model.config._attn_implementation
         if config.attention is not None:
             set_attention(self.model, config.attention)
         require_positions(self.model, config.sequence_length)
-        self.plan = None if config.schedule == "never" else make_plan(find_roles(self.model), _spec(config))
+        if self.base.plan is not None:
+            _require_as_it_is(config, self.base.plan)
+            self.plan = self.base.plan
+        else:
+            self.plan = None if config.schedule == "never" else make_plan(find_roles(self.model), _spec(config))
         if self.plan is not None:
             require_form(Source(self.model, self.plan), config.model_format)
         self.base_bytes = sum(p.numel() * 2 for p in self.model.parameters())  # as bf16, as checkpoints are published
@@ -115,7 +120,7 @@ class _Tune(Run[TuneConfig, TuneResult]):
         compiled, why = decide_compile(config, model, self.device)
         if config.compile == "auto":
             self.listener.note(f"{'compiled' if compiled else 'not compiled'}: {why}")
-        gains = _calibrate(config, self.plan, model, self.windows, self.device)
+        gains = {} if self.base.plan else _calibrate(config, self.plan, model, self.windows, self.device)
         return new_record(
             "tune", config, self.tokens, weights_fingerprint(model), compiled,
             base_nats_per_token=total / count,
@@ -151,10 +156,14 @@ class _Tune(Run[TuneConfig, TuneResult]):
             if config.attention is not None and config.distill_attention is None:  # forward alone, other things are fast
                 set_attention(self.teacher, self.own_attention)
         if self.plan is not None:
-            surgery = apply_plan(self.model, self.plan)
-            set_gains(self.model, self.record["gains"])
-            self.ternary_parameters = sum(row.parameters for row in surgery.rows if row.became.startswith("ternary"))
-            self.listener.note(str(surgery))
+            if self.base.plan is None:
+                surgery = apply_plan(self.model, self.plan)
+                set_gains(self.model, self.record["gains"])
+                self.listener.note(str(surgery))
+            else:
+                self.listener.note(f"{config.model} is ternary already ({self.base.form}): it is trained on at λ = 1")
+            owned = {id(p): p.numel() for _, m in ternary_modules(self.model) for p in m.parameters(recurse=False)}
+            self.ternary_parameters = sum(owned.values())
             self.listener.note(f"weights: {self.schedules[0].describe()}")
             if self.schedules[1] != self.schedules[0] and config.activations == "int8":
                 self.listener.note(f"activations: {self.schedules[1].describe()}")
@@ -258,6 +267,32 @@ def _spec(config: TuneConfig) -> TernarySpec:
         placement=config.placement, gain=config.gain, activations=config.activations, scale=config.scale,
         cover=config.cover, dead_zone_bias=config.dead_zone_bias or 0.0, learned_ranges=config.learned_ranges,
     )  # fmt: skip
+
+
+def _require_as_it_is(config: TuneConfig, plan: Plan) -> None:
+    """Raise ConfigError unless the settings say what a model that is ternary already is, and that it goes on at λ = 1.
+
+    It has no full-precision original that it could learn from, and from any other λ it would start as another function.
+    """
+    spec = plan.spec
+    wanted: dict[str, Any] = {
+        "schedule": "immediate", "distill": "none", "placement": spec.placement, "activations": spec.activations,
+        "scale": spec.scale, "cover": spec.cover,
+    }  # fmt: skip
+    differ = [name for name, value in wanted.items() if getattr(config, name) != value]
+    if config.activation_schedule not in (None, "immediate"):
+        raise ConfigError(f"{config.model} is ternary already: it starts at λ = 1, drop --activation-schedule.")
+    if config.dead_zone_bias or config.learned_ranges or config.reconstruct_tokens is not None:
+        raise ConfigError(
+            f"{config.model} is ternary already, and has no original: drop --dead-zone-bias, --learned-ranges and "
+            "--reconstruct-tokens."
+        )
+    if differ:
+        flags = " ".join(f"--{name} {value}" for name, value in wanted.items())
+        raise ConfigError(
+            f"{config.model} is ternary already. To train it on as it is, from λ = 1 and without an original to learn from, "
+            f"say so: {flags} (here {differ[0]} is {getattr(config, differ[0])})."
+        )
 
 
 def _calibrate(

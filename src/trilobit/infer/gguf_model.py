@@ -1,0 +1,134 @@
+"""A model from a GGUF file, with the file's own numbers: ternary matrices as codes and scales, the rest as fp32.
+
+    metadata  ──▶ config, names and shapes (gguf_header.py), tokenizer (gguf_tokenizer.py)
+    tensors   ──▶ PackedLinear, PackedEmbedding where the type is ternary (TQ1_0, TQ2_0, Q2_0); else dequantised
+
+What llama.cpp stores otherwise is undone: `llama` has its query and key rows in the order of the other kind of rotary
+positions, `gemma3` its norms plus one. Scales lie in the blocks of 64, 128 or 256 columns; where all of a model's matrices
+(or rows) have a single scale, blocks of zeros aside, that is what is kept. `bitnet` is a graph of int8 activations, one scale
+a token; the others are weights-only: their files do not say what the model was trained with, and llama.cpp's rounding of
+activations is its own.
+
+Letters: D width, H heads, E head size, O outputs, K inputs, G blocks of a row.
+"""
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from trilobit.errors import ModelError
+from trilobit.infer.foreign import plan_of
+from trilobit.infer.gguf_file import GgufFile, open_gguf
+from trilobit.infer.gguf_header import GgufHeader
+from trilobit.infer.gguf_tokenizer import end_tokens, read_tokenizer
+from trilobit.infer.quiet import clear_errors, quiet_transformers
+from trilobit.nn.packed import PackedEmbedding, PackedLinear
+from trilobit.quant import Granularity
+from trilobit.surgery.ternary import Plan, TernarySpec
+
+
+def read_gguf(path: Path) -> tuple[PreTrainedModel, Any, Plan | None]:
+    """Model with frozen ternary modules, tokenizer, and plan (None: no matrix of the file is ternary). Raises ModelError."""
+    file = open_gguf(path)
+    try:
+        header = GgufHeader(file)
+        header.check()
+        tokenizer = read_tokenizer(file.metadata, path.parent, header.vocabulary)
+        with clear_errors(str(path)), no_init_weights(), quiet_transformers():
+            config = header.config()
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except ModelError as error:
+        text = str(error)
+        raise ModelError(text if str(path) in text else f"{path} cannot be read: {text}") from error
+    model.tie_weights()
+    ends = end_tokens(file.metadata)
+    if model.generation_config is not None:
+        model.generation_config.eos_token_id = ends or None
+        model.generation_config.bos_token_id = tokenizer.bos_token_id
+    model.config.bos_token_id, model.config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    granularity = _fill(model, header)
+    model.requires_grad_(False).eval()
+    if granularity is None:
+        return model, tokenizer, None
+    spec = TernarySpec(placement="none", activations="int8" if header.int8 else "none", scale=granularity)
+    with clear_errors(str(path)):
+        return model, tokenizer, plan_of(model, spec, str(path))
+
+
+def _fill(model: PreTrainedModel, header: GgufHeader) -> Granularity | None:
+    """Put the file's tensors into the model, ternary ones in modules of their own. The granule of all their scales, None if
+    there are none."""
+    file, ternary = header.file, {}
+    parameters = dict(model.named_parameters())
+    for name, (path, _) in header.expected().items():
+        place = file.tensors[name]
+        if place.ternary is not None and _may_be_ternary(header, name):
+            codes, scales = (_reordered(header, name, part) for part in file.ternary(name))
+            ternary[path.removesuffix(".weight")] = codes, scales * _factor(file, name), place.ternary.BLOCK
+            continue
+        values = _reordered(header, name, file.dense(name)) * _factor(file, name)
+        if not bool(torch.isfinite(values).all()):
+            raise ModelError(f"{file.path}: {name} holds numbers that are not finite: it is damaged.")
+        if header.name == "gemma3" and name.endswith("norm.weight"):
+            values = values - 1
+        with torch.no_grad():
+            parameters[path].copy_(values)
+    if not ternary:
+        return None
+    granularity = _granularity(list(ternary.values()))
+    for path, (codes, scales, block) in ternary.items():
+        scale = _regrouped(codes, scales, block, granularity)
+        old = model.get_submodule(path)
+        if isinstance(old, nn.Embedding):
+            model.set_submodule(path, PackedEmbedding(codes, scale, granularity))
+            if header.tied:
+                model.set_submodule("lm_head", PackedLinear(codes, scale, None, None, granularity, header.int8))
+        else:
+            bias = cast(nn.Linear, old).bias
+            model.set_submodule(path, PackedLinear(codes, scale, bias, None, granularity, header.int8))
+    return granularity
+
+
+def _may_be_ternary(header: GgufHeader, name: str) -> bool:
+    """Projections, and the embedding and the head of weights-only models; Gemma multiplies its embedding by √D."""
+    return name.startswith("blk.") or not (header.int8 or header.name == "gemma3")
+
+
+def _factor(file: GgufFile, name: str) -> Tensor:
+    scale = name.removesuffix("weight") + "scale"
+    return file.dense(scale) if name.endswith(".weight") and scale in file.tensors else torch.ones(1)
+
+
+def _reordered(header: GgufHeader, name: str, rows: Tensor) -> Tensor:
+    """Rows of a `llama` query or key matrix (or its bias, or its scales) in transformers' order: [H, E/2, 2] → [H, 2, E/2]."""
+    part = name.split(".")[-2]
+    if header.name != "llama" or part not in ("attn_q", "attn_k"):
+        return rows
+    heads = header.heads if part == "attn_q" else header.kv_heads
+    return rows.reshape(heads, header.head_size // 2, 2, -1).transpose(1, 2).reshape(rows.shape)
+
+
+def _granularity(matrices: list[tuple[Tensor, Tensor, int]]) -> Granularity:
+    """The largest granule that every matrix has one scale for, blocks of zeros aside."""
+    spreads = []
+    for codes, scales, block in matrices:
+        used = codes.unflatten(1, (-1, block)).any(dim=2)
+        most = torch.where(used, scales, -torch.inf)
+        least = torch.where(used, scales, torch.inf)
+        rows = bool((most.amax(dim=1) <= least.amin(dim=1)).all())
+        spreads.append("tensor" if bool(most.max() <= least.min()) else "row" if rows else "group")
+    if "group" in spreads:
+        return cast(Granularity, f"group-{min(block for _, _, block in matrices)}")
+    return "row" if "row" in spreads else "tensor"
+
+
+def _regrouped(codes: Tensor, scales: Tensor, block: int, granularity: Granularity) -> Tensor:
+    """Scales of blocks as PackedLinear has them for a granule."""
+    if granularity.startswith("group-"):
+        return scales.repeat_interleave(block // int(granularity.removeprefix("group-")), dim=1)
+    used = torch.where(codes.unflatten(1, (-1, block)).any(dim=2), scales, 0)
+    return used.amax().reshape(1, 1) if granularity == "tensor" else used.amax(dim=1, keepdim=True)
