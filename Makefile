@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/
 
-.PHONY: demo native test test-all fuzz check wheel smollm2 clean
+.PHONY: demo native test test-all fuzz neon check wheel smollm2 clean
 
 demo: $(VENV)/installed
 	$(RUN)trilobit demo
@@ -22,6 +22,10 @@ test-all: native
 fuzz: native
 	$(RUN)python tests/infer/fuzz_native_file.py 60
 	native/sanitize.sh 5
+
+# The kernels for ARM, cross-compiled and run under QEMU; says which packages it needs.
+neon: $(VENV)/installed
+	PYTHON=$(CURDIR)/$(RUN)python native/cross.sh 5
 
 check: $(VENV)/installed
 	$(RUN)ruff check .

@@ -1,6 +1,6 @@
 // The entry points of trilobit.h: check, pack, spread the activations, choose an instruction set, share out the work.
 //
-// The processor is asked once, at the first use: what it has (cpuid) and what the system saves for it (xgetbv).
+// The processor is asked as the library is loaded: what it has (cpuid) and what the system saves for it (xgetbv).
 #include "floats.h"
 #include "kernels.h"
 #include "memory.h"
@@ -38,10 +38,7 @@ struct Features {
     }
 };
 
-const Features &features() {
-    static const Features found;
-    return found;
-}
+const Features features;
 #endif
 
 struct Set {
@@ -54,10 +51,10 @@ struct Set {
 const Set SETS[] = {
     {"scalar", &KERNELS_SCALAR, &FLOATS_BASE, always},
 #if defined(__x86_64__)
-    {"avx2", &KERNELS_AVX2, &FLOATS_AVX2, [] { return features().avx2 && features().fma; }},
-    {"avxvnni", &KERNELS_AVXVNNI, &FLOATS_AVX2, [] { return features().avxvnni && features().fma; }},
-    {"avx512", &KERNELS_AVX512, &FLOATS_AVX512, [] { return features().avx512; }},
-    {"avx512vbmi", &KERNELS_AVX512VBMI, &FLOATS_AVX512, [] { return features().avx512vbmi; }},
+    {"avx2", &KERNELS_AVX2, &FLOATS_AVX2, [] { return features.avx2 && features.fma; }},
+    {"avxvnni", &KERNELS_AVXVNNI, &FLOATS_AVX2, [] { return features.avxvnni && features.fma; }},
+    {"avx512", &KERNELS_AVX512, &FLOATS_AVX512, [] { return features.avx512; }},
+    {"avx512vbmi", &KERNELS_AVX512VBMI, &FLOATS_AVX512, [] { return features.avx512vbmi; }},
 #elif defined(__aarch64__) && defined(__linux__)
     {"neon", &KERNELS_NEON, &FLOATS_BASE, [] { return (getauxval(AT_HWCAP) & 1ul << 20) != 0; }},  // HWCAP_ASIMDDP: sdot
 #elif defined(__aarch64__)
@@ -140,12 +137,9 @@ EXPORT const char *trilobit_set_name(int32_t set) { return set >= 0 && set < SET
 EXPORT int32_t trilobit_set_runs_here(int32_t set) { return has(set); }
 
 EXPORT int32_t trilobit_best_set(void) {
-    static const int32_t best = [] {
-        int32_t set = SET_COUNT - 1;
-        while (!SETS[set].runs()) --set;
-        return set;
-    }();
-    return best;
+    int32_t set = SET_COUNT - 1;
+    while (!SETS[set].runs()) --set;
+    return set;
 }
 
 EXPORT int64_t trilobit_packed_bytes(int32_t format, int64_t rows, int64_t columns, int64_t group) {

@@ -451,8 +451,9 @@ EXPORT trilobit_session *trilobit_session_new(const trilobit_graph *graph, int64
     const bool sizes = slots >= 1 && slots < 1 << 16 && capacity >= 1 && capacity < 1 << 24 && most_tokens >= 1 &&
                        most_tokens < 1 << 16 && (cache == TRILOBIT_CACHE_BF16 || cache == TRILOBIT_CACHE_INT8);
     if (!sizes || !right_graph(*graph)) return *status = TRILOBIT_BAD_SHAPE, nullptr;
-    trilobit_session *s = new (std::nothrow) trilobit_session;
-    if (!s) return *status = TRILOBIT_NO_MEMORY, nullptr;
+    void *place = std::malloc(sizeof(trilobit_session));
+    if (!place) return *status = TRILOBIT_NO_MEMORY, nullptr;
+    trilobit_session *s = new (place) trilobit_session;
     s->graph = *graph;
     s->slots = slots;
     s->most_tokens = most_tokens;
@@ -494,7 +495,7 @@ EXPORT void trilobit_session_free(trilobit_session *session) {
     if (!session) return;
     if (session->cache) unmap_memory(session->cache, session->cache_bytes);
     if (session->memory) unmap_memory(session->memory, session->memory_bytes);
-    delete session;
+    std::free(session);
 }
 
 EXPORT int64_t trilobit_session_bytes(const trilobit_session *session) { return session->cache_bytes + session->memory_bytes; }

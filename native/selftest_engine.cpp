@@ -279,5 +279,8 @@ int main(int argc, char **argv) {
     }
     const double mean = distances.sum / std::max(1, distances.count);
     if (mean > 0.02) return std::fprintf(stderr, "instruction sets differ by %.4f of the logits\n", mean), 1;
-    std::printf("%d random decoders, every instruction set that runs here, alike to %.1e of the logits\n", models, mean);
+    std::printf("%d random decoders alike to %.1e of the logits, instruction sets:", models, mean);
+    for (int32_t set = 0; set < trilobit_set_count(); ++set)
+        if (trilobit_set_runs_here(set)) std::printf(" %s", trilobit_set_name(set));
+    std::printf("\n");
 }
