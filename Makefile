@@ -32,7 +32,7 @@ check: $(VENV)/installed
 	$(RUN)ruff format --check .
 	$(RUN)pyright
 
-# dist/trilobit-…-py3-none-PLATFORM.whl, kernels inside: one wheel for every Python of this platform.
+# dist/trilobit-…-py3-none-PLATFORM.whl, kernels inside, for every Python; on Linux PLATFORM is manylinux_ and the glibc it needs.
 wheel: $(VENV)/installed
 	$(RUN)pip wheel --quiet --no-deps -w dist .
 
