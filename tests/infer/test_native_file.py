@@ -13,7 +13,7 @@ from infer import fuzz_native_file
 from infer.fuzz_native_file import SMALL, join, split
 from infer.natives import frozen
 from trilobit.errors import ModelError, OutputError
-from trilobit.infer import graph, native_file
+from trilobit.infer import compiler, graph, native_file
 from trilobit.infer.engine import Engine
 from trilobit.kernels import build, native
 
@@ -31,7 +31,7 @@ def library() -> None:
 
 @pytest.fixture(scope="module")
 def model(library: None) -> graph.Graph:
-    return graph.compile(frozen("qwen3", settings=SMALL), "two-bit")
+    return compiler.compile(frozen("qwen3", settings=SMALL), "two-bit")
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def whole(model: graph.Graph, tmp_path_factory: pytest.TempPathFactory) -> bytes
 def test_what_is_written_is_read(settings: Any, spec: Any, memory: Any, tmp_path: Path) -> None:
     """Header and tensors come back bit for bit, mapped or copied, for odd sizes too, each tensor where its type may lie
     (old code: a bf16 embedding of odd size left all fp32 tensors after it unreadable)."""
-    compiled = graph.compile(frozen("llama", settings={**SMALL, **settings}, **spec))
+    compiled = compiler.compile(frozen("llama", settings={**SMALL, **settings}, **spec))
     path = tmp_path / native_file.NAME
     native_file.write(compiled, path)
     again = native_file.read(path, memory)

@@ -20,9 +20,10 @@ from trilobit.corpus import documents
 from trilobit.errors import ModelError, VerificationError
 from trilobit.export.hf import write_companions
 from trilobit.export.verify import Agreement, compare, noise_floor
-from trilobit.infer import graph, native_file
+from trilobit.infer import compiler, native_file
 from trilobit.infer.engine import Engine, open_native, require_library
-from trilobit.infer.generate import continue_tokens
+from trilobit.infer.graph import Graph
+from trilobit.infer.hf import continue_tokens
 from trilobit.infer.load import Loaded, freeze, load
 from trilobit.listener import SILENT, Listener
 from trilobit.measure.perplexity import text_windows
@@ -70,7 +71,7 @@ def run(config: ExportConfig, listener: Listener = SILENT) -> ExportResult:
     require_new_directory(target, "Choose another --out.")
     loaded = load(config.model)
     freeze(loaded.model)
-    model = graph.compile(loaded.model, None if config.layout == "auto" else config.layout)
+    model = compiler.compile(loaded.model, None if config.layout == "auto" else config.layout)
     probe = _probe(loaded, config.data)
     with atomic_directory(target) as directory:
         native_file.write(model, directory / native_file.NAME)
@@ -85,7 +86,7 @@ def run(config: ExportConfig, listener: Listener = SILENT) -> ExportResult:
     )  # fmt: skip
 
 
-def bits_per_weight(model: graph.Graph) -> float:
+def bits_per_weight(model: Graph) -> float:
     """Bits that a weight of the layers' matrices takes, with its part of padding and scales."""
     stored = sum(t.nbytes for n, t in model.tensors.items() if n.startswith("layers.") and n.endswith((".codes", ".scales")))
     weights = model.header.layers * sum(rows * columns for rows, columns in model.header.matrices().values())
