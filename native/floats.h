@@ -3,36 +3,9 @@
 // multiply-adds.
 #pragma once
 
-#include "layout.h"
+#include "cache.h"
 
 namespace {
-
-constexpr int64_t LANE_COUNT = 16;
-constexpr int64_t HEAD_STEP = 32;  // heads are padded to this: vectors are taken in pairs
-constexpr int64_t MOST_HEAD_SIZE = 256;
-
-// Keys and values, in tiles of TILE positions: what a sequence has not reached is never touched. For each slot, tile, layer
-// and key head, one after another:
-//
-//     keys    [TILE/16][head_size][16]   lane = position: a score needs no horizontal sum
-//     values  [TILE][head_size]
-//     int8 only: a scale for each position's key, then for each position's value, fp32
-//
-// Head sizes are padded to HEAD_STEP; padding is zero.
-constexpr int64_t TILE = 64;
-
-struct CacheShape {
-    int64_t tiles, layers, head_size, padded_head, kv_heads, element_bytes;
-
-    constexpr int64_t half_bytes() const { return TILE * padded_head * element_bytes; }  // keys, or values
-    constexpr int64_t block_bytes() const { return 2 * half_bytes() + (element_bytes == 1 ? 2 * TILE * 4 : 0); }
-    constexpr int64_t tile_bytes() const { return layers * kv_heads * block_bytes(); }
-    constexpr int64_t slot_bytes() const { return tiles * tile_bytes(); }
-    constexpr int64_t block_at(int64_t slot, int64_t tile, int64_t layer, int64_t head) const {
-        return slot * slot_bytes() + tile * tile_bytes() + (layer * kv_heads + head) * block_bytes();
-    }
-    constexpr int64_t key_at(int64_t p) const { return p / LANE_COUNT * LANE_COUNT * padded_head + p % LANE_COUNT; }
-};
 
 struct AttendCall {
     CacheShape shape;
