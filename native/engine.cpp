@@ -1,5 +1,6 @@
 // A decoder step by step: what runs between the products is shared out by token, products by rows of their matrices,
-// attention by rows and key heads. A layer is five joins of the threads where a call has one token:
+// attention by rows and key heads, one token's by positions too. A layer is five joins of the threads where a call has one
+// token:
 //
 //     norm, quantise │ q k v │ rotate, store │ attention │ quantise │ o │ add, norm, quantise │ gate, up, f │ quantise │ down
 //
@@ -15,6 +16,7 @@ namespace {
 
 constexpr int64_t ROW_CHUNK = 16 << 10;  // numbers of a row job that a thread takes at once
 constexpr int64_t BLOCK_QUERIES = 64;    // queries of a block of attention
+constexpr int64_t EVEN_ITEMS = 8;        // pieces of work a thread that come out about even
 
 // Run f(begin, end) over parts of 0 … count.
 template <class F>
@@ -225,7 +227,15 @@ struct trilobit_session : Memory {
         return count;
     }
 
-    void run_layer(int64_t l, int64_t tokens, const int32_t *slot, const int32_t *position, int block_count) {
+    // Spans up to the furthest position, where key heads alone are too few to share attention out evenly; else 0.
+    int64_t spans_to_share(int64_t tokens, const int32_t *position, int block_count) const {
+        if (threads < 2 || tokens > SPLIT_TOKENS || block_count * graph.kv_heads >= EVEN_ITEMS * threads) return 0;
+        int64_t furthest = 0;
+        for (int64_t t = 0; t < tokens; ++t) furthest = larger(furthest, position[t]);
+        return furthest < SPAN ? 0 : furthest / SPAN + 1;
+    }
+
+    void run_layer(int64_t l, int64_t tokens, const int32_t *slot, const int32_t *position, int block_count, int64_t spans) {
         const trilobit_graph &g = graph;
         const trilobit_layer &layer = g.layer[l];
         const int64_t inner = g.heads * g.head_size;
@@ -243,10 +253,13 @@ struct trilobit_session : Memory {
         parallel(tokens, row_grain(inner), threads, [&](int64_t begin, int64_t end) {
             for (int64_t t = begin; t < end; ++t) store(l, t, slot[t], position[t]);
         });
-        const AttendCall attend = {shape,    cache,  l,       queries,      attended,         slot,
-                                   position, blocks, g.heads, layer.window, g.attention_scale};
-        run_parallel(floats->attend, &attend, block_count * g.kv_heads, 1, threads);
+        const AttendCall attend = {shape,  cache,   l,            queries,           attended, slot, position,
+                                   blocks, g.heads, layer.window, g.attention_scale, spans,    parts};
+        const int64_t items = block_count * g.kv_heads;
+        if (spans) run_parallel(floats->attend_spans, &attend, items * spans, 1, threads);
+        else run_parallel(floats->attend, &attend, items, 1, threads);
         parallel(tokens, row_grain(inner), threads, [&](int64_t begin, int64_t end) {
+            if (spans) floats->combine(&attend, begin, end);
             for (int64_t t = begin; t < end; ++t) quantise_inputs(o, 1, attended, nullptr, 0, t);
         });
         multiply(o, 1, tokens);
@@ -293,7 +306,7 @@ EXPORT trilobit_session *trilobit_session_new(const trilobit_graph *graph, int64
     s->slots = slots;
     s->most_tokens = most_tokens;
     s->capacity = capacity;
-    s->shape = {divide_up(capacity, TILE), graph->layers, graph->head_size, divide_up(graph->head_size, HEAD_STEP) * HEAD_STEP,
+    s->shape = {divide_up(capacity, TILE), graph->layers, graph->head_size, padded_head(*graph),
                 graph->kv_heads, cache == TRILOBIT_CACHE_INT8 ? 1 : 2};
     Arena arena;
     s->lay_out(arena, *graph, capacity, most_tokens);
@@ -352,7 +365,8 @@ EXPORT int32_t trilobit_forward(trilobit_session *session, int64_t tokens, const
     if (!right) return TRILOBIT_BAD_SHAPE;
     const int block_count = s.split_into_blocks(slots, tokens);
     for (int64_t t = 0; t < tokens; ++t) s.embed(ids[t], s.x + t * g.width);
-    for (int64_t l = 0; l < g.layers; ++l) s.run_layer(l, tokens, slots, positions, block_count);
+    const int64_t spans = s.spans_to_share(tokens, positions, block_count);
+    for (int64_t l = 0; l < g.layers; ++l) s.run_layer(l, tokens, slots, positions, block_count, spans);
     s.run_head(count, rows, logits);
     return TRILOBIT_OK;
 }

@@ -10,6 +10,7 @@ namespace {
 
 constexpr int64_t HEAD_ROWS = 16;  // logits are computed for so many tokens at once
 constexpr int64_t MOST_PROJECTIONS = 3;
+constexpr int64_t SPLIT_TOKENS = 4;  // calls of so many tokens share attention out by span too
 
 // Memory handed out in pieces of whole cache lines; without a base, only counted.
 struct Arena {
@@ -29,6 +30,8 @@ struct Arena {
 Geometry geometry(const trilobit_projection &p) {
     return {static_cast<Format>(p.matrix.format), p.matrix.rows, p.matrix.columns, p.matrix.group};
 }
+
+int64_t padded_head(const trilobit_graph &g) { return divide_up(g.head_size, HEAD_STEP) * HEAD_STEP; }
 
 // Rows of codes that one token of a projection has: two for 16 bits.
 int64_t code_rows(const trilobit_projection &p) { return p.activations == TRILOBIT_INT16 ? 2 : 1; }
@@ -102,6 +105,7 @@ struct Memory {
     float *cosine, *sine;                                    // [positions, E/2]
     float *x, *normed, *queries, *keys, *values, *attended;  // [T, …]
     float *gate, *up, *branch;
+    float *parts;     // AttendCall::parts of SPLIT_TOKENS tokens
     int32_t *blocks;  // [T + 1]
     Quantised quantised[MOST_PROJECTIONS];
     float *scratch;  // as normed
@@ -119,6 +123,8 @@ struct Memory {
         keys = a.take<float>(t * g.kv_heads * g.head_size);
         values = a.take<float>(t * g.kv_heads * g.head_size);
         attended = a.take<float>(t * g.heads * g.head_size);
+        const int64_t spans = divide_up(capacity, SPAN), split = spans > 1 ? smaller(t, SPLIT_TOKENS) * g.heads * spans : 0;
+        parts = a.take<float>(split * part_floats(padded_head(g)));
         gate = a.take<float>(t * g.hidden);
         up = a.take<float>(t * g.hidden);
         branch = a.take<float>(t * g.width);

@@ -234,6 +234,8 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {  # tokens of a text, and what i
     "groups-of-three": (70, {"heads": 6, "kv_heads": 2, "head_size": 32}),
     "largest-heads": (10, {"heads": 2, "kv_heads": 1, "head_size": 256}),
     "several-tiles": (200, {"head_size": 6, "heads": 2, "kv_heads": 1, "width": 24, "hidden": 24}),
+    "several-spans": (1_030, {"head_size": 6, "heads": 2, "kv_heads": 1, "width": 24, "hidden": 24}),
+    "span-and-one": (513, {"head_size": 6, "heads": 2, "kv_heads": 1, "width": 24, "hidden": 24, "windows": (512,)}),
     "tile-and-one": (65, {"windows": (64,)}),
     "window": (150, {"windows": (70,), "head_size": 8}),
     "small-window": (70, {"layers": 2, "windows": (3, 0)}),
@@ -361,6 +363,23 @@ def test_threads_change_no_bit_of_the_logits(options: dict[str, Any]) -> None:
         for _ in range(5):
             assert torch.equal(whole(session, ids), expected)
         assert torch.equal(whole(session, ids, chunk=1), expected)
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("window", [0, 600])
+def test_threads_that_share_a_text_of_several_spans_change_no_bit(window: int, cache: Cache) -> None:
+    """Past 512 positions threads share one token's attention by position (up to four tokens of a call): the logits are those of
+    one thread and a whole prompt, at every length, with and without a window."""
+    d = decoder_of(9, heads=4, kv_heads=1, head_size=16, windows=(window,))
+    ids = text_of(d, 1_601)
+    for name in native.instruction_sets():
+        if name == "scalar":
+            continue
+        options: dict[str, Any] = {"capacity": len(ids), "cache": cache, "instructions": name}
+        expected = whole(Session(d, most_tokens=len(ids), threads=1, **options), ids)
+        for threads, chunk in ((2, 1), (3, 3), (2, 4), (1, 1), (3, 5)):
+            y = whole(Session(d, threads=threads, **options), ids, chunk=chunk)
+            assert torch.equal(y, expected), (name, threads, chunk)
 
 
 def test_only_asked_for_logits_are_given() -> None:
