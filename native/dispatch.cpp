@@ -186,7 +186,7 @@ EXPORT int32_t trilobit_product(const trilobit_matrix *matrix, const int8_t *x, 
     if (const int32_t status = check(matrix->format, matrix->rows, matrix->columns, matrix->group)) return status;
     if (tokens < 0) return TRILOBIT_BAD_SHAPE;
     Call call = {geometry(*matrix), matrix->packed, x,       nullptr, nullptr, tokens, y,
-                 nullptr,           nullptr,        nullptr, nullptr, false,   false,  false, false};
+                 nullptr,           nullptr,        nullptr, nullptr, false,   false,  false, nullptr, false};
     return multiply(call, set, threads);
 }
 
@@ -199,7 +199,7 @@ EXPORT int32_t trilobit_linear(const trilobit_matrix *matrix, const float *scale
     const bool grouped = matrix->group > 0;
     if (grouped ? scale_count != g.segments * g.rows : scale_count != 1 && scale_count != g.rows) return TRILOBIT_BAD_SCALE;
     Call call = {g,       matrix->packed, x,    nullptr, nullptr,          tokens, nullptr, y, scales,
-                 x_scale, bias,           grouped, scale_count != 1, false, false};
+                 x_scale, bias,           grouped, scale_count != 1, false, nullptr, false};
     return multiply(call, set, threads);
 }
 

@@ -124,8 +124,9 @@ struct trilobit_session : Memory {
         const trilobit_projection &p = *product.projection;
         const Geometry g = geometry(p);
         return {g, p.matrix.packed, q.codes, g.padded_columns() != g.columns ? q.spread : q.codes, q.sums,
-                tokens * code_rows(p), nullptr, product.y, p.scales, q.scales, p.bias, p.matrix.group > 0, p.scale_count != 1,
-                p.activations == TRILOBIT_PER_GROUP, p.activations == TRILOBIT_INT16};
+                tokens * code_rows(p), nullptr, product.y, p.half_scales ? nullptr : static_cast<const float *>(p.scales),
+                q.scales, p.bias, p.matrix.group > 0, p.scale_count != 1, p.activations == TRILOBIT_PER_GROUP,
+                p.half_scales ? static_cast<const uint16_t *>(p.scales) : nullptr, p.activations == TRILOBIT_INT16};
     }
 
     static bool is_gemv(const Call &call) { return call.tokens <= GEMV_TOKENS; }
@@ -214,7 +215,7 @@ struct trilobit_session : Memory {
             const Place at = place(shape_of, id, k);
             const int code = code_at(shape_of.format, p.matrix.packed[at.byte], at.symbol);
             const int64_t scale = p.matrix.group > 0 ? k / shape_of.group * g.vocabulary + id : p.scale_count == 1 ? 0 : id;
-            to[k] = static_cast<float>(code) * p.scales[scale];
+            to[k] = static_cast<float>(code) * static_cast<const float *>(p.scales)[scale];
         }
     }
 

@@ -31,7 +31,7 @@ struct Model {
     std::deque<std::vector<float>> floats;
     std::deque<std::vector<uint8_t>> bytes;
     std::vector<trilobit_layer> layers;
-    std::vector<uint16_t> embedding;
+    std::vector<uint16_t> embedding, halves;
 
     const float *values(int64_t count, float low, float high) {
         std::vector<float> &v = floats.emplace_back(static_cast<size_t>(count));
@@ -111,6 +111,11 @@ struct Model {
         const int64_t head_group = flip() ? 0 : 64;
         g.head = flip() ? ternary(g.vocabulary, g.width)
                         : projection(g.vocabulary, g.width, TRILOBIT_INT8, head_group, TRILOBIT_INT16);
+        if (g.head.matrix.group && flip()) {
+            for (int64_t i = 0; i < g.head.scale_count; ++i) halves.push_back(static_cast<uint16_t>(between(0x1c00, 0x2400)));
+            g.head.scales = halves.data();  // 0.004 to 0.016
+            g.head.half_scales = 1;
+        }
     }
 };
 

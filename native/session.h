@@ -60,10 +60,11 @@ bool right_shape(const trilobit_projection &p, int64_t rows, int64_t columns) {
     if (check(m.format, rows, columns, m.group) != TRILOBIT_OK) return false;
     const Geometry g = geometry(p);
     const bool scales = m.group > 0 ? p.scale_count == g.segments * rows : p.scale_count == 1 || p.scale_count == rows;
+    const bool halves = p.half_scales == 0 || (p.half_scales == 1 && m.group > 0);
     const bool gain = p.gain_count == 0 || (p.gain && (p.gain_count == 1 || p.gain_count == columns));
     const bool activations = p.activations == TRILOBIT_PER_TOKEN || p.activations == TRILOBIT_INT16 ||
                              (p.activations == TRILOBIT_PER_GROUP && m.group > 0);
-    return scales && gain && activations;
+    return scales && halves && gain && activations;
 }
 
 template <class Visit>
@@ -90,12 +91,13 @@ bool right_graph(const trilobit_graph &g) {
     if (g.head_size % 2 || g.head_size > MOST_HEAD_SIZE) return false;
     if (g.gate != TRILOBIT_SILU && g.gate != TRILOBIT_SQUARED_RELU) return false;
     if (!g.layer || !g.final_norm || !g.frequencies) return false;
-    bool right = g.embedding || right_shape(g.embedding_matrix, g.vocabulary, g.width);
+    bool right = g.embedding || (right_shape(g.embedding_matrix, g.vocabulary, g.width) && !g.embedding_matrix.half_scales);
     for (int64_t l = 0; l < g.layers; ++l)
         right = right && g.layer[l].attention_norm && g.layer[l].mlp_norm && g.layer[l].window >= 0;
     if (right)
         for_each_projection(g, [&](const trilobit_projection &p, int64_t rows, int64_t columns) {
-            right = right && right_shape(p, rows, columns) && (p.activations != TRILOBIT_INT16 || &p == &g.head);
+            const bool of_head = p.activations == TRILOBIT_INT16 || p.half_scales;
+            right = right && right_shape(p, rows, columns) && (!of_head || &p == &g.head);
         });
     return right;
 }

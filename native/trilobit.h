@@ -17,7 +17,7 @@
 extern "C" {
 #endif
 
-#define TRILOBIT_ABI 2
+#define TRILOBIT_ABI 3
 
 enum trilobit_format {
     TRILOBIT_TWO_BIT = 0, /* ternary, four codes a byte */

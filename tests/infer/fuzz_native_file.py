@@ -151,7 +151,7 @@ def resized(file: bytes, rng: random.Random) -> bytes:
     except (ModelError, AssertionError):
         return join(header, b"")
     header, at = {"__metadata__": header["__metadata__"]}, 0
-    for name, tensor in sorted(expected.items(), key=lambda item: ("U8", "F32", "BF16").index(item[1].dtype)):
+    for name, tensor in sorted(expected.items(), key=lambda item: list(graph.DTYPES).index(item[1].dtype)):
         if tensor.optional and rng.random() < 0.5:
             continue
         shape = rng.choice(tensor.shapes)

@@ -99,6 +99,7 @@ def as_the_engine_rounds(model: PreTrainedModel) -> Iterator[None]:
 
 def _head(x: Tensor, weight: Tensor) -> Tensor:
     scale = weight.unflatten(1, (-1, min(HEAD_GROUP, weight.shape[1]))).abs().amax(-1).clamp_min(1e-10) / 127
+    scale = scale.half().float().clamp_min(2.0**-24)
     scale = scale.repeat_interleave(min(HEAD_GROUP, weight.shape[1]), dim=1)
     rounded = (weight / scale).round() * scale
     fine = quant.int8_quantize(x)

@@ -215,6 +215,27 @@ def test_what_is_not_native_is_refused_with_its_reason(what: str) -> None:
         compiler.compile(make())
 
 
+def test_a_head_in_groups_loses_half_a_step_at_most() -> None:
+    """Whatever its size, every weight of an int8 head is within half a step of its group, and a step is fp16's absmax / 127 or
+    the number above; what fp16 has no scale for is refused."""
+    generator = torch.Generator().manual_seed(0)
+    size = 10 ** (torch.rand(50, 1, generator=generator) * 12 - 9)
+    weight = torch.randn(50, 70, generator=generator) * size
+    weight[3, 32:64] = 0
+    stored = compiler.int8_matrix("head", weight, 32)
+    scales = stored["head.scales"]
+    assert scales.dtype == torch.float16 and scales.shape == (3, 50)
+    codes = native.unpack(native.PackedMatrix(stored["head.codes"], 50, 70, 32, "int8"))
+    step = scales.float().T.repeat_interleave(32, dim=1)[:, :70]
+    assert ((codes * step - weight).abs() <= 0.5001 * step).all()
+    absmax = torch.nn.functional.pad(weight, (0, 26)).view(50, 3, 32).abs().amax(2).T
+    assert (scales.float() <= absmax / 127 * (1 + 2.0**-10) + 2.0**-24).all()
+    for bad in (1e7, torch.inf, torch.nan):
+        weight[7, 7] = bad
+        with pytest.raises(NotNative, match="fp16 holds no scale"):
+            compiler.int8_matrix("head", weight, 32)
+
+
 def test_a_subclass_is_another_model() -> None:
     """A model that inherits from a native one may compute anything: it is refused by its type."""
     model = frozen("llama")

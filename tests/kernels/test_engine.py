@@ -382,6 +382,30 @@ def test_threads_that_share_a_text_of_several_spans_change_no_bit(window: int, c
             assert torch.equal(y, expected), (name, threads, chunk)
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 9])
+def test_half_scales_of_a_head_are_their_numbers(tokens: int) -> None:
+    """fp16 scales, subnormal ones and zero among them, give the bits of the same numbers in fp32 (old code: fp32 alone), for
+    every instruction set; where no head with groups has them, there is no session."""
+    d = decoder_of(5, vocabulary=101, head_group=32, width=70)
+    half = d.head.scales.half()
+    half.view(-1)[::7] = torch.tensor([0.0, 2.0**-24, 3e-6, 65504.0, 6.1e-5]).half().repeat(99)[: len(half.view(-1)[::7])]
+    ids = text_of(d, tokens)
+    rows = torch.arange(tokens, dtype=torch.int32)
+    for name in native.instruction_sets():
+        found = []
+        for scales in (half, half.float()):
+            session = Session(replace(d, head=replace(d.head, scales=scales)), capacity=tokens, instructions=name)
+            found.append(session.run(ids, torch.zeros_like(ids), rows, rows))
+        assert torch.equal(*found), name
+    whole_rows = decoder_of(5, head_group=0)
+    for wrong in (
+        replace(whole_rows, head=replace(whole_rows.head, scales=whole_rows.head.scales.half())),
+        with_projection(d, "q", scales=d.layers[0].projections["q"].scales.half()),
+    ):
+        with pytest.raises(ModelError, match="do not fit together"):
+            Session(wrong, capacity=8)
+
+
 def test_only_asked_for_logits_are_given() -> None:
     """By default the last token's; otherwise the rows asked for in their order, repeats too, none if none, into `out`."""
     d = decoder_of(4)

@@ -6,9 +6,9 @@ Native are Llama-like decoders of the classes in NATIVE (RMSNorm, grouped-query 
 biases, sliding windows, layers without positions, a gated MLP with silu or relu²), ternary with int8 or full-precision
 activations, norms anywhere `tune` puts them. What is not is refused with the reason, and transformers runs it.
 
-Embeddings that are not ternary are bf16; the head is int8 with a scale for each row and HEAD_GROUP columns, and reads its input
-in 16 bits (two int8 codes), so that only its own rounding is left. Weights-only models are given int8 activations, a scale for
-each token and group of weights (128 columns where the model has no groups): docs/formats.md says what that costs.
+Embeddings that are not ternary are bf16; the head is int8 with an fp16 scale for each row and HEAD_GROUP columns, and reads
+its input in 16 bits (two int8 codes), so that only its own rounding is left. Weights-only models are given int8 activations, a
+scale for each token and group of weights (128 columns where the model has no groups): docs/formats.md says what that costs.
 
 Letters: O rows, K columns, G groups.
 """
@@ -21,7 +21,7 @@ from transformers import MistralConfig, PreTrainedModel
 
 from trilobit import quant
 from trilobit.errors import ModelError
-from trilobit.infer.graph import Graph, Header, check
+from trilobit.infer.graph import DTYPES, Graph, Header, check
 from trilobit.kernels import native
 from trilobit.kernels.engine import Gate
 from trilobit.kernels.frozen_linear import layout
@@ -37,6 +37,7 @@ GATES: dict[str, Gate] = {"silu": "silu", "swish": "silu", "relu2": "relu2"}
 WEIGHTS_ONLY_GROUP = 128
 MOST_HEAD_SIZE = 256  # floats.h
 HEAD_GROUP = 32
+LEAST_HALF = 2.0**-24  # above 0 in fp16
 
 
 class NotNative(ModelError):
@@ -126,7 +127,7 @@ def compile(model: PreTrainedModel, form: Format | None = None, head_group: int 
                 raise NotNative(f"{MODULES[name]} reads two norms, one after the other.")
             tensors[f"{at}.{name}.gain"] = _gain(norm, header.matrices()[name][1], header.norm_eps)
     graph = Graph(header, {name: tensor.cpu() for name, tensor in tensors.items()})
-    names = {torch.uint8: "U8", torch.float32: "F32", torch.bfloat16: "BF16"}
+    names = {dtype: name for name, dtype in DTYPES.items()}
     try:
         check(header, {name: (names[tensor.dtype], tuple(tensor.shape)) for name, tensor in graph.tensors.items()})
     except ModelError as error:
@@ -187,11 +188,18 @@ def _linear(name: str, module: nn.Module, header: Header) -> dict[str, Tensor]:
 
 
 def int8_matrix(name: str, weight: Tensor, group: int) -> dict[str, Tensor]:
-    """weight [O, K] as int8 codes with a scale for each row and `group` columns (0: each row), absmax / 127."""
+    """weight [O, K] as int8 codes with a scale for each row and `group` columns, absmax / 127 rounded to fp16, up where down
+    would cut codes off; or for each row (0), fp32. Raises NotNative where fp16 cannot hold a scale."""
     rows, columns = weight.shape
     size = group or columns
     padded = torch.nn.functional.pad(weight, (0, -columns % size)).view(rows, -1, size)
-    scale = (padded.abs().amax(dim=2) / 127).clamp_min(1e-12)  # [O, G]
-    codes = (padded / scale[:, :, None]).round_().clamp_(-127, 127).to(torch.int8).view(rows, -1)[:, :columns]
+    absmax = padded.abs().amax(dim=2)  # [O, G]
+    scale = (absmax / 127).clamp_min(1e-12)
+    if group:
+        scale = scale.half().clamp_min(LEAST_HALF)
+        scale = (scale.view(torch.int16) + (absmax > 127.5 * scale.float())).to(torch.int16).view(torch.float16)
+        if not scale.isfinite().all():
+            raise NotNative(f"{name} has weights of {weight.abs().max().item():.3g}: fp16 holds no scale for them.")
+    codes = (padded / scale.float()[:, :, None]).round_().clamp_(-127, 127).to(torch.int8).view(rows, -1)[:, :columns]
     packed = native.pack(codes.contiguous(), "int8", f"group-{group}" if group else "tensor").data  # pyright: ignore
     return {f"{name}.codes": packed, f"{name}.scales": (scale.T if group else scale.flatten()).contiguous()}

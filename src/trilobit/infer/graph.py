@@ -20,7 +20,7 @@ from trilobit.kernels.engine import PROJECTIONS, Activations, Decoder, Gate, Lay
 from trilobit.kernels.native import Format, PackedMatrix
 
 LEAST_TENSORS = 2 + 2 * len(PROJECTIONS)  # of a layer: norms, and codes and scales of each matrix
-DTYPES = {"U8": torch.uint8, "F32": torch.float32, "BF16": torch.bfloat16}
+DTYPES = {"U8": torch.uint8, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,8 @@ def _matrix(name: str, form: Format, rows: int, columns: int, group: int) -> dic
     groups = -(-columns // group) if group else 0
     scales = ((groups, rows),) if groups else ((1,), (rows,))
     data = native.packed_bytes(form, rows, columns, group)
-    return {f"{name}.codes": Expected("U8", ((data,),)), f"{name}.scales": Expected("F32", scales)}
+    dtype = "F16" if groups and form == "int8" else "F32"
+    return {f"{name}.codes": Expected("U8", ((data,),)), f"{name}.scales": Expected(dtype, scales)}
 
 
 def expected_tensors(h: Header) -> dict[str, Expected]:

@@ -32,7 +32,7 @@ from trilobit.quant import Granularity
 
 Format = Literal["two-bit", "base-3", "int8"]
 FORMATS: dict[str, int] = {"two-bit": 0, "base-3": 1, "int8": 2}
-ABI = 2
+ABI = 3
 BEST = -1
 
 
