@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/
 
-.PHONY: demo native test test-all fuzz check wheel smollm2 clean
+.PHONY: demo native test test-all fuzz neon check wheel smollm2 clean
 
 demo: $(VENV)/installed
 	$(RUN)trilobit demo
@@ -24,12 +24,16 @@ fuzz: native
 	$(RUN)python tests/infer/fuzz_gguf_file.py 60
 	native/sanitize.sh 5
 
+# The kernels for ARM, cross-compiled and run under QEMU; says which packages it needs.
+neon: $(VENV)/installed
+	PYTHON=$(CURDIR)/$(RUN)python native/cross.sh 5
+
 check: $(VENV)/installed
 	$(RUN)ruff check .
 	$(RUN)ruff format --check .
 	$(RUN)pyright
 
-# dist/trilobit-…-py3-none-PLATFORM.whl, kernels inside: one wheel for every Python of this platform.
+# dist/trilobit-…-py3-none-PLATFORM.whl, kernels inside, for every Python; on Linux PLATFORM is manylinux_ and the glibc it needs.
 wheel: $(VENV)/installed
 	$(RUN)pip wheel --quiet --no-deps -w dist .
 

@@ -29,4 +29,4 @@ class NativeKernels(BuildHookInterface):
         if version != "editable":
             build_data["force_include"][str(library)] = f"trilobit/kernels/{build.NAME}"
             build_data["pure_python"] = False
-            build_data["tag"] = f"py3-none-{next(platform_tags())}"
+            build_data["tag"] = f"py3-none-{build.wheel_platform(library, next(platform_tags()))}"

@@ -14,9 +14,9 @@ import time
 import torch
 from torch import nn
 
+from trilobit.infer.compiler import compile, why_not_native
 from trilobit.infer.engine import Engine
-from trilobit.infer.generate import continue_tokens
-from trilobit.infer.graph import compile, why_not_native
+from trilobit.infer.hf import continue_tokens
 from trilobit.infer.load import freeze, load
 from trilobit.kernels import native
 from trilobit.kernels.engine import Sampling

@@ -30,7 +30,7 @@ import torch
 from native import helper, processor
 
 from trilobit.infer import native_file
-from trilobit.infer.graph import Graph, Header, expected_tensors
+from trilobit.infer.graph import DTYPES, Graph, Header, expected_tensors
 from trilobit.kernels import native
 from trilobit.kernels.engine import Session
 from trilobit.kernels.native import Format
@@ -52,7 +52,6 @@ def random_model(shape: str, layout: Format, layers: int = 30) -> Graph:
         rotary_scale=1.0, gate="silu", windows=[0] * layers, rotary=[True] * layers, layout=layout, group=0,
         activations="token", norm_eps=1e-6, ternary_head=False, head_group=HEAD_GROUP, ternary_embedding=False,
     )  # fmt: skip
-    kinds = {"U8": torch.uint8, "F32": torch.float32, "BF16": torch.bfloat16}
     expected = {name: e for name, e in expected_tensors(header).items() if not e.optional}
     sizes = {name: e.shapes[0][0] for name, e in expected.items() if e.dtype == "U8"}
     memory, at = native.huge_pages(sum(sizes.values())), 0
@@ -71,7 +70,7 @@ def random_model(shape: str, layout: Format, layers: int = 30) -> Graph:
                     codes << torch.tensor([[0], [2], [4], [6]], dtype=torch.uint8), 0, out=tensors[name], dtype=torch.uint8
                 )
         else:
-            tensors[name] = torch.full(e.shapes[0], 0.02 if name.endswith("scales") else 1.0, dtype=kinds[e.dtype])
+            tensors[name] = torch.full(e.shapes[0], 0.02 if name.endswith("scales") else 1.0, dtype=DTYPES[e.dtype])
     tensors["rope.frequencies"] = 10_000 ** -(torch.arange(header.head_size // 2) * 2 / header.head_size)
     return Graph(header, tensors)
 

@@ -40,7 +40,7 @@ from trilobit.config.fields import parse_count
 from trilobit.config.tune import TuneConfig
 from trilobit.corpus import documents
 from trilobit.errors import NonFiniteError
-from trilobit.infer.generate import sample_windows
+from trilobit.infer.hf import sample_windows
 from trilobit.infer.load import load, load_pretrained
 from trilobit.listener import Listener
 from trilobit.measure.perplexity import nats, text_windows

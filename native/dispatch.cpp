@@ -1,6 +1,6 @@
 // The entry points of trilobit.h: check, pack, spread the activations, choose an instruction set, share out the work.
 //
-// The processor is asked once, at the first use: what it has (cpuid) and what the system saves for it (xgetbv).
+// The processor is asked as the library is loaded: what it has (cpuid) and what the system saves for it (xgetbv).
 #include "bf16.h"
 #include "floats.h"
 #include "kernels.h"
@@ -42,10 +42,7 @@ struct Features {
     }
 };
 
-const Features &features() {
-    static const Features found;
-    return found;
-}
+const Features features;
 #endif
 
 struct Set {
@@ -58,10 +55,10 @@ struct Set {
 const Set SETS[] = {
     {"scalar", &KERNELS_SCALAR, &FLOATS_BASE, always},
 #if defined(__x86_64__)
-    {"avx2", &KERNELS_AVX2, &FLOATS_AVX2, [] { return features().avx2 && features().fma; }},
-    {"avxvnni", &KERNELS_AVXVNNI, &FLOATS_AVX2, [] { return features().avxvnni && features().fma; }},
-    {"avx512", &KERNELS_AVX512, &FLOATS_AVX512, [] { return features().avx512; }},
-    {"avx512vbmi", &KERNELS_AVX512VBMI, &FLOATS_AVX512, [] { return features().avx512vbmi; }},
+    {"avx2", &KERNELS_AVX2, &FLOATS_AVX2, [] { return features.avx2 && features.fma; }},
+    {"avxvnni", &KERNELS_AVXVNNI, &FLOATS_AVX2, [] { return features.avxvnni && features.fma; }},
+    {"avx512", &KERNELS_AVX512, &FLOATS_AVX512, [] { return features.avx512; }},
+    {"avx512vbmi", &KERNELS_AVX512VBMI, &FLOATS_AVX512, [] { return features.avx512vbmi; }},
 #elif defined(__aarch64__) && defined(__linux__)
     {"neon", &KERNELS_NEON, &FLOATS_BASE, [] { return (getauxval(AT_HWCAP) & 1ul << 20) != 0; }},  // HWCAP_ASIMDDP: sdot
 #elif defined(__aarch64__)
@@ -151,12 +148,9 @@ EXPORT const char *trilobit_set_name(int32_t set) { return set >= 0 && set < SET
 EXPORT int32_t trilobit_set_runs_here(int32_t set) { return has(set); }
 
 EXPORT int32_t trilobit_best_set(void) {
-    static const int32_t best = [] {
-        int32_t set = SET_COUNT - 1;
-        while (!SETS[set].runs()) --set;
-        return set;
-    }();
-    return best;
+    int32_t set = SET_COUNT - 1;
+    while (!SETS[set].runs()) --set;
+    return set;
 }
 
 EXPORT int64_t trilobit_packed_bytes(int32_t format, int64_t rows, int64_t columns, int64_t group) {
@@ -203,7 +197,7 @@ EXPORT int32_t trilobit_product(const trilobit_matrix *matrix, const int8_t *x, 
     if (const int32_t status = check(matrix->format, matrix->rows, matrix->columns, matrix->group)) return status;
     if (tokens < 0) return TRILOBIT_BAD_SHAPE;
     Call call = {geometry(*matrix), matrix->packed, x,       nullptr, nullptr, tokens, y,
-                 nullptr,           nullptr,        nullptr, nullptr, false,   false,  false, false};
+                 nullptr,           nullptr,        nullptr, nullptr, false,   false,  false, nullptr, false};
     return multiply(call, set, threads);
 }
 
@@ -216,7 +210,7 @@ EXPORT int32_t trilobit_linear(const trilobit_matrix *matrix, const float *scale
     const bool grouped = matrix->group > 0;
     if (grouped ? scale_count != g.segments * g.rows : scale_count != 1 && scale_count != g.rows) return TRILOBIT_BAD_SCALE;
     Call call = {g,       matrix->packed, x,    nullptr, nullptr,          tokens, nullptr, y, scales,
-                 x_scale, bias,           grouped, scale_count != 1, false, false};
+                 x_scale, bias,           grouped, scale_count != 1, false, nullptr, false};
     return multiply(call, set, threads);
 }
 

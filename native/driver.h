@@ -54,9 +54,16 @@ struct Output {
         }
         const float x_scale = c.x_scale[c.x_grouped ? t * c.shape.segments + s : t];
         if (c.grouped) {
-            const float *__restrict scales = c.scales + s * c.shape.rows + row;
+            const int64_t first = s * c.shape.rows + row;
             const float each = c.x_grouped ? x_scale : 1;  // times 1 is exact
-            for (int r = 0; r < rows; ++r) totals[r] = totals[r] + static_cast<float>(code_sum(r)) * (scales[r] * each);
+            if (c.half_scales) {
+                const uint16_t *__restrict scales = c.half_scales + first;
+                for (int r = 0; r < rows; ++r)
+                    totals[r] = totals[r] + static_cast<float>(code_sum(r)) * (from_half(scales[r]) * each);
+            } else {
+                const float *__restrict scales = c.scales + first;
+                for (int r = 0; r < rows; ++r) totals[r] = totals[r] + static_cast<float>(code_sum(r)) * (scales[r] * each);
+            }
             if (s + 1 < c.shape.segments) return;
             const float all = c.x_grouped ? 1 : x_scale;
             for (int r = 0; r < rows; ++r) totals[r] = totals[r] * all;
@@ -107,8 +114,11 @@ void gemv_panels(const Call &c, int64_t begin, int64_t end) {
                 left -= tiles;
             }
             if (c.grouped) {  // a panel's scales lie far apart: ask for the next one's
-                const uintptr_t scales = reinterpret_cast<uintptr_t>(c.scales) + 4 * static_cast<uintptr_t>(s * g.rows + out.row);
-                for (int line = 2; line < 4; ++line) __builtin_prefetch(reinterpret_cast<const void *>(scales + 64 * line));
+                const uintptr_t next = static_cast<uintptr_t>(s * g.rows + out.row + PANEL_ROWS);
+                const uintptr_t scales = c.half_scales ? reinterpret_cast<uintptr_t>(c.half_scales) + 2 * next
+                                                       : reinterpret_cast<uintptr_t>(c.scales) + 4 * next;
+                for (uintptr_t i = 0; i < (c.half_scales ? 2 : 4) * PANEL_ROWS; i += 64)
+                    __builtin_prefetch(reinterpret_cast<const void *>(scales + i));
             }
             for (int64_t t = 0; t < c.tokens; ++t) out.segment(t, s, sums[t], totals[t]);
         }

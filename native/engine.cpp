@@ -1,15 +1,12 @@
 // A decoder step by step: what runs between the products is shared out by token, products by rows of their matrices,
-// attention by rows and key heads. A layer is five joins of the threads where a call has one token:
+// attention by rows and key heads, one token's by positions too. A layer is five joins of the threads where a call has one
+// token:
 //
 //     norm, quantise │ q k v │ rotate, store │ attention │ quantise │ o │ add, norm, quantise │ gate, up, f │ quantise │ down
 //
 // Block norm and quantiser are one pass where a projection has no norm of its own, and its codes are shared by all that
 // read them.
-#include "engine.h"
-
-#include "floats.h"
-#include "kernels.h"
-#include "memory.h"
+#include "session.h"
 #include "spread.h"
 
 #include <cmath>
@@ -17,10 +14,9 @@
 
 namespace {
 
-constexpr int64_t HEAD_ROWS = 16;       // logits are computed for so many tokens at once
 constexpr int64_t ROW_CHUNK = 16 << 10;  // numbers of a row job that a thread takes at once
 constexpr int64_t BLOCK_QUERIES = 64;    // queries of a block of attention
-constexpr int64_t MOST_PROJECTIONS = 3;
+constexpr int64_t EVEN_ITEMS = 8;        // pieces of work a thread that come out about even
 
 // Run f(begin, end) over parts of 0 … count.
 template <class F>
@@ -29,118 +25,9 @@ void parallel(int64_t count, int64_t grain, int threads, const F &f) {
     run_parallel(run, &f, count, grain, threads);
 }
 
-// Memory handed out in pieces of whole cache lines; without a base, only counted.
-struct Arena {
-    uint8_t *base = nullptr;
-    int64_t used = 0;
-
-    template <class T>
-    T *take(int64_t count) {
-        T *piece = base ? reinterpret_cast<T *>(base + used) : nullptr;
-        const int64_t bytes = count * static_cast<int64_t>(sizeof(T)), room = divide_up(bytes, 64) * 64 + RED_ZONE;
-        if (base) forbid(base + used + bytes, room - bytes);
-        used += room;
-        return piece;
-    }
-};
-
-Geometry geometry(const trilobit_projection &p) {
-    return {static_cast<Format>(p.matrix.format), p.matrix.rows, p.matrix.columns, p.matrix.group};
-}
-
-// Rows of codes that one token of a projection has: two for 16 bits.
-int64_t code_rows(const trilobit_projection &p) { return p.activations == TRILOBIT_INT16 ? 2 : 1; }
-
-// Quantised activations of up to some number of tokens, as products read them.
-struct Quantised {
-    int8_t *codes, *spread;  // [rows, K], [rows, padded columns]
-    int32_t *sums;           // [rows, segments]
-    float *scales;           // [rows], or [rows, segments]
-};
-
-struct Sizes {
-    int64_t columns = 0, padded = 0, segments = 0;
-
-    void cover(const trilobit_projection &p) {
-        const Geometry g = geometry(p);
-        columns = larger(columns, g.columns);
-        padded = larger(padded, g.padded_columns());
-        segments = larger(segments, g.segments);
-    }
-};
-
 bool same_input(const trilobit_projection &a, const trilobit_projection &b) {
     return a.gain_count == 0 && b.gain_count == 0 && a.activations == b.activations && a.matrix.format == b.matrix.format &&
            a.matrix.group == b.matrix.group && a.matrix.columns == b.matrix.columns;
-}
-
-bool right_shape(const trilobit_projection &p, int64_t rows, int64_t columns) {
-    const trilobit_matrix &m = p.matrix;
-    if (!m.packed || !p.scales || m.rows != rows || m.columns != columns) return false;
-    if (check(m.format, rows, columns, m.group) != TRILOBIT_OK) return false;
-    const Geometry g = geometry(p);
-    const bool scales = m.group > 0 ? p.scale_count == g.segments * rows : p.scale_count == 1 || p.scale_count == rows;
-    const bool gain = p.gain_count == 0 || (p.gain && (p.gain_count == 1 || p.gain_count == columns));
-    const bool activations = p.activations == TRILOBIT_PER_TOKEN || p.activations == TRILOBIT_INT16 ||
-                             (p.activations == TRILOBIT_PER_GROUP && m.group > 0);
-    return scales && gain && activations;
-}
-
-template <class Visit>
-void for_each_projection(const trilobit_graph &g, Visit visit) {
-    for (int64_t l = 0; l < g.layers; ++l) {
-        const trilobit_layer &a = g.layer[l];
-        const int64_t queries = g.heads * g.head_size, keys = g.kv_heads * g.head_size;
-        visit(a.q, queries, g.width);
-        visit(a.k, keys, g.width);
-        visit(a.v, keys, g.width);
-        visit(a.o, g.width, queries);
-        visit(a.gate, g.hidden, g.width);
-        visit(a.up, g.hidden, g.width);
-        visit(a.down, g.width, g.hidden);
-    }
-    visit(g.head, g.vocabulary, g.width);
-}
-
-bool right_graph(const trilobit_graph &g) {
-    const int64_t sizes[] = {g.width, g.hidden, g.heads, g.kv_heads, g.head_size, g.layers, g.vocabulary};
-    for (const int64_t size : sizes)
-        if (size < 1 || size >= 1 << 24) return false;
-    if (g.heads % g.kv_heads || g.heads * g.head_size >= 1 << 24) return false;
-    if (g.head_size % 2 || g.head_size > MOST_HEAD_SIZE) return false;
-    if (g.gate != TRILOBIT_SILU && g.gate != TRILOBIT_SQUARED_RELU) return false;
-    if (!g.layer || !g.final_norm || !g.frequencies) return false;
-    bool right = g.embedding || right_shape(g.embedding_matrix, g.vocabulary, g.width);
-    for (int64_t l = 0; l < g.layers; ++l)
-        right = right && g.layer[l].attention_norm && g.layer[l].mlp_norm && g.layer[l].window >= 0;
-    if (right)
-        for_each_projection(g, [&](const trilobit_projection &p, int64_t rows, int64_t columns) {
-            right = right && right_shape(p, rows, columns) && (p.activations != TRILOBIT_INT16 || &p == &g.head);
-        });
-    return right;
-}
-
-uint16_t to_bf16(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    if (value != value) return 0x7fc0;
-    return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-// One cached vector to int8. Returns its scale, which is NaN where x holds NaN.
-template <class Put>
-float to_int8(const float *x, int64_t n, Put put) {
-    float absmax = 1e-20f;
-    for (int64_t d = 0; d < n; ++d)
-        if (const float a = std::fabs(x[d]); a > absmax || a != a) absmax = a;
-    const float factor = 127 / absmax;
-    for (int64_t d = 0; d < n; ++d) {
-        const float code = x[d] * factor + 12582912.0f;  // rounds half to even, into the low byte
-        int32_t bits;
-        std::memcpy(&bits, &code, sizeof bits);
-        put(d, static_cast<int8_t>(bits));
-    }
-    return absmax / 127;
 }
 
 void add_row(float *x, const float *y, int64_t n) {
@@ -149,54 +36,17 @@ void add_row(float *x, const float *y, int64_t n) {
 
 }  // namespace
 
-struct trilobit_session {
+struct trilobit_session : Memory {
     trilobit_graph graph;
     int64_t slots, capacity, most_tokens;
     CacheShape shape;
     uint8_t *cache = nullptr, *memory = nullptr;
     int64_t cache_bytes, memory_bytes;
 
-    float *cosine, *sine;                                    // [positions, E/2]
-    float *x, *normed, *queries, *keys, *values, *attended;  // [T, …]
-    float *gate, *up, *branch;
-    int32_t *blocks;  // [T + 1]
-    Quantised quantised[MOST_PROJECTIONS];
-    float *scratch;  // as normed
-    float *last;     // [HEAD_ROWS, D]: what the head reads
-
     // For the duration of a call.
     const Kernels *kernels;
     const FloatKernels *floats;
     int threads;
-
-    void lay_out(Arena &a) {
-        const trilobit_graph &g = graph;
-        const int64_t t = most_tokens, half = g.head_size / 2;
-        cosine = a.take<float>(capacity * half);
-        sine = a.take<float>(capacity * half);
-        x = a.take<float>(t * g.width);
-        const int64_t widest = larger(larger(g.width, g.hidden), g.heads * g.head_size);
-        normed = a.take<float>(t * widest);
-        scratch = a.take<float>(t * widest);
-        queries = a.take<float>(t * g.heads * g.head_size);
-        keys = a.take<float>(t * g.kv_heads * g.head_size);
-        values = a.take<float>(t * g.kv_heads * g.head_size);
-        attended = a.take<float>(t * g.heads * g.head_size);
-        gate = a.take<float>(t * g.hidden);
-        up = a.take<float>(t * g.hidden);
-        branch = a.take<float>(t * g.width);
-        blocks = a.take<int32_t>(t + 1);
-        Sizes sizes;
-        for_each_projection(g, [&](const trilobit_projection &p, int64_t, int64_t) { sizes.cover(p); });
-        const int64_t rows = larger(t, 2 * HEAD_ROWS);
-        for (Quantised &q : quantised) {
-            q.codes = a.take<int8_t>(rows * sizes.columns);
-            q.spread = a.take<int8_t>(rows * sizes.padded);
-            q.sums = a.take<int32_t>(rows * sizes.segments);
-            q.scales = a.take<float>(rows * sizes.segments);
-        }
-        last = a.take<float>(HEAD_ROWS * g.width);
-    }
 
     int64_t row_grain(int64_t width) const { return larger(1, ROW_CHUNK / width); }
 
@@ -274,8 +124,9 @@ struct trilobit_session {
         const trilobit_projection &p = *product.projection;
         const Geometry g = geometry(p);
         return {g, p.matrix.packed, q.codes, g.padded_columns() != g.columns ? q.spread : q.codes, q.sums,
-                tokens * code_rows(p), nullptr, product.y, p.scales, q.scales, p.bias, p.matrix.group > 0, p.scale_count != 1,
-                p.activations == TRILOBIT_PER_GROUP, p.activations == TRILOBIT_INT16};
+                tokens * code_rows(p), nullptr, product.y, p.half_scales ? nullptr : static_cast<const float *>(p.scales),
+                q.scales, p.bias, p.matrix.group > 0, p.scale_count != 1, p.activations == TRILOBIT_PER_GROUP,
+                p.half_scales ? static_cast<const uint16_t *>(p.scales) : nullptr, p.activations == TRILOBIT_INT16};
     }
 
     static bool is_gemv(const Call &call) { return call.tokens <= GEMV_TOKENS; }
@@ -344,20 +195,7 @@ struct trilobit_session {
             float *key = keys + (t * g.kv_heads + h) * e;
             const float *value = values + (t * g.kv_heads + h) * e;
             prepare(key, layer.k_norm);
-            uint8_t *base = cache + shape.block_at(slot, position / TILE, l, h);
-            const int64_t within = position % TILE, key_at = shape.key_at(within), value_at = within * shape.padded_head;
-            if (shape.element_bytes == 2) {
-                uint16_t *k = reinterpret_cast<uint16_t *>(base) + key_at;
-                uint16_t *v = reinterpret_cast<uint16_t *>(base + shape.half_bytes()) + value_at;
-                for (int64_t d = 0; d < e; ++d) k[d * LANE_COUNT] = to_bf16(key[d]);
-                for (int64_t d = 0; d < e; ++d) v[d] = to_bf16(value[d]);
-            } else {
-                int8_t *k = reinterpret_cast<int8_t *>(base) + key_at;
-                int8_t *v = reinterpret_cast<int8_t *>(base + shape.half_bytes()) + value_at;
-                float *scales = reinterpret_cast<float *>(base + 2 * shape.half_bytes()) + within;
-                scales[0] = to_int8(key, e, [&](int64_t d, int8_t code) { k[d * LANE_COUNT] = code; });
-                scales[TILE] = to_int8(value, e, [&](int64_t d, int8_t code) { v[d] = code; });
-            }
+            put_in_cache(shape, cache + shape.block_at(slot, position / TILE, l, h), position % TILE, key, value);
         }
     }
 
@@ -377,7 +215,7 @@ struct trilobit_session {
             const Place at = place(shape_of, id, k);
             const int code = code_at(shape_of.format, p.matrix.packed[at.byte], at.symbol);
             const int64_t scale = p.matrix.group > 0 ? k / shape_of.group * g.vocabulary + id : p.scale_count == 1 ? 0 : id;
-            to[k] = static_cast<float>(code) * p.scales[scale];
+            to[k] = static_cast<float>(code) * static_cast<const float *>(p.scales)[scale];
         }
     }
 
@@ -390,7 +228,15 @@ struct trilobit_session {
         return count;
     }
 
-    void run_layer(int64_t l, int64_t tokens, const int32_t *slot, const int32_t *position, int block_count) {
+    // Spans up to the furthest position, where key heads alone are too few to share attention out evenly; else 0.
+    int64_t spans_to_share(int64_t tokens, const int32_t *position, int block_count) const {
+        if (threads < 2 || tokens > SPLIT_TOKENS || block_count * graph.kv_heads >= EVEN_ITEMS * threads) return 0;
+        int64_t furthest = 0;
+        for (int64_t t = 0; t < tokens; ++t) furthest = larger(furthest, position[t]);
+        return furthest < SPAN ? 0 : furthest / SPAN + 1;
+    }
+
+    void run_layer(int64_t l, int64_t tokens, const int32_t *slot, const int32_t *position, int block_count, int64_t spans) {
         const trilobit_graph &g = graph;
         const trilobit_layer &layer = g.layer[l];
         const int64_t inner = g.heads * g.head_size;
@@ -408,10 +254,13 @@ struct trilobit_session {
         parallel(tokens, row_grain(inner), threads, [&](int64_t begin, int64_t end) {
             for (int64_t t = begin; t < end; ++t) store(l, t, slot[t], position[t]);
         });
-        const AttendCall attend = {shape,    cache,  l,       queries,      attended,         slot,
-                                   position, blocks, g.heads, layer.window, g.attention_scale};
-        run_parallel(floats->attend, &attend, block_count * g.kv_heads, 1, threads);
+        const AttendCall attend = {shape,  cache,   l,            queries,           attended, slot, position,
+                                   blocks, g.heads, layer.window, g.attention_scale, spans,    parts};
+        const int64_t items = block_count * g.kv_heads;
+        if (spans) run_parallel(floats->attend_spans, &attend, items * spans, 1, threads);
+        else run_parallel(floats->attend, &attend, items, 1, threads);
         parallel(tokens, row_grain(inner), threads, [&](int64_t begin, int64_t end) {
+            if (spans) floats->combine(&attend, begin, end);
             for (int64_t t = begin; t < end; ++t) quantise_inputs(o, 1, attended, nullptr, 0, t);
         });
         multiply(o, 1, tokens);
@@ -451,16 +300,17 @@ EXPORT trilobit_session *trilobit_session_new(const trilobit_graph *graph, int64
     const bool sizes = slots >= 1 && slots < 1 << 16 && capacity >= 1 && capacity < 1 << 24 && most_tokens >= 1 &&
                        most_tokens < 1 << 16 && (cache == TRILOBIT_CACHE_BF16 || cache == TRILOBIT_CACHE_INT8);
     if (!sizes || !right_graph(*graph)) return *status = TRILOBIT_BAD_SHAPE, nullptr;
-    trilobit_session *s = new (std::nothrow) trilobit_session;
-    if (!s) return *status = TRILOBIT_NO_MEMORY, nullptr;
+    void *place = std::malloc(sizeof(trilobit_session));
+    if (!place) return *status = TRILOBIT_NO_MEMORY, nullptr;
+    trilobit_session *s = new (place) trilobit_session;
     s->graph = *graph;
     s->slots = slots;
     s->most_tokens = most_tokens;
     s->capacity = capacity;
-    s->shape = {divide_up(capacity, TILE), graph->layers, graph->head_size, divide_up(graph->head_size, HEAD_STEP) * HEAD_STEP,
+    s->shape = {divide_up(capacity, TILE), graph->layers, graph->head_size, padded_head(*graph),
                 graph->kv_heads, cache == TRILOBIT_CACHE_INT8 ? 1 : 2};
     Arena arena;
-    s->lay_out(arena);
+    s->lay_out(arena, *graph, capacity, most_tokens);
     s->memory_bytes = arena.used;
     const double tiles = static_cast<double>(slots) * static_cast<double>(s->shape.tiles);
     const double blocks = tiles * static_cast<double>(s->shape.layers) * static_cast<double>(s->shape.kv_heads);
@@ -478,7 +328,7 @@ EXPORT trilobit_session *trilobit_session_new(const trilobit_graph *graph, int64
     ask_for_huge_pages(s->cache, s->cache_bytes);
     ask_for_huge_pages(s->memory, s->memory_bytes);
     arena.used = 0;
-    s->lay_out(arena);
+    s->lay_out(arena, *graph, capacity, most_tokens);
     const int64_t half = graph->head_size / 2;
     for (int64_t p = 0; p < capacity; ++p)
         for (int64_t i = 0; i < half; ++i) {
@@ -494,7 +344,7 @@ EXPORT void trilobit_session_free(trilobit_session *session) {
     if (!session) return;
     if (session->cache) unmap_memory(session->cache, session->cache_bytes);
     if (session->memory) unmap_memory(session->memory, session->memory_bytes);
-    delete session;
+    std::free(session);
 }
 
 EXPORT int64_t trilobit_session_bytes(const trilobit_session *session) { return session->cache_bytes + session->memory_bytes; }
@@ -516,7 +366,8 @@ EXPORT int32_t trilobit_forward(trilobit_session *session, int64_t tokens, const
     if (!right) return TRILOBIT_BAD_SHAPE;
     const int block_count = s.split_into_blocks(slots, tokens);
     for (int64_t t = 0; t < tokens; ++t) s.embed(ids[t], s.x + t * g.width);
-    for (int64_t l = 0; l < g.layers; ++l) s.run_layer(l, tokens, slots, positions, block_count);
+    const int64_t spans = s.spans_to_share(tokens, positions, block_count);
+    for (int64_t l = 0; l < g.layers; ++l) s.run_layer(l, tokens, slots, positions, block_count, spans);
     s.run_head(count, rows, logits);
     return TRILOBIT_OK;
 }

@@ -24,13 +24,14 @@ enum trilobit_activations {
 /* y = W · Q(norm(x)) + b. gain: of an RMSNorm of its own, [columns] or one number; gain_count 0: none. */
 typedef struct {
     trilobit_matrix matrix;
-    const float *scales;
+    const void *scales;  /* fp32, or fp16 */
     int64_t scale_count; /* as in trilobit_linear */
     const float *bias;   /* [rows] or NULL */
     const float *gain;
     int64_t gain_count;
     float eps;
     int32_t activations;
+    int32_t half_scales; /* whether they are fp16: only of a head with groups */
 } trilobit_projection;
 
 typedef struct {

@@ -3,36 +3,17 @@
 // multiply-adds.
 #pragma once
 
-#include "layout.h"
+#include "cache.h"
 
 namespace {
 
-constexpr int64_t LANE_COUNT = 16;
-constexpr int64_t HEAD_STEP = 32;  // heads are padded to this: vectors are taken in pairs
-constexpr int64_t MOST_HEAD_SIZE = 256;
+// Attention goes through positions in spans, each with a maximum and sums of its own, which are then put together in their
+// order: whether one thread does that or several, the bits are the same.
+constexpr int64_t SPAN = 512;
+static_assert(SPAN % TILE == 0);
 
-// Keys and values, in tiles of TILE positions: what a sequence has not reached is never touched. For each slot, tile, layer
-// and key head, one after another:
-//
-//     keys    [TILE/16][head_size][16]   lane = position: a score needs no horizontal sum
-//     values  [TILE][head_size]
-//     int8 only: a scale for each position's key, then for each position's value, fp32
-//
-// Head sizes are padded to HEAD_STEP; padding is zero.
-constexpr int64_t TILE = 64;
-
-struct CacheShape {
-    int64_t tiles, layers, head_size, padded_head, kv_heads, element_bytes;
-
-    constexpr int64_t half_bytes() const { return TILE * padded_head * element_bytes; }  // keys, or values
-    constexpr int64_t block_bytes() const { return 2 * half_bytes() + (element_bytes == 1 ? 2 * TILE * 4 : 0); }
-    constexpr int64_t tile_bytes() const { return layers * kv_heads * block_bytes(); }
-    constexpr int64_t slot_bytes() const { return tiles * tile_bytes(); }
-    constexpr int64_t block_at(int64_t slot, int64_t tile, int64_t layer, int64_t head) const {
-        return slot * slot_bytes() + tile * tile_bytes() + (layer * kv_heads + head) * block_bytes();
-    }
-    constexpr int64_t key_at(int64_t p) const { return p / LANE_COUNT * LANE_COUNT * padded_head + p % LANE_COUNT; }
-};
+// What a span gives a query: [padded_head] sums of values, then its largest score and the sum of its weights.
+constexpr int64_t part_floats(int64_t padded_head) { return padded_head + LANE_COUNT; }
 
 struct AttendCall {
     CacheShape shape;
@@ -44,6 +25,8 @@ struct AttendCall {
     const int32_t *blocks;             // block b: rows blocks[b] … blocks[b + 1] − 1, all of one slot
     int64_t heads, window;             // window: latest positions that are seen, 0: all
     float scale;
+    int64_t spans;  // of the furthest position, where work is shared out by span too
+    float *parts;   // then: [T, heads, spans, part_floats]
 };
 
 struct GateCall {  // gate = f(gate) · up, in place, for columns begin … end − 1 of rows of `columns`; f: silu, or max(x, 0)²
@@ -70,7 +53,9 @@ constexpr int64_t READ_CHUNK = 1 << 20;
 }  // namespace
 
 struct FloatKernels {
-    void (*attend)(const void *call, int64_t begin, int64_t end);     // items block · kv_heads + key head
+    void (*attend)(const void *call, int64_t begin, int64_t end);       // items block · kv_heads + key head
+    void (*attend_spans)(const void *call, int64_t begin, int64_t end);  // items (block · kv_heads + key head) · spans + span
+    void (*combine)(const void *call, int64_t begin, int64_t end);      // rows, whose spans are all there
     void (*gate)(const void *call, int64_t begin, int64_t end);       // rows
     void (*normalize)(const void *call, int64_t begin, int64_t end);  // rows
     void (*read)(const void *call, int64_t begin, int64_t end);       // chunks of READ_CHUNK bytes

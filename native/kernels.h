@@ -4,6 +4,7 @@
 #include "layout.h"
 
 #include <cstddef>
+#include <cstring>
 
 namespace {
 
@@ -21,8 +22,17 @@ struct Call {
     const float *scales, *x_scale, *bias;
     bool grouped, per_row;  // scales: [segments, O], [O] or [1]
     bool x_grouped;         // x_scale: [T, segments] instead of [T]; only where grouped
+    const uint16_t *half_scales;  // fp16, instead of scales; only where grouped
     bool pairs;             // rows 2t and 2t + 1 of x are two parts of one token: their outputs are added up in y [T/2, O]
 };
+
+// A finite fp16 number, exactly: its bits as those of an fp32 number, whose exponent is then 112 too small.
+inline float from_half(uint16_t half) {
+    const uint32_t bits = static_cast<uint32_t>(half & 0x8000) << 16 | static_cast<uint32_t>(half & 0x7fff) << 13;
+    float small;
+    std::memcpy(&small, &bits, sizeof small);
+    return small * 0x1p112f;
+}
 
 struct QuantizeCall {
     const void *x;

@@ -1,5 +1,5 @@
 // Large blocks of memory from the system, zero-filled, and the request for two-megabyte pages, which spare the translation of
-// addresses where a block is read from end to end for every token.
+// addresses where a block is read from end to end for every token. Small ones from malloc: `new` would need C++'s own library.
 #pragma once
 
 #include <cstdint>
@@ -32,6 +32,17 @@ inline uint8_t *map_memory(int64_t bytes) {
 
 // Bytes that the machine has: what is larger than this is refused rather than promised.
 inline double machine_memory() { return static_cast<double>(sysconf(_SC_PHYS_PAGES)) * static_cast<double>(sysconf(_SC_PAGE_SIZE)); }
+
+// Memory for `count` T, which are not constructed; items is null where there is none.
+template <class T>
+struct Array {
+    T *const items;
+
+    explicit Array(int64_t count) : items(static_cast<T *>(std::malloc(static_cast<size_t>(count) * sizeof(T)))) {}
+    ~Array() { std::free(items); }
+    Array(const Array &) = delete;
+    Array &operator=(const Array &) = delete;
+};
 
 // Under AddressSanitizer: bytes that nobody may touch, until their block is unmapped.
 #if defined(__SANITIZE_ADDRESS__)

@@ -9,7 +9,9 @@
 #include <atomic>
 #include <cstdlib>
 #include <ctime>
+#include <new>
 #include <pthread.h>
+#include <type_traits>
 
 namespace {
 
@@ -52,7 +54,8 @@ struct Pool {
     std::atomic<int> inside{0};  // workers that joined the job and have not left it
 };
 
-Pool *pool = new Pool;  // never destroyed: workers may outlive static destructors
+Pool pool;
+static_assert(std::is_trivially_destructible_v<Pool>);  // workers may outlive static destructors
 
 void work(Pool &p) {
     const Job job = p.job;
@@ -112,23 +115,24 @@ void hire(Pool &p, int wanted) {
     }
 }
 
-void forget_workers() { pool = new Pool; }  // in a forked child, where they do not exist
+void forget_workers() { new (&pool) Pool; }  // in a forked child, where they do not exist
 
 [[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, forget_workers);
 
 struct Scratch {
-    void *memory = nullptr;
-    size_t bytes = 0;
-    ~Scratch() { std::free(memory); }
+    void *memory;
+    size_t bytes;
 };
 thread_local Scratch scratch;
+pthread_key_t scratch_key;  // frees it when its thread ends (a destructor would need C++'s own library)
+[[maybe_unused]] const int created = pthread_key_create(&scratch_key, std::free);
 
 }  // namespace
 
 void run_parallel(void (*run)(const void *, int64_t, int64_t), const void *call, int64_t count, int64_t grain, int threads) {
     const int64_t ranges = divide_up(count, grain);
     int others = static_cast<int>(smaller(smaller(threads, ranges), MOST_WORKERS + 1)) - 1;
-    Pool &p = *pool;
+    Pool &p = pool;
     if (others < 1 || pthread_mutex_trylock(&p.owner) != 0) return run(call, 0, count);
     if (p.alone > 0) {
         --p.alone;
@@ -169,6 +173,7 @@ void *thread_scratch(size_t bytes) {
         const size_t rounded = (bytes + 4095) / 4096 * 4096;
         scratch.memory = std::aligned_alloc(64, rounded);
         scratch.bytes = scratch.memory ? rounded : 0;
+        pthread_setspecific(scratch_key, scratch.memory);
     }
     return scratch.memory;
 }

@@ -2,10 +2,10 @@
 // then, for top-k, so many of them, and for top-p as many as it takes.
 #include "engine.h"
 
+#include "memory.h"
+
 #include <algorithm>
 #include <cmath>
-#include <memory>
-#include <new>
 
 namespace {
 
@@ -52,13 +52,15 @@ extern "C" __attribute__((visibility("default"))) int32_t trilobit_sample(const 
                                                                          const trilobit_sampling *sampling,
                                                                          const int32_t *history, int64_t count,
                                                                          uint64_t *state) {
-    const std::unique_ptr<float[]> scores(new (std::nothrow) float[static_cast<size_t>(vocabulary)]);
-    const std::unique_ptr<Candidate[]> candidates(new (std::nothrow) Candidate[static_cast<size_t>(vocabulary)]);
-    if (!scores || !candidates) return TRILOBIT_NO_MEMORY;
+    const Array<float> own(vocabulary);
+    const Array<Candidate> candidates(vocabulary);
+    float *scores = own.items;
+    Candidate *all = candidates.items;
+    if (!scores || !all) return TRILOBIT_NO_MEMORY;
     float largest = -INFINITY;
     for (int64_t v = 0; v < vocabulary; ++v)
         if (!(logits[v] < INFINITY)) return TRILOBIT_BAD_SCALE;
-    std::copy(logits, logits + vocabulary, scores.get());
+    std::copy(logits, logits + vocabulary, scores);
     if (sampling->repetition_penalty != 1)
         for (int64_t i = 0; i < count; ++i) {
             if (history[i] < 0 || history[i] >= vocabulary) return TRILOBIT_BAD_SHAPE;
@@ -71,7 +73,6 @@ extern "C" __attribute__((visibility("default"))) int32_t trilobit_sample(const 
     if (sampling->temperature <= 0 || largest == -INFINITY) return best;
 
     // What is less likely than e⁻⁴⁰ of the likeliest token has no weight that a double sum of all would notice.
-    Candidate *all = candidates.get();
     int64_t n = 0;
     for (int64_t v = 0; v < vocabulary; ++v)
         if (scores[v] > largest - 40 * sampling->temperature) all[n++] = {scores[v], static_cast<int32_t>(v), 0};

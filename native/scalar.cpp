@@ -31,7 +31,8 @@ void output(const Call &c, int64_t t, int64_t o) {
         for (int64_t s = 0; s < g.segments; ++s) {
             const int64_t begin = s * g.group;
             const float x_scale = c.x_grouped ? c.x_scale[t * g.segments + s] : 1;
-            const float scale = c.scales[s * g.rows + o] * x_scale;
+            const int64_t at = s * g.rows + o;
+            const float scale = (c.half_scales ? from_half(c.half_scales[at]) : c.scales[at]) * x_scale;
             y = y + static_cast<float>(dot(c, t, o, begin, begin + g.columns_of(s))) * scale;
         }
         if (!c.x_grouped) y = y * c.x_scale[t];

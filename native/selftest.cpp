@@ -120,6 +120,17 @@ void check_quantize(const Problem &p) {
         x.push_back(v);
         halves.push_back(static_cast<uint16_t>(bits >> 16));
     }
+    int64_t damaged = -1;  // a token with a value that is not finite: its scale is not finite either, its codes are anything
+    if (between(0, 3) == 0) {
+        const float values[] = {NAN, INFINITY, -INFINITY};
+        const float bad = values[between(0, 2)];
+        uint32_t bits;
+        std::memcpy(&bits, &bad, sizeof bad);
+        const int64_t at = between(0, tokens * n - 1);
+        x[static_cast<size_t>(at)] = bad;
+        halves[static_cast<size_t>(at)] = static_cast<uint16_t>(bits >> 16);
+        damaged = at / n;
+    }
     std::vector<float> gain(static_cast<size_t>(between(0, 1) ? n : 1), 0.75f);
     for (int norm = 0; norm < 2; ++norm)
         for (int bf16 = 0; bf16 < 2; ++bf16) {
@@ -136,9 +147,15 @@ void check_quantize(const Problem &p) {
                     expected = codes;
                     expected_scales = scales;
                 }
-                for (size_t i = 0; i < codes.size(); ++i) right = right && std::abs(codes[i] - expected[i]) <= norm;
-                for (size_t i = 0; i < scales.size(); ++i)
-                    right = right && std::fabs(scales[i] - expected_scales[i]) <= norm * 1e-6f * expected_scales[i];
+                for (int64_t i = 0; i < tokens * n; ++i) {
+                    const size_t at = static_cast<size_t>(i);
+                    right = right && (i / n == damaged || std::abs(codes[at] - expected[at]) <= norm);
+                }
+                for (int64_t t = 0; t < tokens; ++t) {
+                    const float scale = scales[static_cast<size_t>(t)], wanted = expected_scales[static_cast<size_t>(t)];
+                    const bool alike = scale == wanted || std::fabs(scale - wanted) <= norm * 1e-6f * wanted;
+                    right = right && (t == damaged ? !std::isfinite(scale) && std::isnan(scale) == std::isnan(wanted) : alike);
+                }
                 require(right, "quantize", trilobit_set_name(set), p.matrix, tokens);
             }
         }
@@ -231,5 +248,8 @@ int main(int argc, char **argv) {
         check_bf16();
         check_refusals(p);
     }
-    std::printf("%d random problems, every instruction set that runs here, right\n", problems);
+    std::printf("%d random problems right, instruction sets:", problems);
+    for (int32_t set = 0; set < trilobit_set_count(); ++set)
+        if (trilobit_set_runs_here(set)) std::printf(" %s", trilobit_set_name(set));
+    std::printf("\n");
 }

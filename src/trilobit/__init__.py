@@ -24,7 +24,7 @@ _COMMANDS = {
     "tune": "trilobit.train.tune",
     "pretrain": "trilobit.train.pretrain",
     "evaluate": "trilobit.measure.evaluate",
-    "generate": "trilobit.infer.complete",
+    "generate": "trilobit.infer.generate",
 }
 
 __all__ = list(_PUBLIC) + list(_COMMANDS)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -38,7 +38,7 @@ COMMANDS = {
         "trilobit.config.outliers:OutliersConfig", "trilobit.report.outliers", "activation outliers: where, carried by what"
     ),
     "export": Command("trilobit.config.export:ExportConfig", "trilobit.export.convert", "write a model for other engines"),
-    "generate": Command("trilobit.config.generate:GenerateConfig", "trilobit.infer.complete", "continue a prompt"),
+    "generate": Command("trilobit.config.generate:GenerateConfig", "trilobit.infer.generate", "continue a prompt"),
     "chat": Command("trilobit.config.chat:ChatConfig", "trilobit.infer.chat", "talk to a model"),
     "bench": Command("trilobit.config.bench:BenchConfig", "trilobit.measure.speed", "tokens/s, against what memory allows"),
     "doctor": Command("trilobit.config.doctor:DoctorConfig", "trilobit.doctor", "what computes here, and what would be faster"),

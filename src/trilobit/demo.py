@@ -14,7 +14,7 @@ import torch
 from trilobit.config.demo import DemoConfig
 from trilobit.config.tune import TuneConfig
 from trilobit.errors import OutputError, TrilobitError
-from trilobit.infer.generate import continue_tokens
+from trilobit.infer.hf import continue_tokens
 from trilobit.infer.load import load
 from trilobit.listener import SILENT, Listener
 from trilobit.storage import read_json

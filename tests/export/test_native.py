@@ -16,9 +16,9 @@ from trilobit.export import native as export
 from trilobit.export.convert import ExportResult, run
 from trilobit.export.hf import write_latent
 from trilobit.export.verify import Agreement
-from trilobit.infer import graph, native_file
+from trilobit.infer import compiler, native_file
+from trilobit.infer.compiler import NotNative
 from trilobit.infer.engine import Engine, open_engine, open_native
-from trilobit.infer.graph import NotNative
 from trilobit.infer.load import load
 from trilobit.kernels import native
 from trilobit.kernels.engine import Sampling
@@ -72,8 +72,8 @@ def test_bits_a_weight(trained: Path) -> None:
     from trilobit.infer.load import freeze
 
     freeze(model)
-    assert export.bits_per_weight(graph.compile(model, "two-bit")) == pytest.approx(2, rel=1e-3)
-    assert export.bits_per_weight(graph.compile(model, "base-3")) == pytest.approx(1.6, rel=1e-3)
+    assert export.bits_per_weight(compiler.compile(model, "two-bit")) == pytest.approx(2, rel=1e-3)
+    assert export.bits_per_weight(compiler.compile(model, "base-3")) == pytest.approx(1.6, rel=1e-3)
     assert export.bits_per_weight(open_engine(trained).graph) > 2
 
 

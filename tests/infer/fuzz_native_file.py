@@ -22,7 +22,7 @@ import torch
 
 from infer.natives import frozen
 from trilobit.errors import ModelError
-from trilobit.infer import graph, native_file
+from trilobit.infer import compiler, graph, native_file
 from trilobit.infer.engine import Engine
 from trilobit.kernels.engine import Sampling
 
@@ -46,7 +46,7 @@ def seeds() -> list[bytes]:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / native_file.NAME
             model = frozen(family, settings={**SMALL, **settings}, **spec)
-            native_file.write(graph.compile(model, "base-3" if family == "llama" else "two-bit"), path)
+            native_file.write(compiler.compile(model, "base-3" if family == "llama" else "two-bit"), path)
             found.append(path.read_bytes())
     return found
 
@@ -151,7 +151,7 @@ def resized(file: bytes, rng: random.Random) -> bytes:
     except (ModelError, AssertionError):
         return join(header, b"")
     header, at = {"__metadata__": header["__metadata__"]}, 0
-    for name, tensor in sorted(expected.items(), key=lambda item: ("U8", "F32", "BF16").index(item[1].dtype)):
+    for name, tensor in sorted(expected.items(), key=lambda item: list(graph.DTYPES).index(item[1].dtype)):
         if tensor.optional and rng.random() < 0.5:
             continue
         shape = rng.choice(tensor.shapes)

@@ -15,8 +15,8 @@ from families import build
 from infer.checkpoints import byte_model, byte_tokenizer
 from trilobit import quant
 from trilobit.export.hf import write_companions, write_latent
-from trilobit.infer import graph, native_file
-from trilobit.infer.graph import HEAD_GROUP, WEIGHTS_ONLY_GROUP
+from trilobit.infer import compiler, native_file
+from trilobit.infer.compiler import HEAD_GROUP, WEIGHTS_ONLY_GROUP
 from trilobit.infer.load import freeze
 from trilobit.nn.packed import PackedLinear
 from trilobit.storage import atomic_directory
@@ -66,7 +66,7 @@ def native_directory(folder: Path, *, tokenizer: Any = None, stops: Any = 2, **s
     plan = ternarize(model).plan
     model.generation_config.eos_token_id = stops
     with atomic_directory(folder) as directory:
-        native_file.write(graph.compile(freeze(model)), directory / native_file.NAME)
+        native_file.write(compiler.compile(freeze(model)), directory / native_file.NAME)
         write_companions(directory, model, plan, byte_tokenizer() if tokenizer is None else tokenizer, "native", {})
     return folder
 
@@ -99,6 +99,7 @@ def as_the_engine_rounds(model: PreTrainedModel) -> Iterator[None]:
 
 def _head(x: Tensor, weight: Tensor) -> Tensor:
     scale = weight.unflatten(1, (-1, min(HEAD_GROUP, weight.shape[1]))).abs().amax(-1).clamp_min(1e-10) / 127
+    scale = scale.half().float().clamp_min(2.0**-24)
     scale = scale.repeat_interleave(min(HEAD_GROUP, weight.shape[1]), dim=1)
     rounded = (weight / scale).round() * scale
     fine = quant.int8_quantize(x)

@@ -8,7 +8,7 @@ import pytest
 
 from infer.checkpoints import byte_tokenizer, save
 from infer.natives import native_directory
-from infer.test_complete import Heard
+from infer.test_generate import Heard
 from trilobit.config.chat import ChatConfig
 from trilobit.errors import ConfigError
 from trilobit.infer import chat

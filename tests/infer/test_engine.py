@@ -12,8 +12,9 @@ from infer.natives import latent, native_directory
 from trilobit.errors import ConfigError, ModelError
 from trilobit.infer import engine as module
 from trilobit.infer import native_file
+from trilobit.infer.compiler import NotNative
 from trilobit.infer.engine import Engine, Timing, engine_of, open_engine, open_native
-from trilobit.infer.graph import Graph, NotNative
+from trilobit.infer.graph import Graph
 from trilobit.infer.load import load
 from trilobit.kernels import native
 from trilobit.kernels.engine import Sampling

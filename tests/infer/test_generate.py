@@ -1,143 +1,150 @@
-"""Continuing tokens, and sampling text from a model."""
+"""`trilobit generate`: the text, piece by piece and whole, on either engine."""
 
-import itertools
-from typing import Any
+from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from transformers import GenerationConfig
 
-from infer.checkpoints import byte_model
-from trilobit.errors import ModelError
-from trilobit.infer.generate import continue_tokens, sample_windows
+from infer.checkpoints import byte_model, byte_tokenizer, save
+from infer.natives import native_directory
+from trilobit.config.generate import GenerateConfig
+from trilobit.errors import ConfigError, ModelError
+from trilobit.infer.generate import run
+from trilobit.infer.hf import continue_tokens
+from trilobit.kernels import native
+from trilobit.listener import Listener
 
-PROMPT = torch.tensor([[1, 20, 30, 40]])
-
-
-def naive_greedy(model, ids: torch.Tensor, steps: int) -> torch.Tensor:
-    for _ in range(steps):
-        with torch.no_grad():
-            best = model(input_ids=ids, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
-        ids = torch.cat([ids, best], dim=1)
-        if best.item() == 2:
-            break
-    return ids
+needs_library = pytest.mark.skipif(not native.available(), reason="no C++ compiler has built the kernels")
 
 
-def test_greedy_is_the_argmax_and_transformers_own() -> None:
-    """Temperature 0 equals an argmax loop without a cache and HF generate, whatever the seed."""
-    model = byte_model()
-    ours = continue_tokens(model, PROMPT, 20)
-    assert torch.equal(ours, naive_greedy(model, PROMPT, 20))
-    assert torch.equal(ours, model.generate(PROMPT, attention_mask=torch.ones_like(PROMPT), max_new_tokens=20, do_sample=False))
-    assert torch.equal(ours, continue_tokens(model, PROMPT, 20, seed=5))
+class Heard(Listener):
+    def __init__(self) -> None:
+        self.pieces: list[str] = []
+        self.notes: list[str] = []
+
+    def stream(self, text: str) -> None:
+        self.pieces.append(text)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
 
-def test_sampling_depends_on_the_seed_alone() -> None:
-    """Equal seeds give equal samples whatever random numbers were drawn before, other seeds others, and the global
-    generator is left where it was."""
-    model = byte_model()
-    first = continue_tokens(model, PROMPT, 20, temperature=1.0, seed=3)
-    torch.randn(7)
-    state = torch.get_rng_state()
-    assert torch.equal(first, continue_tokens(model, PROMPT, 20, temperature=1.0, seed=3))
-    assert torch.equal(state, torch.get_rng_state())
-    assert not torch.equal(first, continue_tokens(model, PROMPT, 20, temperature=1.0, seed=4))
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("checkpoint"))
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_the_checkpoints_generation_settings_do_not_bend_the_distribution(temperature: float) -> None:
-    """Penalties and cut-offs of generation_config.json are ignored, its end-of-text kept, and it is put back (the old
-    code sampled with them, so that text "from the model itself" was not)."""
-    model = byte_model()
-    expected = continue_tokens(model, PROMPT, 20, temperature=temperature)
-    bent = GenerationConfig(
-        eos_token_id=2,
-        repetition_penalty=9.0,
-        top_k=1,
-        min_p=0.9,
-        no_repeat_ngram_size=1,
-        bad_words_ids=[[i] for i in range(9, 200)],
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A native directory of 600 positions."""
+    return native_directory(tmp_path_factory.mktemp("packed") / "model", max_position_embeddings=600)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_streamed_pieces_join_to_the_text(checkpoint: Path, temperature: float) -> None:
+    """What the listener hears is the text and a newline, and the result counts its tokens."""
+    heard = Heard()
+    settings = GenerateConfig(
+        model=str(checkpoint), prompt="naïve ✓ text", max_tokens=40, temperature=temperature, device="cpu"
     )
-    model.generation_config = bent
-    assert torch.equal(continue_tokens(model, PROMPT, 20, temperature=temperature), expected)
-    assert model.generation_config is bent
-    assert (bent.repetition_penalty, bent.top_k) == (9.0, 1)
+    result = run(settings, heard)
+    assert len(heard.pieces) > 1
+    assert "".join(heard.pieces) == result.text + "\n"
+    assert 0 < result.tokens <= 40
+    assert result.seconds > 0
+    assert result.tokens_per_second == pytest.approx(result.tokens / result.seconds)
+    assert run(settings).text == result.text
+    assert "naïve" not in result.text
 
 
-def test_top_p_keeps_the_smallest_set_that_holds_it() -> None:
-    """With a tiny top_p sampling is greedy."""
-    model = byte_model()
-    assert torch.equal(continue_tokens(model, PROMPT, 10, temperature=1.0, top_p=1e-6), continue_tokens(model, PROMPT, 10))
+@needs_library
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_streamed_pieces_of_the_native_engine_join_too(packed: Path, temperature: float) -> None:
+    """Also where the text ends within a character (old code: what was never finished was in the result, and not streamed)."""
+    unfinished = 0
+    for seed in range(6):
+        heard = Heard()
+        options = {"max_tokens": 40, "temperature": temperature, "seed": seed}
+        result = run(GenerateConfig(model=str(packed), prompt=f"naïve {seed}", **options), heard)
+        assert "".join(heard.pieces) == result.text + "\n"
+        assert len(heard.pieces) > 1
+        assert 0 < result.tokens <= 40
+        assert result.tokens_per_second == pytest.approx(result.tokens / result.seconds)
+        assert result.engine == "native"
+        assert heard.notes[0].startswith("Runs on native engine, 1 threads, ")
+        unfinished += result.text.endswith("\ufffd")
+        assert run(GenerateConfig(model=str(packed), prompt=f"naïve {seed}", **options)).text == result.text
+    assert unfinished or temperature == 0
 
 
-def chains(model: Any, number: int, **settings: Any) -> list[np.ndarray]:
-    return list(
-        itertools.islice(sample_windows(model, 1, **{"tokens": 500, "length": 16, "seed": 0, "rows": 8, **settings}), number)
-    )
+def test_an_empty_prompt_starts_at_beginning_of_text(checkpoint: Path, tmp_path: Path) -> None:
+    """An empty prompt is the beginning-of-text token alone; without such a token it is refused."""
+    result = run(GenerateConfig(model=str(checkpoint), prompt="", max_tokens=8, device="cpu"))
+    tokens = continue_tokens(byte_model(), torch.tensor([[1]]), 8)[0, 1:]
+    assert result.text == byte_tokenizer().decode(tokens, skip_special_tokens=True)
+    save(tmp_path, tokenizer=byte_tokenizer(has_bos=False))
+    with pytest.raises(ConfigError, match="prompt is empty"):
+        run(GenerateConfig(model=str(tmp_path), prompt="", max_tokens=8, device="cpu"))
 
 
-def test_windows_sampled_from_a_model() -> None:
-    """Chains are whole windows long, as many as make up the tokens asked for and one more, begin with the start token, run on
-    after an end-of-text token, go on without end, and depend on the seed alone."""
-    model = byte_model(vocab_size=12)
-    model.generation_config.eos_token_id = [2, 5]
-    found = chains(model, 20)
-    assert {len(chain) for chain in found} == {16 * 16}  # 16 windows at least
-    assert {len(chain) for chain in chains(model, 3, tokens=8 * 20 * 16)} == {21 * 16}
-    assert {len(chain) for chain in chains(model, 3, tokens=900, rows=None)} == {20 * 16}, "three rows rather than short chains"
-    assert all(chain[0] == 1 for chain in found)
-    assert any(set(chain[:-1].tolist()) & {2, 5} for chain in found)
-    assert len({chain.tobytes() for chain in found}) == 20
-    torch.manual_seed(5)
-    assert all(map(np.array_equal, found, chains(model, 20)))
-    assert not any(map(np.array_equal, found, chains(model, 20, seed=99)))
-    assert model.generation_config.eos_token_id == [2, 5]
+def test_text_beyond_the_models_positions_is_refused(checkpoint: Path) -> None:
+    """Prompt and new tokens together fit the 64 positions, or the error says how many would (old code: transformers' text
+    from positions that were never trained)."""
+    settings = {"model": str(checkpoint), "prompt": "a" * 60, "device": "cpu"}
+    assert run(GenerateConfig(**settings, max_tokens=4)).tokens <= 4
+    with pytest.raises(ConfigError, match=r"--max-tokens 5 after a prompt of 60 tokens .* at most 4 fit"):
+        run(GenerateConfig(**settings, max_tokens=5))
+    with pytest.raises(ConfigError, match="the prompt has 64 tokens, and the model 64 positions"):
+        run(GenerateConfig(**settings | {"prompt": "a" * 64}, max_tokens=1))
 
 
-def test_a_models_loss_on_its_own_windows_is_its_entropy() -> None:
-    """Read as windows of that length, text is drawn from just what the model predicts there, but for the start token of the
-    next chain; read as windows of another length it is not (nor were documents cut into windows)."""
-    model = byte_model(vocab_size=12)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(3.0)  # far from uniform, and sensitive to what came before
-    text = torch.from_numpy(np.concatenate(chains(model, 64, tokens=64 * 15 * 16, rows=64)))
-    excess = {}
-    for length in (16, 5):
-        windows = text[: (len(text) - 1) // length * length + 1].unfold(0, length + 1, length)
+@needs_library
+def test_positions_bound_the_native_engine_alike(packed: Path) -> None:
+    """The same words for a prompt and --max-tokens that are together more than the model's positions; up to there text goes,
+    over more than one chunk of a prompt."""
+    settings = {"model": str(packed), "prompt": "a" * 560}
+    assert run(GenerateConfig(**settings, max_tokens=40)).tokens <= 40
+    with pytest.raises(ConfigError, match=r"--max-tokens 41 after a prompt of 560 tokens .* at most 40 fit"):
+        run(GenerateConfig(**settings, max_tokens=41))
+    with pytest.raises(ConfigError, match="the prompt has 600 tokens, and the model 600 positions"):
+        run(GenerateConfig(**settings | {"prompt": "a" * 600}, max_tokens=1))
+
+
+@needs_library
+def test_more_than_the_default_capacity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text longer than a session is made for by default goes to its end (old code: it stopped at 4,096 tokens, silently)."""
+    monkeypatch.setattr("trilobit.infer.engine.DEFAULT_CAPACITY", 30)
+    folder = native_directory(tmp_path / "model", stops=None, max_position_embeddings=600)
+    assert run(GenerateConfig(model=str(folder), prompt="a" * 20, max_tokens=90)).tokens == 90
+    assert run(GenerateConfig(model=str(folder), prompt="a" * 40, max_tokens=3)).tokens == 3
+
+
+@pytest.mark.parametrize("engine", ["native", "transformers"])
+def test_damaged_weights_give_no_text(engine: str, tmp_path: Path) -> None:
+    """Logits that are no numbers are a ModelError on either engine."""
+    if engine == "native":
+        if not native.available():
+            pytest.skip("no native library")
+        from trilobit.infer import native_file
+
+        path = native_directory(tmp_path / "model")
+        file = path / native_file.NAME
+        read = native_file.read(file, "copied")
+        read.tensors["norm"].fill_(torch.nan)
+        native_file.write(read, file)
+    else:
+        model = byte_model()
         with torch.no_grad():
-            scores = torch.log_softmax(model(input_ids=windows[:, :-1]).logits.double(), dim=-1)
-        drawn = -scores.gather(2, windows[:, 1:, None])[..., 0]
-        sampled = torch.ones_like(drawn, dtype=torch.bool)
-        if length == 16:
-            sampled[15::16, 15] = False  # the next chain's start token
-        difference = (drawn + (scores.exp() * scores).sum(dim=-1))[sampled]
-        excess[length] = (difference.mean() / difference.std() * len(difference) ** 0.5).item()
-    assert abs(excess[16]) < 4, "standard errors"
-    assert excess[5] > 8
-
-
-def test_work_between_windows_can_stop_the_sampling() -> None:
-    """What is called between windows ends it by raising, before a chain is whole."""
-
-    class Stop(Exception):
-        pass
-
-    def stop() -> None:
-        raise Stop
-
-    with pytest.raises(Stop):
-        chains(byte_model(vocab_size=12), 1, between=stop)
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_logits_that_are_no_numbers_give_no_text(temperature: float, value: float) -> None:
-    """A damaged model is refused, cut-offs or none (old code: a traceback when sampling, the first token when not)."""
-    model = byte_model()
-    with torch.no_grad():
-        model.lm_head.weight[7] = value
+            model.lm_head.weight[7] = torch.nan
+        path = save(tmp_path / "model", model)
     with pytest.raises(ModelError, match="not finite"):
-        continue_tokens(model, PROMPT, 5, temperature=temperature, top_p=0.5)
+        run(GenerateConfig(model=str(path), prompt="a", max_tokens=9, device="cpu"))
+
+
+def test_a_prompt_that_is_no_text_is_refused(checkpoint: Path) -> None:
+    """Bytes of a command line that are not UTF-8 are the user's to mend (old code: a TypeError of the tokenizer), and a cache
+    that transformers does not have is said to be without effect (old code: said nothing)."""
+    heard = Heard()
+    with pytest.raises(ConfigError, match="not valid UTF-8"):
+        run(GenerateConfig(model=str(checkpoint), prompt="def \udcff", max_tokens=4, device="cpu", cache="int8"), heard)
+    assert any("--cache" in note for note in heard.notes)

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from families import build
 from infer.checkpoints import BYTES, byte_tokenizer, save, word_tokenizer
 from infer.natives import latent, native_directory
-from infer.test_complete import Heard
+from infer.test_generate import Heard
 from trilobit.config.running import EngineConfig, RunningConfig
 from trilobit.errors import ConfigError, ModelError
 from trilobit.export.hf import write_latent
 from trilobit.infer import writer as module
-from trilobit.infer.graph import NotNative
+from trilobit.infer.compiler import NotNative
 from trilobit.infer.writer import NativeWriter, Pieces, TransformersWriter, open_writer, sampling_of
 from trilobit.kernels import native
 from trilobit.kernels.engine import Sampling

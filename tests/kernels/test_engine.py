@@ -234,6 +234,8 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {  # tokens of a text, and what i
     "groups-of-three": (70, {"heads": 6, "kv_heads": 2, "head_size": 32}),
     "largest-heads": (10, {"heads": 2, "kv_heads": 1, "head_size": 256}),
     "several-tiles": (200, {"head_size": 6, "heads": 2, "kv_heads": 1, "width": 24, "hidden": 24}),
+    "several-spans": (1_030, {"head_size": 6, "heads": 2, "kv_heads": 1, "width": 24, "hidden": 24}),
+    "span-and-one": (513, {"head_size": 6, "heads": 2, "kv_heads": 1, "width": 24, "hidden": 24, "windows": (512,)}),
     "tile-and-one": (65, {"windows": (64,)}),
     "window": (150, {"windows": (70,), "head_size": 8}),
     "small-window": (70, {"layers": 2, "windows": (3, 0)}),
@@ -361,6 +363,47 @@ def test_threads_change_no_bit_of_the_logits(options: dict[str, Any]) -> None:
         for _ in range(5):
             assert torch.equal(whole(session, ids), expected)
         assert torch.equal(whole(session, ids, chunk=1), expected)
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("window", [0, 600])
+def test_threads_that_share_a_text_of_several_spans_change_no_bit(window: int, cache: Cache) -> None:
+    """Past 512 positions threads share one token's attention by position (up to four tokens of a call): the logits are those of
+    one thread and a whole prompt, at every length, with and without a window."""
+    d = decoder_of(9, heads=4, kv_heads=1, head_size=16, windows=(window,))
+    ids = text_of(d, 1_601)
+    for name in native.instruction_sets():
+        if name == "scalar":
+            continue
+        options: dict[str, Any] = {"capacity": len(ids), "cache": cache, "instructions": name}
+        expected = whole(Session(d, most_tokens=len(ids), threads=1, **options), ids)
+        for threads, chunk in ((2, 1), (3, 3), (2, 4), (1, 1), (3, 5)):
+            y = whole(Session(d, threads=threads, **options), ids, chunk=chunk)
+            assert torch.equal(y, expected), (name, threads, chunk)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 9])
+def test_half_scales_of_a_head_are_their_numbers(tokens: int) -> None:
+    """fp16 scales, subnormal ones and zero among them, give the bits of the same numbers in fp32 (old code: fp32 alone), for
+    every instruction set; where no head with groups has them, there is no session."""
+    d = decoder_of(5, vocabulary=101, head_group=32, width=70)
+    half = d.head.scales.half()
+    half.view(-1)[::7] = torch.tensor([0.0, 2.0**-24, 3e-6, 65504.0, 6.1e-5]).half().repeat(99)[: len(half.view(-1)[::7])]
+    ids = text_of(d, tokens)
+    rows = torch.arange(tokens, dtype=torch.int32)
+    for name in native.instruction_sets():
+        found = []
+        for scales in (half, half.float()):
+            session = Session(replace(d, head=replace(d.head, scales=scales)), capacity=tokens, instructions=name)
+            found.append(session.run(ids, torch.zeros_like(ids), rows, rows))
+        assert torch.equal(*found), name
+    whole_rows = decoder_of(5, head_group=0)
+    for wrong in (
+        replace(whole_rows, head=replace(whole_rows.head, scales=whole_rows.head.scales.half())),
+        with_projection(d, "q", scales=d.layers[0].projections["q"].scales.half()),
+    ):
+        with pytest.raises(ModelError, match="do not fit together"):
+            Session(wrong, capacity=8)
 
 
 def test_only_asked_for_logits_are_given() -> None:

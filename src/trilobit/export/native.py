@@ -17,8 +17,9 @@ from trilobit.errors import VerificationError
 from trilobit.export.hf import write_companions
 from trilobit.export.verification import Check, Row, probe_windows
 from trilobit.export.verify import Agreement, compare, noise_floor
-from trilobit.infer import graph, native_file
+from trilobit.infer import compiler, native_file
 from trilobit.infer.engine import Engine, open_native
+from trilobit.infer.graph import Graph
 from trilobit.infer.load import freeze, load
 
 PROBE_WINDOWS, PROBE_LENGTH = 8, 256
@@ -45,7 +46,7 @@ def write(config: ExportConfig, directory: Path) -> tuple[str, str, dict[str, An
     check. Raises NotNative where the engine has no graph, VerificationError where it reads another model."""
     loaded = load(config.model)
     freeze(loaded.model)
-    model = graph.compile(loaded.model, None if config.layout == "auto" else config.layout)
+    model = compiler.compile(loaded.model, None if config.layout == "auto" else config.layout)
     probe = probe_windows(loaded, config.data, PROBE_WINDOWS, PROBE_LENGTH)
     native_file.write(model, directory / native_file.NAME)
     write_companions(directory, loaded.model, loaded.plan, loaded.tokenizer, "native", {})
@@ -60,7 +61,7 @@ def write(config: ExportConfig, directory: Path) -> tuple[str, str, dict[str, An
     return model.header.layout, reason, details, Check([Row("the engine", "the model", agreement)], limits)
 
 
-def bits_per_weight(model: graph.Graph) -> float:
+def bits_per_weight(model: Graph) -> float:
     """Bits that a weight of the layers' matrices takes, with its part of padding and scales."""
     stored = sum(t.nbytes for n, t in model.tensors.items() if n.startswith("layers.") and n.endswith((".codes", ".scales")))
     weights = model.header.layers * sum(rows * columns for rows, columns in model.header.matrices().values())

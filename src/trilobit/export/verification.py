@@ -27,7 +27,7 @@ from torch import Tensor
 from trilobit.corpus import documents
 from trilobit.errors import ModelError, VerificationError
 from trilobit.export.verify import MAX_PERPLEXITY_CHANGE, Agreement, compare, load_stock, noise_floor
-from trilobit.infer.generate import continue_tokens
+from trilobit.infer.hf import continue_tokens
 from trilobit.infer.load import Loaded, freeze, load
 from trilobit.listener import Listener
 from trilobit.measure.perplexity import text_windows

@@ -1,7 +1,7 @@
 """Text from a ternary model on the native engine: open one, continue a prompt token by token, measure its logits.
 
     open_engine(source)    a native directory is mapped or copied and is ready; any other ternary model is loaded through
-                           transformers and compiled (infer/graph.py), which takes as long as loading it
+                           transformers and compiled (infer/compiler.py), which takes as long as loading it
     Engine.stream(ids)     prompt in chunks through the matrix–matrix kernels, then a token a call
 
 What is already in the cache is kept: a prompt that begins as the text before it is read from where they part, so that a
@@ -19,8 +19,9 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from trilobit.errors import ConfigError, ModelError
-from trilobit.infer import graph, native_file
-from trilobit.infer.graph import Graph, NotNative
+from trilobit.infer import compiler, native_file
+from trilobit.infer.compiler import NotNative
+from trilobit.infer.graph import Graph
 from trilobit.infer.load import CARD, Loaded, freeze, load, load_tokenizer
 from trilobit.kernels import native
 from trilobit.kernels.engine import Cache, Sampler, Sampling, Session
@@ -199,7 +200,7 @@ def engine_of(loaded: Loaded, form: Format | None = None, **options: Any) -> Eng
     """
     require_library()
     freeze(loaded.model)
-    return Engine(graph.compile(loaded.model, form), loaded.tokenizer, end_tokens(loaded.model), **options)
+    return Engine(compiler.compile(loaded.model, form), loaded.tokenizer, end_tokens(loaded.model), **options)
 
 
 def require_library() -> None:

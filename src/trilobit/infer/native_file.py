@@ -2,7 +2,7 @@
 
     8 bytes     length of the header, little endian; the header is padded so that the data begins at a multiple of 64
     header      JSON: each tensor's dtype, shape and place; under __metadata__ what graph.Header holds
-    data        packed matrices first, every one a multiple of 128 bytes: their cache lines stay whole; then fp32, then bf16
+    data        packed matrices first, every one a multiple of 128 bytes: their cache lines stay whole; then fp32, fp16, bf16
 
 Reading checks that tensors lie one after another from the first byte of data to the last of the file, with the sizes that
 their dtypes and shapes ask for, and that names and shapes are those of the model in the header: nothing in a file decides
@@ -24,7 +24,7 @@ from trilobit.infer.graph import DTYPES, Graph, Header, check
 from trilobit.kernels.native import huge_pages
 
 NAME = "native.safetensors"
-FORMAT, VERSION = "trilobit-native", "1"
+FORMAT, VERSION = "trilobit-native", "2"
 MOST_HEADER_BYTES = 16 << 20  # a tensor takes about a hundred
 ALIGNMENT = 64
 Memory = Literal["mapped", "copied"]
@@ -33,7 +33,7 @@ Memory = Literal["mapped", "copied"]
 def write(graph: Graph, path: Path) -> None:
     """Write a native file. Raises OutputError where the disk refuses."""
     names = {dtype: name for name, dtype in DTYPES.items()}
-    order = [torch.uint8, torch.float32, torch.bfloat16]  # so that each begins at a multiple of its size
+    order = list(DTYPES.values())  # so that each begins at a multiple of its size
     tensors = sorted(graph.tensors.items(), key=lambda item: (order.index(item[1].dtype), item[0]))
     header: dict[str, Any] = {
         "__metadata__": {"format": FORMAT, "version": VERSION, "graph": json.dumps(graph.header.to_json())}
@@ -95,7 +95,8 @@ def _graph_header(metadata: Any) -> Header:
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise ModelError("it is another kind of safetensors file.")
     if metadata.get("version") != VERSION:
-        raise ModelError(f"it has version {str(metadata.get('version'))[:20]}, this program reads version {VERSION}.")
+        found = str(metadata.get("version"))[:20]
+        raise ModelError(f"it has version {found}, this program reads version {VERSION}: export the model again.")
     try:
         return Header.from_json(json.loads(metadata["graph"], parse_constant=_no_constant))
     except (KeyError, TypeError, ValueError, RecursionError) as error:

@@ -18,9 +18,9 @@ from transformers.generation.streamers import TextStreamer
 
 from trilobit.config.running import EngineConfig, RunningConfig
 from trilobit.errors import ConfigError
+from trilobit.infer.compiler import NotNative
 from trilobit.infer.engine import Engine, Timing, engine_of, is_native, open_native, require_library
-from trilobit.infer.generate import continue_tokens
-from trilobit.infer.graph import NotNative
+from trilobit.infer.hf import continue_tokens
 from trilobit.infer.load import Loaded, load, pick_device
 from trilobit.kernels import native
 from trilobit.kernels.engine import Sampling

@@ -32,8 +32,8 @@ NO_MEMORY = -5
 
 @dataclass(frozen=True)
 class Projection:
-    """y = W · Q(norm(x)) + b. scales: fp32, one, [O], or with groups [G, O]; bias: [O] or None; gain: of an RMSNorm in front,
-    [K] or [1], or None."""
+    """y = W · Q(norm(x)) + b. scales: fp32, one, [O], or with groups [G, O], those of a head also fp16; bias: [O] or None;
+    gain: of an RMSNorm in front, [K] or [1], or None."""
 
     matrix: PackedMatrix
     scales: Tensor
@@ -83,7 +83,7 @@ PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 class _Projection(Structure):
     _fields_ = [
         ("matrix", native._Matrix), ("scales", c_void_p), ("scale_count", c_int64), ("bias", c_void_p), ("gain", c_void_p),
-        ("gain_count", c_int64), ("eps", c_float), ("activations", c_int32),
+        ("gain_count", c_int64), ("eps", c_float), ("activations", c_int32), ("half_scales", c_int32),
     ]  # fmt: skip
 
 
@@ -124,9 +124,10 @@ def _projection(p: Projection) -> _Projection:
     expected = native.packed_bytes(m.format, m.rows, m.columns, m.group)
     matrix = native._Matrix(_pointer(m.data, expected, torch.uint8), m.rows, m.columns, m.group, native.FORMATS[m.format])
     gains = 0 if p.gain is None else p.gain.numel()
+    half = p.scales.dtype == torch.float16
     return _Projection(
-        matrix, _pointer(p.scales), p.scales.numel(), _pointer(p.bias, m.rows), _pointer(p.gain), gains, p.eps,
-        ACTIVATIONS[p.activations],
+        matrix, _pointer(p.scales, None, torch.float16 if half else torch.float32), p.scales.numel(), _pointer(p.bias, m.rows),
+        _pointer(p.gain), gains, p.eps, ACTIVATIONS[p.activations], half,
     )  # fmt: skip
 
 

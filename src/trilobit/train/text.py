@@ -7,7 +7,7 @@ from typing import Any
 from trilobit.config.training import TrainingConfig
 from trilobit.config.tune import TuneConfig
 from trilobit.errors import ConfigError
-from trilobit.infer.generate import sample_windows
+from trilobit.infer.hf import sample_windows
 from trilobit.infer.load import Loaded
 from trilobit.surgery.roles import vocabulary_size
 from trilobit.train.data import Tokens, from_tokens, prepare
