@@ -128,7 +128,7 @@ const FloatKernels *floats_of(int32_t set) {
 
 const Bf16Kernels *bf16_kernels() {
 #if defined(__x86_64__)
-    if (features().avx512bf16) return &BF16_AVX512;
+    if (features.avx512bf16) return &BF16_AVX512;
 #endif
     return nullptr;
 }
