@@ -1,0 +1,128 @@
+"""`trilobit export` as a whole: what is written, card and check, and nothing left of what is refused or read wrongly."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from export.ggufs import stored
+from trilobit.config.export import ExportConfig
+from trilobit.errors import ConfigError, ExportError, OutputError, VerificationError
+from trilobit.export import convert, llama_cpp, push
+from trilobit.export.verify import load_stock
+from trilobit.formats import Bitnet
+from trilobit.storage import verify_manifest, write_json
+
+pytestmark = pytest.mark.filterwarnings(  # torch's own imports, on the way to transformers' bitnet classes
+    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
+)
+DENSE = "an ordinary checkpoint of code · scale in bf16"
+SMALL: dict[str, Any] = {"tie_word_embeddings": True, "num_hidden_layers": 1}
+
+
+def exported(folder: Path, to: str, settings: dict[str, Any] | None = None, **spec: Any) -> convert.ExportResult:
+    stored(folder / "run" / "latent", settings=SMALL, **spec)
+    write_json(
+        folder / "run" / "run.json", {"config": {"model": "someone/base", "placement": "output"}, "result": {"tokens": 7}}
+    )
+    return convert.run(ExportConfig(model=str(folder / "run"), out=str(folder / "out"), to=to, **(settings or {})))  # pyright: ignore
+
+
+@pytest.mark.skipif(not llama_cpp.available(), reason="xllamacpp is not installed")
+def test_gguf(tmp_path: Path) -> None:
+    """A whole directory: the file, and a card with base model, command, and the table of a check by llama.cpp."""
+    result = exported(tmp_path, "gguf", {"type": "f32", "head": "f16"}, placement="output")
+    verify_manifest(tmp_path / "out")
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"README.md", "manifest.json", "out.gguf"}
+    assert result.form == "graph bitnet, type f32"
+    assert [row.reader for row in result.check.rows] == ["llama.cpp", "the model, int8 activations"]
+    assert result.check.rows[0].agreement.positions == 8 * 127
+    assert result.bytes == (tmp_path / "out" / "out.gguf").stat().st_size
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "base_model: someone/base" in card
+    assert "library_name: gguf" in card
+    assert "llama-cli -m out.gguf" in card
+    assert all(line in card for line in result.check.table())
+
+
+@pytest.mark.parametrize(
+    ("to", "spec", "form"),
+    [
+        ("hf", {"placement": "every"}, "autobitlinear"),
+        (
+            "hf",
+            {"placement": "none", "activations": "none", "scale": "group-64"},
+            "an ordinary checkpoint of code · scale in bf16",
+        ),
+        ("bf16", {"placement": "none"}, "an ordinary checkpoint of code · scale in bf16"),
+        ("hf", {}, "an ordinary checkpoint in bf16"),
+    ],
+)
+def test_transformers(to: str, spec: dict[str, Any], form: str, tmp_path: Path) -> None:
+    """What stock transformers loads, compared with the model by it, with tokenizer, configuration and card."""
+    result = exported(tmp_path, to, **spec)
+    assert result.form == form
+    assert result.check.rows[0].reader == "transformers"
+    assert result.check.rows[0].agreement.kl < 0.01
+    assert load_stock(tmp_path / "out").num_parameters() > 0
+    assert {"README.md", "tokenizer.json", "config.json", "model.safetensors"} <= {p.name for p in (tmp_path / "out").iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("to", "settings", "spec", "says"),
+    [
+        ("gguf", {}, {"placement": "every"}, "gain per channel"),
+        ("bf16", {}, {"placement": "output"}, "no norm in front of"),
+        (
+            "hf",
+            {"form": "bitlinear"},
+            {"placement": "none", "scale": "row"},
+            "--form bitlinear cannot hold this model",
+        ),
+        ("hf", {}, {"placement": "output", "scale": "row"}, "no norm in front of .*one scale per matrix only"),
+    ],
+)
+def test_what_cannot_be_held_leaves_nothing(
+    to: str, settings: dict[str, Any], spec: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    """A refusal says why and what can hold the model; no directory, whole or partial, is left."""
+    with pytest.raises(ExportError, match=says):
+        exported(tmp_path, to, settings, **spec)
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_what_reads_wrongly_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A writer that turns the signs of codes is found out by the check, and its directory is gone."""
+    right = Bitnet.pack
+    monkeypatch.setattr(Bitnet, "pack", staticmethod(lambda codes: right(-codes)))
+    with pytest.raises(VerificationError, match="transformers' reading differs"):
+        exported(tmp_path, "hf", placement="none")
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_settings_of_another_target_are_refused() -> None:
+    """A choice that the target does not have is an error that names whose it is."""
+    for to, choice in (("native", {"type": "q2_0"}), ("gguf", {"layout": "base-3"}), ("bf16", {"form": "dense"})):
+        with pytest.raises(ConfigError, match="is a choice of --to"):
+            ExportConfig(model="m", out="o", to=to, **choice)  # pyright: ignore[reportArgumentType]
+
+
+def test_push(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The directory goes to the named repository; a refusal of the hub says that what is on disk stays."""
+    calls: list[Any] = []
+
+    class Api:
+        def create_repo(self, name: str, exist_ok: bool) -> None:
+            calls.append((name, exist_ok))
+
+        def upload_folder(self, repo_id: str, folder_path: Path) -> str:
+            calls.append((repo_id, folder_path))
+            if repo_id == "no/no":
+                raise OSError("401")
+            return "https://there"
+
+    monkeypatch.setattr(push, "HfApi", Api)
+    assert push.push(tmp_path, "me/model") == "https://there"
+    assert calls == [("me/model", True), ("me/model", tmp_path)]
+    with pytest.raises(OutputError, match="was written, and could not be uploaded to no/no: 401"):
+        push.push(tmp_path, "no/no")
