@@ -188,6 +188,8 @@ def stream_tensors(
 ) -> None:
     """Write entries as STEM.safetensors with one tensor in memory at a time; as several files with an index where they hold
     more than `most` bytes. each: told how many are written, and of how many. Raises OutputError where the disk refuses."""
+    import torch
+
     shards: list[list[Entry]] = [[]]
     for entry in entries:
         if shards[-1] and sum(e.bytes for e in shards[-1]) + entry.bytes > most:
@@ -216,18 +218,12 @@ def stream_tensors(
                 for entry in shard:
                     tensor = entry.read().detach().to("cpu", entry.dtype).contiguous()
                     assert tensor.shape == entry.shape, (entry.name, tensor.shape, entry.shape)
-                    data: Any = tensor.view(-1).view(_bytes_dtype()).numpy()
+                    data: Any = tensor.view(-1).view(torch.uint8).numpy()
                     data.tofile(file)
                     written += 1
                     each(written, len(entries))
         except OSError as error:
             raise OutputError(f"cannot write {name}: {error.strerror or error}. Nothing was left behind.") from error
-
-
-def _bytes_dtype() -> "torch.dtype":
-    import torch
-
-    return torch.uint8
 
 
 def _exchange(new: Path, old: Path) -> None:

@@ -7,8 +7,10 @@ import pytest
 
 from export.ggufs import stored
 from trilobit.config.export import ExportConfig
-from trilobit.errors import ConfigError, ExportError, OutputError, VerificationError
+from trilobit.errors import ConfigError, ExportError, ModelError, OutputError, VerificationError
 from trilobit.export import convert, llama_cpp, push
+from trilobit.export.card import licence_of, write_card
+from trilobit.export.verification import Check
 from trilobit.export.verify import load_stock
 from trilobit.formats import Bitnet
 from trilobit.storage import verify_manifest, write_json
@@ -79,6 +81,7 @@ def test_transformers(to: str, spec: dict[str, Any], form: str, tmp_path: Path) 
             {"placement": "none", "scale": "row"},
             "--form bitlinear cannot hold this model",
         ),
+        ("hf", {"form": "bitlinear"}, {}, "--form bitlinear holds ternary weights"),
         ("hf", {}, {"placement": "output", "scale": "row"}, "no norm in front of .*one scale per matrix only"),
     ],
 )
@@ -98,6 +101,39 @@ def test_what_reads_wrongly_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(VerificationError, match="transformers' reading differs"):
         exported(tmp_path, "hf", placement="none")
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_the_card_says_whose_licence_applies(tmp_path: Path) -> None:
+    """A base model's own card is asked; where it has none that is said, and where there is no base nothing is."""
+    folder = tmp_path / "base"
+    folder.mkdir()
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# base\n")
+    assert licence_of(str(folder)) == "mit"
+    assert licence_of(str(tmp_path)) is None
+    assert licence_of(None) is None
+    for model, says in (
+        (str(folder), "license: mit"),
+        (str(tmp_path), "could not be read here"),
+        (None, "Made from llama-3m by"),
+    ):
+        write_json(tmp_path / "run.json", {"config": {"model": model, "architecture": "llama-3m"}, "result": {}})
+        write_card(tmp_path, tmp_path, "it", "hf", "form", Check(why_not="a test"))
+        card = (tmp_path / "README.md").read_text()
+        assert says in card
+        assert ("licence of the base model" in card) == (says == "could not be read here")
+        (tmp_path / "README.md").unlink()
+
+
+def test_what_trilobit_did_not_write_is_for_the_engine_alone(tmp_path: Path) -> None:
+    """A GGUF file or another's quantised directory is refused by the streaming exports, with what takes it."""
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ModelError, match="--to native takes GGUF files"):
+        convert.run(ExportConfig(model=str(tmp_path / "m.gguf"), out=str(tmp_path / "out"), to="gguf"))
+    exported(tmp_path, "hf", placement="none")
+    (tmp_path / "out" / "trilobit.json").unlink()
+    with pytest.raises(ModelError, match="quantised, and not by trilobit: of exports --to native takes it"):
+        convert.run(ExportConfig(model=str(tmp_path / "out"), out=str(tmp_path / "again"), to="hf"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.gguf", "out", "run"]
 
 
 def test_settings_of_another_target_are_refused() -> None:

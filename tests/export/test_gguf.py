@@ -12,6 +12,7 @@ from trilobit.errors import ExportError, VerificationError
 from trilobit.export import gguf, gguf_blocks, llama_cpp, verification
 from trilobit.export.source import StoredSource
 from trilobit.export.verify import Agreement
+from trilobit.formats import Q2_0
 
 pytestmark = pytest.mark.skipif(not llama_cpp.available(), reason="xllamacpp is not installed")
 WEIGHTS_ONLY = {"placement": "none", "activations": "none", "scale": "group-64"}
@@ -113,9 +114,9 @@ def test_planted_faults_are_caught(fault: str, tmp_path: Path, monkeypatch: pyte
     if fault == "rows not permuted":
         monkeypatch.setattr(gguf, "_row_order", lambda *_: None)
     elif fault == "scale inverted":
-        right = gguf._adjustments
+        right = gguf.adjustments
         paths = {f"model.layers.{i}.mlp.down_proj": 9.0 for i in range(2)}
-        monkeypatch.setattr(gguf, "_adjustments", lambda *a: gguf.Adjustments(right(*a).eps, scales=paths))
+        monkeypatch.setattr(gguf, "adjustments", lambda *a: gguf.Adjustments(right(*a).eps, scales=paths))
     elif fault in ("norm dropped", "gain forgotten"):
         model = {"placement": "output", "settings": TIED}
         wanted = "ffn_norm" if fault == "gain forgotten" else "attn_sub_norm"
@@ -131,11 +132,28 @@ def test_planted_faults_are_caught(fault: str, tmp_path: Path, monkeypatch: pyte
 
         monkeypatch.setattr(gguf, "Entry", Noting)
     else:
-        shift = gguf.Q2_0.pack
-        monkeypatch.setattr(gguf.Q2_0, "pack", classmethod(lambda cls, codes, scales: shift(codes.roll(1, dims=1), scales)))
+        shift = Q2_0.pack
+        monkeypatch.setattr(Q2_0, "pack", classmethod(lambda cls, codes, scales: shift(codes.roll(1, dims=1), scales)))
     file, _ = written(tmp_path, "q2_0" if fault == "codes shifted" else "f32", "f16", **model)
     with pytest.raises(VerificationError, match=r"llama\.cpp reads another model"):
         verification.check_llama_cpp(frozen(tmp_path / "model"), file, windows(2))
+
+
+def test_the_check_ranks_a_thousand_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """KL is taken over a thousand tokens and the rest (it was over as many as the continuation has), and
+    both continuations of the prompt are there to be read."""
+    found: list[llama_cpp.Reading] = []
+    right = llama_cpp.read
+
+    def noting(*arguments: Any, **options: Any) -> llama_cpp.Reading:
+        found.append(right(*arguments, **options))
+        return found[-1]
+
+    monkeypatch.setattr(llama_cpp, "read", noting)
+    file, _ = written(tmp_path, "f32", "f16", placement="none")
+    check = verification.check_llama_cpp(frozen(tmp_path / "model"), file, windows())
+    assert found[0].ids.shape == (32, llama_cpp.TOP) == (32, 1024)
+    assert check.theirs[:4] == check.ours[:4] != ""
 
 
 def test_what_no_graph_holds_is_refused(tmp_path: Path) -> None:

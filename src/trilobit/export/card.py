@@ -48,8 +48,10 @@ def licence_of(base: str | None) -> str | None:
     """What the base model's own card says its licence is; None if it has no card, or the hub cannot be reached."""
     from huggingface_hub import ModelCard
 
+    if base is None:
+        return None
     try:
-        card = ModelCard.load(Path(base) / "README.md" if Path(base or "").is_dir() else base)  # pyright: ignore
+        card = ModelCard.load(Path(base) / "README.md" if Path(base).is_dir() else base)
         return card.data.license  # pyright: ignore[reportAttributeAccessIssue]
     except Exception:  # the hub client raises nearly every kind there is
         return None
@@ -65,10 +67,10 @@ def _origin(base: str | None, settings: dict[str, Any], result: dict[str, Any], 
         "schedule": settings.get("schedule"), "optimizer": settings.get("optimizer"), "lr": settings.get("lr"),
         "tokens": f"{result['tokens']:,}" if "tokens" in result else None,
     }  # fmt: skip
-    text = (
-        f"Made from {shown} by trilobit {__version__}: " + ", ".join(f"{k} {v}" for k, v in said.items() if v is not None) + "."
-    )
-    return text if licence is not None else f"{text} The licence of the base model applies; it could not be read here."
+    listed = ", ".join(f"{key} {value}" for key, value in said.items() if value is not None)
+    text = f"Made from {shown} by trilobit {__version__}: {listed}."
+    unknown = base is not None and licence is None
+    return f"{text} The licence of the base model applies; it could not be read here." if unknown else text
 
 
 def _measured(result: dict[str, Any]) -> str | None:
@@ -77,13 +79,6 @@ def _measured(result: dict[str, Any]) -> str | None:
     if any(key not in result for _, *keys in rows for key in keys):
         return None
     lines = [f"| {name} | {result[nats]:.4f} | {result[ppl]:.2f} |" for name, nats, ppl in rows]
-    tokens = result.get("heldout_tokens")
-    return "\n".join(
-        [
-            f"## Measured on {f'{tokens:,} ' if tokens else ''}held-out tokens",
-            "",
-            "| | nats per token | perplexity |",
-            "|---|---|---|",
-            *lines,
-        ]
-    )
+    counted = f"{result['heldout_tokens']:,} " if "heldout_tokens" in result else ""
+    head = f"## Measured on {counted}held-out tokens\n\n| | nats per token | perplexity |\n|---|---|---|"
+    return "\n".join([head, *lines])

@@ -86,6 +86,8 @@ def _write(config: ExportConfig, source: Source, directory: Path, name: str, lis
         listener.progress("writing", done, total, 0.0)
 
     if source.plan is None:
+        if config.form.endswith("bitlinear"):
+            raise ExportError(f"--form {config.form} holds ternary weights, and this model is not ternary.")
         stream_tensors(dense_entries(source, "bf16"), directory, each=progress)
         write_companions(directory, source.model, None, source.tokenizer, "full precision", {"dtype": "bfloat16"})
         return "an ordinary checkpoint in bf16", "the model is not ternary"

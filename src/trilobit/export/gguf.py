@@ -1,16 +1,7 @@
-"""GGUF files that stock llama.cpp runs: which graph holds a model, under which names, with which numbers.
+"""GGUF files that stock llama.cpp runs, written tensor by tensor: names, shapes, numbers and metadata.
 
-    graph      holds                                                         of
-    bitnet     norms at attention output and MLP output (placement output);  Llama-like, tied head, no biases,
-               norms everywhere, if their gains are scalar and block gains    no q/k norms, SiLU
-               constant: those in front of q, k, v, gate, up become factors
-    llama …    no inserted norms; and models that are not ternary             Llama, Mistral, Qwen2, Qwen3, Gemma 3
-
-Scales are written into the blocks: the optional `.scale` tensors are ignored, silently, by some graphs. A graph has one ε
-for all its norms. Where a model has two, the inputs of some are scaled so that the one ε means the other to them
-(docs/math.md), which costs nothing: what is scaled are ternary scales.
-
-Written tensor by tensor; letters: V vocabulary, D width, O rows, K columns.
+Which graph and types: gguf_graph.py; the tokenizer: gguf_vocabulary.py. Scales are written into the blocks: the optional
+`.scale` tensors are ignored, silently, by some graphs. Tables of names are those of the reader (infer/gguf_header.py).
 """
 
 import math
@@ -28,27 +19,13 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from trilobit import quant
 from trilobit.errors import ExportError
 from trilobit.export.gguf_blocks import KINDS, encode
+from trilobit.export.gguf_graph import TERNARY, WRITERS, Adjustments, adjustments, choose_graph, choose_head, choose_kind
 from trilobit.export.gguf_vocabulary import add_vocabulary
 from trilobit.export.source import Source
-from trilobit.formats import Q2_0, TQ1_0, TQ2_0, GgufBlocks
+from trilobit.infer.gguf_header import BLOCK_NORMS, GEMMA_NORMS, HEAD_NORMS, LINEARS
 from trilobit.listener import SILENT, Listener
 
-GRAPHS = {"Llama": "llama", "Mistral": "llama", "Qwen2": "qwen2", "Qwen3": "qwen3", "Gemma3": "gemma3"}
-TERNARY: dict[str, type[GgufBlocks]] = {"tq1_0": TQ1_0, "tq2_0": TQ2_0, "q2_0": Q2_0}
-DENSE = ("f16", "f32", "bf16")
-LINEARS = {
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-}  # fmt: skip
-NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
-GEMMA_NORMS = {
-    "input_layernorm": "attn_norm", "post_attention_layernorm": "post_attention_norm",
-    "pre_feedforward_layernorm": "ffn_norm", "post_feedforward_layernorm": "post_ffw_norm",
-}  # fmt: skip
-QK_NORMS = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
-SUB_NORMS = {"self_attn.o_proj": "attn_sub_norm", "mlp.down_proj": "ffn_sub_norm"}
-WRITERS = ("self_attn.o_proj", "mlp.down_proj")  # into the residual stream
-GEMMA_WINDOW_PATTERN, GEMMA_LOCAL_BASE = 6, 10_000.0  # what the graph takes for granted
+SUB_NORMS = {"attn_output": "attn_sub_norm", "ffn_down": "ffn_sub_norm"}  # bitnet's, in front of these
 
 
 @dataclass
@@ -87,7 +64,7 @@ def write(source: Source, target: Path, kind: str = "auto", head: str = "auto", 
     add_vocabulary(writer, source.tokenizer, vocabulary_size(source))
     for entry in contents.entries:
         block, size, number = KINDS[entry.kind]
-        if number not in gguf.GGML_QUANT_SIZES:
+        if number not in gguf.GGML_QUANT_SIZES:  # the package's own table, which Q2_0 is newer than
             gguf.GGML_QUANT_SIZES[number] = (block, size)  # pyright: ignore[reportArgumentType]
         stored = (*entry.shape[:-1], entry.shape[-1] // block * size)
         writer.add_tensor_info(entry.name, stored, np.dtype(np.uint8), entry.bytes, number)  # pyright: ignore[reportArgumentType]
@@ -111,185 +88,24 @@ def plan_file(source: Source, kind: str, head: str, name: str = "model") -> Cont
     """Decide graph, types and numbers from the structure alone. Raises ExportError."""
     graph, reason = choose_graph(source)
     contents = Contents(graph, choose_kind(source, kind), reason)
-    adjust = _adjustments(source, graph)
+    adjust = adjustments(source, graph)
     contents.metadata = _metadata(source, graph, adjust, name)
-    head = _choose_head(source, head, contents.kind)
+    head = choose_head(source, head, contents.kind)
     _add_ends(source, contents, head, adjust)
     parameters = set(source.kept_names)
-    norms = GEMMA_NORMS if graph == "gemma3" else NORMS
+    norms = GEMMA_NORMS if graph == "gemma3" else BLOCK_NORMS
     for index in range(source.config.num_hidden_layers):
         layer, at = f"model.layers.{index}", f"blk.{index}"
-        for path, name in norms.items():
+        for name, path in norms.items():
             _add_norm(source, contents, f"{layer}.{path}", f"{at}.{name}", adjust)
-        for path, name in QK_NORMS.items():
+        for name, path in HEAD_NORMS.items():
             if f"{layer}.{path}.weight" in parameters:
                 _add_norm(source, contents, f"{layer}.{path}", f"{at}.{name}", adjust)
-        for path, name in LINEARS.items():
+        for name, path in LINEARS.items():
             _add_linear(source, contents, f"{layer}.{path}", f"{at}.{name}", adjust)
-            if graph == "bitnet" and path in SUB_NORMS:
-                _add_sub_norm(source, contents, f"{layer}.{path}", f"{at}.{SUB_NORMS[path]}")
+            if graph == "bitnet" and name in SUB_NORMS:
+                _add_sub_norm(source, contents, f"{layer}.{path}", f"{at}.{SUB_NORMS[name]}")
     return contents
-
-
-# ── which graph ──
-
-
-def choose_graph(source: Source) -> tuple[str, str]:
-    """The graph that holds a model exactly, and why. Raises ExportError with what to do where there is none."""
-    name = type(source.model).__name__.removesuffix("ForCausalLM")
-    if name not in GRAPHS:
-        raise ExportError(
-            f"no llama.cpp graph is known here for {type(source.model).__name__} (known: {', '.join(GRAPHS)}). Use --to hf."
-        )
-    if reason := _unlike_its_graph(source, GRAPHS[name]):
-        raise ExportError(f"llama.cpp's {GRAPHS[name]} graph cannot hold this model: {reason}. Use --to hf.")
-    if source.plan is None:
-        return GRAPHS[name], "an ordinary model"
-    if not any(linear.normed for linear in source.plan.linears.values()):
-        return GRAPHS[name], "no inserted norms"
-    if reason := _unlike_bitnet(source, name):
-        raise ExportError(
-            f"of llama.cpp's graphs only bitnet has norms inside a block, and it cannot hold this model: {reason}. "
-            "A model tuned with --placement none fits every graph; for this one use --to native or --to hf."
-        )
-    return "bitnet", "norms inside the blocks"
-
-
-def _unlike_its_graph(source: Source, graph: str) -> str | None:
-    """What of a model its family's own graph would ignore; None if nothing."""
-    config = source.config
-    rope = config.rope_parameters
-    if graph == "gemma3":
-        pattern = [(i + 1) % GEMMA_WINDOW_PATTERN == 0 for i in range(config.num_hidden_layers)]
-        if [kind == "full_attention" for kind in config.layer_types] != pattern:
-            return f"it takes every {GEMMA_WINDOW_PATTERN}th layer to see all positions"
-        if rope["sliding_attention"]["rope_theta"] != GEMMA_LOCAL_BASE:
-            return f"it takes {GEMMA_LOCAL_BASE:g} for the base of local positions"
-        if config.query_pre_attn_scalar != config.head_dim:
-            return "it takes the attention scale from the head size"
-        kinds = {rope[name].get("rope_type", "default") for name in rope}
-    else:
-        kinds = {rope.get("rope_type", "default")}
-        if getattr(config, "attention_bias", False) and graph == "qwen3":
-            return "it has no biases"
-        windows = getattr(config, "layer_types", None) or []
-        if "sliding_attention" in windows or (type(config).__name__ == "MistralConfig" and config.sliding_window):
-            return "it sees all positions, this model a window of them"
-    if odd := kinds - ({"default", "linear", "llama3"} if graph == "llama" else {"default"}):
-        return f"rotary positions of the kind {', '.join(sorted(odd))}"
-    gate = getattr(config, "hidden_act", None) or config.hidden_activation
-    wanted = ("gelu_pytorch_tanh",) if graph == "gemma3" else ("silu", "swish")
-    return None if gate in wanted else f"its gate is {wanted[0]}, this model's {gate}"
-
-
-def _unlike_bitnet(source: Source, name: str) -> str | None:
-    plan, config = source.plan, source.config
-    assert plan is not None
-    if name not in ("Llama", "Mistral", "Qwen2"):
-        return f"it has none of the further norms of {name}"
-    if config.rope_parameters.get("rope_type", "default") != "default":
-        return f"rotary positions of the kind {config.rope_parameters['rope_type']}"
-    if not source.tied:
-        return "its head is the embedding, this model has one of its own"
-    if (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads) * config.num_attention_heads != (
-        config.hidden_size
-    ):
-        return "its heads fill the width"
-    if any(source.has_bias(path) for path in plan.linears):
-        return "it has no biases"
-    for path, linear in plan.linears.items():
-        if linear.normed and linear.fed_by is not None:
-            if plan.spec.gain != "scalar":
-                return (
-                    "norms with a gain per channel in front of q, k, v, gate and up. Tune with --placement output, or with "
-                    "--gain scalar where block gains are constant (single-scale norms)"
-                )
-            gain = source.kept(f"{linear.fed_by}.weight")
-            if (gain.max() - gain.min()).item() > 1e-6 * gain.abs().max().item():
-                return f"two norms in a row are one only where the first has a constant gain, and {linear.fed_by} has not"
-        elif linear.normed != path.endswith(WRITERS):
-            return f"{path} has {'a' if linear.normed else 'no'} norm of its own"
-    return None
-
-
-def choose_kind(source: Source, kind: str) -> str:
-    """The type of the projections. Raises ExportError if it cannot hold them."""
-    if source.plan is None:
-        if kind in TERNARY:
-            raise ExportError(f"--type {kind} holds ternary weights, and this model is not ternary: use f16 or f32.")
-        return "f16" if kind == "auto" else kind
-    if kind in DENSE:
-        return kind
-    obstacles = {name: _does_not_hold(source, name) for name in (("tq2_0", "q2_0") if kind == "auto" else (kind,))}
-    if fitting := [name for name, obstacle in obstacles.items() if obstacle is None]:
-        return fitting[0]
-    if kind == "auto":
-        return "f16"
-    other = "q2_0 (any width that 64 divides)" if kind != "q2_0" and _does_not_hold(source, "q2_0") is None else "f16"
-    raise ExportError(f"--type {kind} cannot hold this model: {obstacles[kind]}. Use --type {other}.")
-
-
-def _does_not_hold(source: Source, kind: str) -> str | None:
-    layout = TERNARY[kind]
-    assert source.plan is not None
-    group = quant.group_size(source.plan.spec.scale)
-    if group is not None and group % layout.BLOCK:
-        return f"its blocks have {layout.BLOCK} columns and one scale, this model one scale for {group}"
-    for path in source.plan.linears:
-        width = int(source.ternary[path].in_features)  # pyright: ignore
-        if not layout.fits(width):
-            return f"its blocks have {layout.BLOCK} columns, and {path} has {width}, not a multiple"
-    return None
-
-
-def _choose_head(source: Source, head: str, kind: str) -> str:
-    width = source.config.hidden_size
-    if head == "auto":
-        return kind if kind in DENSE and source.plan is None else "q8_0" if width % 32 == 0 else "f16"
-    block = KINDS[head][0]
-    if width % block:
-        raise ExportError(f"--head {head} has blocks of {block} columns, and this model is {width} wide: use f16.")
-    return head
-
-
-# ── numbers that make one ε do ──
-
-
-@dataclass(frozen=True)
-class Adjustments:
-    """ε of the file, and factors: on the residual stream (what writes into it, and its embedding), on v and up, and on the
-    scales of linears whose norm became one with the block norm in front. merged: those block norms."""
-
-    eps: float
-    residual: float = 1.0
-    inner: float = 1.0
-    scales: dict[str, float] = field(default_factory=dict)
-    merged: frozenset[str] = frozenset()
-
-
-def _adjustments(source: Source, graph: str) -> Adjustments:
-    block: float = source.config.rms_norm_eps
-    if graph != "bitnet":
-        return Adjustments(block)
-    plan = source.plan
-    assert plan is not None
-    inserted = plan.spec.eps
-    fed = {path: linear.fed_by for path, linear in plan.linears.items() if linear.normed and linear.fed_by is not None}
-    if not fed:  # a norm of k·x with ε is one of x with ε / k²
-        return Adjustments(block, inner=math.sqrt(block / inserted))
-    scales, left = {}, []
-    for path, norm in fed.items():
-        first = source.kept(f"{norm}.weight").double().mean().item()
-        second = source.gain(path).double().mean().item()
-        both = first**2 + inserted
-        scales[path] = first * second / math.sqrt(both)
-        left.append(block * inserted / both)
-    # the merged norms' ε is far below the others': a larger residual stream hides the file's
-    residual = 2.0 ** math.ceil(math.log2(math.sqrt(inserted / min(left)))) if min(left) < inserted else 1.0
-    return Adjustments(inserted, residual=residual, scales=scales, merged=frozenset(fed.values()))
-
-
-# ── tensors ──
 
 
 def _add_ends(source: Source, contents: Contents, head: str, adjust: Adjustments) -> None:

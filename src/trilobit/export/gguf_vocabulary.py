@@ -11,11 +11,9 @@ from typing import Any
 import gguf
 
 from trilobit.errors import ExportError
+from trilobit.infer.gguf_tokenizer import BYTE, CONTROL, LLAMA_3, NORMAL, QWEN_2, UNKNOWN, UNUSED, USER_DEFINED
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-SPLITS = {_WORDS + r"\p{N}{1,3}" + _REST: "llama-bpe", _WORDS + r"\p{N}" + _REST: "qwen2"}  # of tokenizer.json
+SPLITS = {LLAMA_3: "llama-bpe", QWEN_2: "qwen2"}
 NO_MERGE = -1e6  # score of a token that no merge makes
 
 

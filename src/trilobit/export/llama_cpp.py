@@ -29,6 +29,7 @@ from trilobit.export.verify import Agreement, agreement_of
 from trilobit.storage import read_json, save_tensors
 
 TOP = 1024
+CONTINUED = 24  # tokens of the prompt's continuation
 LONGEST = 1800.0  # seconds
 
 
@@ -47,7 +48,7 @@ def available() -> bool:
     return find_spec("xllamacpp") is not None
 
 
-def read(file: Path, windows: Tensor, texts: list[str], prompt: str, top: int = TOP, threads: int = 0) -> Reading:
+def read(file: Path, windows: Tensor, texts: list[str], prompt: str, *, top: int = TOP, threads: int = 0) -> Reading:
     """Run `file` on token windows [N, W + 1] (the last token is only a target). Raises VerificationError with what llama.cpp
     says if it refuses the file."""
     with tempfile.TemporaryDirectory() as name:
@@ -58,7 +59,13 @@ def read(file: Path, windows: Tensor, texts: list[str], prompt: str, top: int = 
         }  # fmt: skip
         (folder / "request.json").write_text(json.dumps(request))
         command = [sys.executable, "-m", "trilobit.export.llama_cpp", name]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST, check=False)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST, check=False)
+        except subprocess.TimeoutExpired as error:
+            raise VerificationError(
+                f"llama.cpp has not read {windows.numel():,} tokens in {LONGEST:.0f} s. The file was not left behind; "
+                "--type tq2_0 is faster there."
+            ) from error
         if done.returncode != 0:
             raise VerificationError(f"llama.cpp cannot run what was written: {_complaint(done.stderr)} It was not left behind.")
         answer, rest = load_file(folder / "answer.safetensors"), read_json(folder / "answer.json")
@@ -130,7 +137,7 @@ def main(folder: Path) -> None:
             logprobs.append([entry["logprob"] for entry in ranked])
     save_tensors({"ids": torch.tensor(ids), "logprobs": torch.tensor(logprobs)}, folder / "answer.safetensors")
     tokens = [_tokens(server.listening_address, text) for text in request["texts"]]
-    continuation = complete(request["prompt"], 32)["text"] if request["prompt"] else ""
+    continuation = complete(request["prompt"], CONTINUED)["text"] if request["prompt"] else ""
     (folder / "answer.json").write_text(json.dumps({"tokens": tokens, "continuation": continuation}))
 
 

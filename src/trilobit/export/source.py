@@ -118,7 +118,7 @@ class StoredSource(Source):
             config: Any = AutoConfig.from_pretrained(self.directory)
             if hasattr(config, "quantization_config"):
                 if plan is None:
-                    raise ModelError(f"{directory} is a quantised checkpoint that trilobit did not write.")
+                    raise ModelError(f"{directory} is quantised, and not by trilobit: of exports --to native takes it.")
                 delattr(config, "quantization_config")
             with torch.device("meta"), quiet_transformers():
                 model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -223,7 +223,8 @@ def _stored(directory: Path) -> Path:
     """Where in `directory`, a run or a model, the weights are. Dense weights are rounded to bf16: the latents say more."""
     if not (directory / "run.json").exists():
         if not (directory / "config.json").exists():
-            raise ModelError(f"{directory} is not a checkpoint directory: it has no config.json.")
+            hint = ": --to native takes GGUF files" if directory.suffix == ".gguf" else ": it has no config.json"
+            raise ModelError(f"{directory} is not a checkpoint directory{hint}.")
         return directory
     if "result" not in read_json(directory / "run.json"):
         raise ModelError(f"{directory} is a run that has not finished: continue it with --resume.")

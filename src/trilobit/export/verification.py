@@ -39,7 +39,6 @@ PROBE_WINDOWS = {"gguf": 8, "hf": 32, "bf16": 32}  # 1,024 positions one by one,
 MOST_TIMES, MOST_BF16_KL = 2.0, 0.001
 MOST_CHANGE, ERRORS = 0.01, 3.0  # of perplexity; and standard errors
 TRICKY = ["Hello, world!", "  two spaces\n\n\ttab", "don't, it's 12345 naïve café — 你好 🙂", "def f(x):\n    return x ** 2\n"]
-CANARY_TOKENS = 24
 
 
 @dataclass(frozen=True)
@@ -160,7 +159,7 @@ def check_llama_cpp(loaded: Loaded, file: Path, windows: Tensor) -> Check:
 
     texts = [*TRICKY, *(loaded.tokenizer.decode(window, skip_special_tokens=True) for window in windows[:2])]
     prompt: Any = loaded.tokenizer.decode(windows[0, 1:9], skip_special_tokens=True)
-    reading = llama_cpp.read(file, windows, texts, prompt, CANARY_TOKENS)
+    reading = llama_cpp.read(file, windows, texts, prompt)
     for text, theirs in zip(texts, reading.tokens, strict=True):
         expected: Any = loaded.tokenizer(text)["input_ids"]
         if expected != theirs:
@@ -183,7 +182,7 @@ def check_llama_cpp(loaded: Loaded, file: Path, windows: Tensor) -> Check:
             "not left behind."
         )
     inputs = torch.tensor([loaded.tokenizer(prompt)["input_ids"]])
-    continued = continue_tokens(loaded.model, inputs, CANARY_TOKENS, temperature=0.0)[0, inputs.shape[1] :]
+    continued = continue_tokens(loaded.model, inputs, llama_cpp.CONTINUED, temperature=0.0)[0, inputs.shape[1] :]
     ours: Any = loaded.tokenizer.decode(continued, skip_special_tokens=True)
     return Check(rows, limits, prompt, ours, reading.continuation)
 
