@@ -205,38 +205,95 @@ struct Avx512 {
         add_to(sums + 16, _mm512_add_epi32(_mm512_add_epi32(b[0], b[1]), _mm512_add_epi32(b[2], b[3])));
     }
 
+    // A vector of the stream as one symbol a byte: w[i] for columns 4i … 4i + 3 of its tile.
     template <Format F>
-    static void unpack(const uint8_t *stream, int64_t tiles, uint8_t *symbols) {
+    static void symbols(__m512i s, __m512i (&w)[tile_columns(F) / 4]) {
         const __m512i three = _mm512_set1_epi8(3);
-        for (int64_t t = 0; t < 2 * tiles; ++t, stream += VECTOR_BYTES) {
-            uint8_t *to = symbols + (t / 2 * (tile_columns(F) / 4) * 2 + t % 2) * VECTOR_BYTES;
-            __m512i s = load(stream);
-            if constexpr (F == Format::two_bit) {
+        if constexpr (F == Format::two_bit) {
 #pragma GCC unroll 4
-                for (int i = 0; i < 4; ++i) store(to + i * PAIR_BYTES, _mm512_and_si512(_mm512_srli_epi16(s, 2 * i), three));
-            } else {
+            for (int i = 0; i < 4; ++i) w[i] = _mm512_and_si512(_mm512_srli_epi16(s, 2 * i), three);
+        } else {
 #ifdef __AVX512VBMI__
-                const __m512i g = mod3m(s, 81), p = four_trits(g);
-                store(to + 4 * PAIR_BYTES, _mm512_and_si512(_mm512_sub_epi8(s, g), three));
+            const __m512i g = mod3m(s, 81), p = four_trits(g);
+            w[4] = _mm512_and_si512(_mm512_sub_epi8(s, g), three);
 #pragma GCC unroll 4
-                for (int i = 0; i < 4; ++i) store(to + i * PAIR_BYTES, _mm512_and_si512(_mm512_srli_epi16(p, 2 * i), three));
+            for (int i = 0; i < 4; ++i) w[i] = _mm512_and_si512(_mm512_srli_epi16(p, 2 * i), three);
 #else
-                // 81, 162 and 9, 18 & 3 are 1, 2; the low four bits of 27, 54 and of 3, 6 are 11, 6 and 3, 6.
-                const __m512i table = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 0, 1, 0, 0, 2, 0, 0, 0, 0, 1, 0, 0, 0, 0));
+            // 81, 162 and 9, 18 & 3 are 1, 2; the low four bits of 27, 54 and of 3, 6 are 11, 6 and 3, 6.
+            const __m512i table = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 0, 1, 0, 0, 2, 0, 0, 0, 0, 1, 0, 0, 0, 0));
 #pragma GCC unroll 4
-                for (int i = 4; i > 0; --i) {
-                    const __m512i g = mod3m(s, POWERS_OF_3[i]), multiple = _mm512_sub_epi8(s, g);
-                    store(to + i * PAIR_BYTES,
-                          i % 2 ? _mm512_shuffle_epi8(table, multiple) : _mm512_and_si512(multiple, three));
-                    s = g;
-                }
-                store(to, s);
-#endif
+            for (int i = 4; i > 0; --i) {
+                const __m512i g = mod3m(s, POWERS_OF_3[i]), multiple = _mm512_sub_epi8(s, g);
+                w[i] = i % 2 ? _mm512_shuffle_epi8(table, multiple) : _mm512_and_si512(multiple, three);
+                s = g;
             }
+            w[0] = s;
+#endif
         }
     }
 
-    static void store(uint8_t *to, __m512i v) { _mm512_storeu_si512(to, v); }
+    template <Format F>
+    static void unpack(const uint8_t *stream, int64_t tiles, uint8_t *to) {
+        constexpr int STEPS = tile_columns(F) / 4;
+        for (int64_t t = 0; t < tiles; ++t, to += STEPS * PAIR_BYTES)
+            for (int block = 0; block < 2; ++block, stream += VECTOR_BYTES) {
+                __m512i w[STEPS];
+                symbols<F>(load(stream), w);
+#pragma GCC unroll 5
+                for (int i = 0; i < STEPS; ++i) _mm512_storeu_si512(to + i * PAIR_BYTES + block * VECTOR_BYTES, w[i]);
+            }
+    }
+
+    // More than eight tokens in two halves: with both blocks at once a broadcast serves two products.
+    static constexpr int FEW_TOKENS = 16;
+    template <Format F>
+    static void few(const uint8_t *stream, const int8_t *x, int64_t stride, int tokens, int64_t tiles, int32_t *sums) {
+        const int second = tokens > FEW_TOKENS / 2 ? tokens / 2 : 0, first = tokens - second;
+        few_tokens<F>(stream, x, stride, first, tiles, sums);
+        if (second) few_tokens<F>(stream, x + first * stride, stride, second, tiles, sums + first * PANEL_ROWS);
+    }
+
+    template <Format F>
+    static void few_tokens(const uint8_t *stream, const int8_t *x, int64_t stride, int tokens, int64_t tiles, int32_t *sums) {
+        switch (tokens) {
+            case 1: return few_tokens<F, 1>(stream, x, stride, tiles, sums);
+            case 2: return few_tokens<F, 2>(stream, x, stride, tiles, sums);
+            case 3: return few_tokens<F, 3>(stream, x, stride, tiles, sums);
+            case 4: return few_tokens<F, 4>(stream, x, stride, tiles, sums);
+            case 5: return few_tokens<F, 5>(stream, x, stride, tiles, sums);
+            case 6: return few_tokens<F, 6>(stream, x, stride, tiles, sums);
+            case 7: return few_tokens<F, 7>(stream, x, stride, tiles, sums);
+            default: return few_tokens<F, 8>(stream, x, stride, tiles, sums);
+        }
+    }
+
+    template <Format F, int N>
+    NOT_INLINED static void few_tokens(const uint8_t *stream, const int8_t *x, int64_t stride, int64_t tiles, int32_t *sums) {
+        constexpr int STEPS = tile_columns(F) / 4;
+        __m512i a[N], b[N];
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) a[n] = b[n] = _mm512_setzero_si512();
+        for (int64_t t = 0; t < tiles; ++t, stream += PAIR_BYTES, x += 4 * STEPS) {
+            _mm_prefetch(ahead(stream), _MM_HINT_T0);
+            _mm_prefetch(ahead(stream + VECTOR_BYTES), _MM_HINT_T0);
+            __m512i w[STEPS], v[STEPS];
+            symbols<F>(load(stream), w);
+            symbols<F>(load(stream + VECTOR_BYTES), v);
+#pragma GCC unroll 5
+            for (int i = 0; i < STEPS; ++i)
+#pragma GCC unroll 8
+                for (int n = 0; n < N; ++n) {
+                    const __m512i four = broadcast(x + n * stride + 4 * i);
+                    dp(a[n], w[i], four);
+                    dp(b[n], v[i], four);
+                }
+        }
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) {
+            _mm512_storeu_si512(sums + n * PANEL_ROWS, a[n]);
+            _mm512_storeu_si512(sums + n * PANEL_ROWS + BLOCK_ROWS, b[n]);
+        }
+    }
 
     template <bool wide>
     static void micro(const uint8_t *const *panels, int count, const int8_t *x, int64_t stride, int tokens, int64_t steps,

@@ -5,11 +5,14 @@
 //     micro<wide>(panels, count, x, stride, tokens, steps, fresh, sums)
 //                                          sums[t][64] = or (not fresh) += Σ symbol · x over 4·steps columns of one or two
 //                                          panels and up to MICRO_TOKENS tokens; wide: symbols are full bytes, else at most 2
+//     FEW_TOKENS, few<F>(stream, x, stride, tokens, tiles, sums)      sums[t][32] = Σ symbol · x of one panel, for up to so many
+//                                          tokens, unpacked in registers; 0: the set has none
 //     symbol_offset(F)                     what its symbols are above the codes
 //
 // matrix–vector: one pass over the stream, everything else in registers.
 // matrix–matrix: a block of columns of two panels is unpacked once into a tile that stays in the first-level cache, and
-// multiplied by all tokens, six at a time; a token block's int32 sums stay in the second-level cache.
+// multiplied by all tokens, six at a time; a token block's int32 sums stay in the second-level cache. A few tokens do not
+// repay the tile: where the set can, they meet the symbols in registers.
 #pragma once
 
 #include "kernels.h"
@@ -126,7 +129,32 @@ void gemv_panels(const Call &c, int64_t begin, int64_t end) {
 }
 
 template <class Set, Format F>
+void few_panels(const Call &c, int64_t begin, int64_t end) {
+    const Geometry &g = c.shape;
+    alignas(64) int32_t sums[Set::FEW_TOKENS][PANEL_ROWS];
+    alignas(64) float totals[Set::FEW_TOKENS][PANEL_ROWS];
+    const int64_t width = g.padded_columns();
+    const uint8_t *stream = c.packed + begin * g.panel_bytes();
+    for (int64_t panel = begin; panel < end; ++panel) {
+        const Output out(c, panel * PANEL_ROWS, PANEL_ROWS, Set::symbol_offset(F));
+        const int8_t *x = c.spread;
+        if (c.grouped) std::memset(totals, 0, sizeof totals);
+        for (int64_t s = 0; s < g.segments; ++s) {
+            const int64_t tiles = g.tiles_of(s);
+            Set::template few<F>(stream, x, width, static_cast<int>(c.tokens), tiles, sums[0]);
+            stream += tiles * tile_bytes(F);
+            x += tiles * tile_columns(F);
+            for (int64_t t = 0; t < c.tokens; ++t) out.segment(t, s, sums[t], totals[t]);
+        }
+    }
+}
+
+template <class Set, Format F>
 void gemm_units(const Call &c, int64_t begin, int64_t end) {
+    if constexpr (Set::FEW_TOKENS > 0 && F != Format::int8) {
+        if (c.tokens <= Set::FEW_TOKENS)
+            return few_panels<Set, F>(c, UNIT_PANELS * begin, smaller(UNIT_PANELS * end, c.shape.panels()));
+    }
     constexpr int64_t BLOCK = block_tiles(F), STEPS = tile_columns(F) / 4;  // a step: four columns
     alignas(64) uint8_t unpacked[F == Format::int8 ? 1 : UNIT_PANELS][F == Format::int8 ? 1 : BLOCK * STEPS * PAIR_BYTES];
     alignas(64) int32_t sums[TOKEN_BLOCK][UNIT_ROWS];

@@ -86,6 +86,7 @@ struct Micro {
 };
 
 struct Neon {
+    static constexpr int FEW_TOKENS = 0;
     static constexpr int symbol_offset(Format f) { return f == Format::int8 ? 0 : ::symbol_offset(f); }
 
     template <Format F>

@@ -45,7 +45,7 @@ struct Problem {
         m.columns = between(0, 1) ? between(1, 100) : between(1, 1500);
         const int64_t sizes[] = {0, 0, 7, 16, 64, 128, 256};
         m.group = sizes[between(0, 6)];
-        tokens = between(0, 9) ? between(1, 9) : between(240, 260);
+        tokens = between(0, 9) ? between(1, 20) : between(240, 260);
         groups = m.group ? (m.columns + m.group - 1) / m.group : 0;
         const int low = m.format == TRILOBIT_INT8 ? -128 : -1, high = m.format == TRILOBIT_INT8 ? 127 : 1;
         for (int64_t i = 0; i < m.rows * m.columns; ++i) codes.push_back(static_cast<int8_t>(between(low, high)));

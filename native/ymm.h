@@ -71,6 +71,7 @@ struct MicroYmm {
 
 template <class Set>
 struct Ymm {
+    static constexpr int FEW_TOKENS = 0;
     static constexpr int symbol_offset(Format f) { return ::symbol_offset(f); }
 
     template <Format F>
