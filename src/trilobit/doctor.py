@@ -46,8 +46,8 @@ class DoctorResult:
             lines += [
                 f"also here    {others} (--instructions)",
                 f"layout       {self.layout}",
-                f"memory       {self.bandwidth / 1e9:.1f} GB/s: a ternary model of 2 B parameters can decode "
-                f"{self.bandwidth / TERNARY_2B:.0f} tokens/s at most",
+                f"memory       {self.bandwidth / 1e9:.1f} GB/s just now, enough for about "
+                f"{self.bandwidth / TERNARY_2B:.0f} tokens/s of a ternary model of 2 B parameters",
             ]
         lines += [f"faster       {line}" for line in self.advice] or ["faster       nothing that can be done here"]
         return "\n".join(lines)

@@ -77,6 +77,14 @@ def test_reset_and_exit(model: Path) -> None:
     assert run(config(model), Heard(), []).tokens_per_second == 0
 
 
+def test_unknown_commands_are_no_turns(model: Path) -> None:
+    """A misspelt command is answered with the commands there are; a path is a turn."""
+    heard = Heard()
+    result = run(config(model), heard, ["/help", "/etc/hosts"])
+    assert [m["content"] for m in result.messages if m["role"] != "assistant"] == ["/etc/hosts"]
+    assert any("There is no /help. /reset" in note for note in heard.notes)
+
+
 @needs_library
 def test_a_conversation_goes_on_from_what_was_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A later turn costs its own tokens, the template's and the reply's last one, not the whole conversation again."""

@@ -5,6 +5,7 @@ a turn costs its own tokens. When it outgrows --context, the oldest turns after 
 and half of it is free again. Ctrl-C ends a reply, not the conversation.
 """
 
+import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from trilobit.infer.writer import Interrupted, Writer, open_writer, sampling_of
 from trilobit.listener import SILENT, Listener
 
 Message = dict[str, str]
+COMMANDS = "/reset forgets the conversation, /exit ends it."
+A_COMMAND = re.compile(r"/[a-z]+")  # a path or a sentence that begins with a slash is a turn like any other
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ def run(config: ChatConfig, listener: Listener = SILENT, lines: Iterable[str] | 
         raise ConfigError(
             f"the model has {writer.positions} positions: --max-tokens {config.max_tokens} leaves no room for a turn."
         )
-    listener.note("A line is a turn. /reset forgets the conversation, /exit ends it.")
+    listener.note(f"A line is a turn. {COMMANDS}")
     turns, tokens, seconds = 0, 0, 0.0
     for line in _typed(listener) if lines is None else lines:
         text = line.strip()
@@ -97,7 +100,11 @@ def run(config: ChatConfig, listener: Listener = SILENT, lines: Iterable[str] | 
         if text == "/reset":
             conversation.reset()
             listener.note("Forgotten.")
-        if not text or text == "/reset":
+            continue
+        if A_COMMAND.fullmatch(text):
+            listener.note(f"There is no {text}. {COMMANDS}")
+            continue
+        if not text:
             continue
         try:
             ids = conversation.ask(text, config.max_tokens)
