@@ -2,8 +2,9 @@
 
     python experiments/embedded_pair.py OUT        what experiments/embedded_pair.sh trained in OUT
 
-Of each the better of two rates is taken. Both are tuned to ternary on equal tokens with `trilobit demo`'s settings, at two
-rates each and the better counts. One JSON file goes to docs/data/embedded_pair.json; curves of the trainings beside it.
+Every finished run becomes a record, docs/data/embedded_pair/RUN.json: its curve, its loss at 16 and 4 bits, its outliers, and
+what `trilobit tune` makes of it with `trilobit demo`'s settings at two rates. The table shows of each recipe the run of the
+better rate, and of that run the better tuned one.
 """
 
 import argparse
@@ -18,19 +19,9 @@ from trilobit.config.tune import TuneConfig
 from trilobit.train import tune
 from trilobit.train.plots import read_log
 
-DATA = Path(__file__).parents[1] / "docs" / "data"
+RECORDS = Path(__file__).parents[1] / "docs" / "data" / "embedded_pair"
 NAMES = {"osp": "outlier-safe", "adam": "its twin (Adam, RMSNorm)"}
 TUNE_RATES, TUNE_TOKENS = (2e-3, 4e-3), 1_048_576
-
-
-def pretrained(out: Path, recipe: str) -> tuple[Path, dict[str, Any]]:
-    """The run of the better rate, and its result."""
-    runs = [run for run in sorted(out.glob(f"{recipe}-*e-*")) if (run / "run.json").exists()]
-    results = {run: json.loads((run / "run.json").read_text()) for run in runs}
-    finished = {run: record["result"] for run, record in results.items() if "result" in record}
-    assert finished, f"no finished run of {recipe} in {out}: experiments/embedded_pair.sh trains them"
-    best = min(finished, key=lambda run: finished[run]["nats_per_token"])
-    return best, {"rates": {run.name: found["nats_per_token"] for run, found in finished.items()}} | finished[best]
 
 
 def made_ternary(run: Path, rate: float) -> dict[str, Any]:
@@ -73,22 +64,34 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def record(run: Path) -> dict[str, Any]:
+    """All that is measured of a finished run."""
+    begun = json.loads((run / "run.json").read_text())
+    kept = {key: begun["result"][key] for key in ("nats_per_token", "parameters", "tokens")} | {"lr": begun["config"]["lr"]}
+    curve = [(r["tokens"], round(r["heldout_nats"], 4), r.get("kurtosis")) for r in read_log(run) if "heldout_nats" in r]
+    numbers = measured(run, argparse.Namespace(device="cpu", report=None, data="stdlib"))
+    return kept | numbers | {"tuned": [made_ternary(run, rate) for rate in TUNE_RATES], "curve": curve}
+
+
+def best(recipe: str) -> dict[str, Any] | None:
+    """The record of a recipe's better rate, and in `ternary` what was best made of it."""
+    found = [json.loads(path.read_text()) for path in sorted(RECORDS.glob(f"{recipe}-*.json"))]
+    if not found:
+        return None
+    chosen = min(found, key=lambda r: r["nats_per_token"])
+    return chosen | {"ternary": min(chosen["tuned"], key=lambda t: t["ternary"])}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
-    found = {}
-    for recipe in NAMES:
-        run, result = pretrained(arguments.out, recipe)
-        config = json.loads((run / "run.json").read_text())["config"]
-        kept = {key: result[key] for key in ("rates", "nats_per_token", "parameters")} | {"lr": config["lr"]}
-        numbers = measured(run, argparse.Namespace(device="cpu", report=None, data="stdlib"))
-        tuned = [made_ternary(run, rate) for rate in TUNE_RATES]
-        found[recipe] = kept | numbers | {"ternary": min(tuned, key=lambda t: t["ternary"]), "tuned": tuned}
-        curve = [(r["tokens"], round(r["heldout_nats"], 4), r.get("kurtosis")) for r in read_log(run) if "heldout_nats" in r]
-        found[recipe]["curve"] = curve
-    (DATA / "embedded_pair.json").write_text(json.dumps(found, indent=1) + "\n")
-    print(table(found))
+    RECORDS.mkdir(parents=True, exist_ok=True)
+    for run in sorted(p.parent for p in arguments.out.glob("*/run.json") if "ternary" not in p.parent.name):
+        path = RECORDS / f"{run.name}.json"
+        if not path.exists() and "result" in json.loads((run / "run.json").read_text()):
+            path.write_text(json.dumps(record(run)) + "\n")
+    print(table({recipe: r for recipe in NAMES if (r := best(recipe)) is not None}))
 
 
 if __name__ == "__main__":

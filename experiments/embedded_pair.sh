@@ -17,6 +17,7 @@ train() {
     local recipe=$1 rate run resume=()
     for rate in 2e-3 4e-3; do
         run=$out/$recipe-$rate resume=()
+        [ -e "docs/data/embedded_pair/$recipe-$rate.json" ] && continue
         grep -q '"result"' "$run/run.json" 2>/dev/null && continue
         [ -e "$run/run.json" ] && resume=(--resume)
         "$python" -W ignore -m trilobit.cli pretrain llama-3m --recipe "$recipe" --train-tokenizer 4096 --data stdlib \
