@@ -31,9 +31,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trilobit.quant import FLOOR, absmean_scale, group_size, ternary_dequantize, ternary_levels
+from trilobit.surgery.layerwise import Stopped, first_layer_inputs, hidden_states_of, layer_calls
 from trilobit.surgery.roles import decoder_layers
 from trilobit.train.loop import autocast
-from trilobit.train.reconstruct import Stopped, first_layer_inputs, hidden_states_of, layer_calls
 
 Rule = Literal["absmean", "mse"]
 GRANULARITY = "group-128"

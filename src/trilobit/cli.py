@@ -37,6 +37,7 @@ COMMANDS = {
     "outliers": Command(
         "trilobit.config.outliers:OutliersConfig", "trilobit.report.outliers", "activation outliers: where, carried by what"
     ),
+    "quantize": Command("trilobit.config.quantize:QuantizeConfig", "trilobit.report.fourbit", "what is lost at 4 bits"),
     "export": Command("trilobit.config.export:ExportConfig", "trilobit.export.convert", "write a model for other engines"),
     "generate": Command("trilobit.config.generate:GenerateConfig", "trilobit.infer.generate", "continue a prompt"),
     "chat": Command("trilobit.config.chat:ChatConfig", "trilobit.infer.chat", "talk to a model"),

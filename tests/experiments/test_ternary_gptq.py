@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from families import build
 from trilobit.quant import ternary_dequantize, ternary_levels, ternary_quantize
+from trilobit.surgery.layerwise import first_layer_inputs, layer_calls
 from trilobit.surgery.roles import decoder_layers
-from trilobit.train.reconstruct import first_layer_inputs, layer_calls
 
 OUTPUTS, INPUTS = 5, 300  # two whole groups and a short one
 
