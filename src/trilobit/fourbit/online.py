@@ -1,0 +1,163 @@
+"""Hadamard transforms that run with the model, where no weight in front of a tensor could take them (QuaRot, arXiv 2404.00456).
+
+    what the MLP's last linear reads      x → x R, W → W R                 behind a product of two activations
+    what the attention's last reads       the same across heads: H ⊗ I     behind mixtures that differ by head
+    queries and keys, after RoPE          q → q R, k → k R                 behind a rotation that differs by position
+
+R = Hᵀ/√n (hadamard.py). The logits stay what they are: (x R)(W R)ᵀ = x Wᵀ and (q R)(k R)ᵀ = q kᵀ. Weights are turned once,
+in float64; inputs are turned by forward pre-hooks, queries and keys by an attention function. Order matters: pre-hooks and
+changes run in the order in which they were attached, so attach these first and whatever quantises after them.
+Everything survives copy.deepcopy; nothing is written by save_pretrained.
+
+Letters: B batch, H heads, T positions, W head dimension.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from trilobit.errors import ModelError
+from trilobit.fourbit.hadamard import constructible, construction, transform
+from trilobit.fourbit.quarot import head_width
+from trilobit.surgery.roles import PROBE_TOKENS, Role, decoder_layers, evaluating, find_sites
+from trilobit.surgery.rotate import change_rows
+
+Change = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+"""(Q [B, H, T, W], K [B, N, T', W], V [B, N, T', W]) after RoPE and cache → the same, changed."""
+
+ATTENTION = "trilobit_changed_sdpa"
+
+
+@dataclass(frozen=True)
+class OnlineReport:
+    """Where a transform runs. sites: paths of linears, or of decoder layers; empty where `why` says what stands against it."""
+
+    what: str
+    width: int
+    sites: tuple[str, ...]
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.why}" if not self.sites else f"{self.what}: {self.why}, at {len(self.sites)} places"
+
+
+def attach_ffn_hadamard(model: PreTrainedModel) -> OnlineReport:
+    """Transform what the last linear of every MLP reads. Raises UnsupportedError, with nothing changed, if it cannot."""
+    paths = _ends(model, "mlp-output")
+    widths = {model.get_submodule(path).in_features for path in paths}
+    made = {width: construction(width) for width in sorted(widths)}  # pyright: ignore[reportArgumentType]
+    for path in paths:
+        _transform_input(model.get_submodule(path), transform)
+    return OnlineReport("MLP output", max(made), tuple(paths), ", ".join(made.values()))
+
+
+def attach_head_hadamard(model: PreTrainedModel) -> OnlineReport:
+    """Transform what the last linear of every attention reads across its heads: each channel of a head with its namesakes.
+
+    With values turned head by head (quarot), the two make one Hadamard transform of the whole width. Where the number of
+    heads has no Hadamard matrix (SmolLM2-135M's nine), nothing is attached and the report says so.
+    """
+    paths, width = _ends(model, "attention-output"), head_width(model)
+    counts = {model.get_submodule(path).in_features // width for path in paths}  # pyright: ignore[reportOperatorIssue]
+    what = "attention output, across heads"
+    missing = [count for count in sorted(counts) if not constructible(count)]
+    if missing:
+        return OnlineReport(what, missing[0], (), f"none, since there is no Hadamard matrix of {missing[0]} heads")
+    for path in paths:
+        _transform_input(model.get_submodule(path), partial(_across_heads, width))
+    return OnlineReport(what, max(counts), tuple(paths), ", ".join(construction(count) for count in sorted(counts)))
+
+
+def attach_qk_hadamard(model: PreTrainedModel) -> OnlineReport:
+    """Transform queries and keys after RoPE, head by head. Raises UnsupportedError for head widths out of reach; ModelError."""
+    width = head_width(model)
+    made = construction(width)
+    attach_attention(model, _transform_qk)
+    return OnlineReport("queries and keys, after RoPE", width, tuple(path for path, _ in decoder_layers(model)), made)
+
+
+def attach_attention(model: PreTrainedModel, change: Change) -> None:
+    """Let `change` replace queries, keys and values of every layer after RoPE, in front of the attention's products.
+
+    Changes run in the order of their attachment. What the cache keeps is unchanged; all of it passes `change` at every step.
+    Raises ModelError, with nothing changed, unless the model's attention is sdpa and every decoder layer runs through it.
+    """
+    layers = decoder_layers(model)
+    before = model.config._attn_implementation
+    if before not in ("sdpa", ATTENTION):
+        raise ModelError(
+            f"{type(model).__name__} runs its attention as {before}, where queries and keys cannot be reached after RoPE: load "
+            'it with attn_implementation="sdpa".'
+        )
+    if before == "sdpa":
+        changes: list[Change] = []
+        for _, layer in layers:
+            for module in layer.modules():
+                module._trilobit_changes = changes  # pyright: ignore[reportArgumentType]
+        model.set_attn_implementation(ATTENTION)
+    else:
+        changes = next(layers[0][1].modules())._trilobit_changes  # pyright: ignore[reportAssignmentType]
+    calls = 0
+
+    def count(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        nonlocal calls
+        calls += 1
+        return query, key, value
+
+    changes.append(count)
+    with evaluating(model):
+        model(input_ids=torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=model.device), use_cache=False)
+    changes.pop()
+    if calls != len(layers):
+        if before == "sdpa":
+            model.set_attn_implementation("sdpa")
+        raise ModelError(
+            f"{calls} of the {len(layers)} layers of {type(model).__name__} run an attention whose queries and keys can be "
+            "changed after RoPE; all have to."
+        )
+    changes.append(change)
+
+
+def _ends(model: PreTrainedModel, role: Role) -> list[str]:
+    paths = [site.path for site in find_sites(model) if site.role == role]
+    if not paths:
+        raise ModelError(f"{type(model).__name__} has no linear at the end of its {role.removesuffix('-output')} blocks.")
+    return paths
+
+
+@torch.no_grad()
+def _transform_input(linear: nn.Module, turn: Callable[[Tensor], Tensor]) -> None:
+    assert isinstance(linear, nn.Linear), type(linear)
+    change_rows(linear.weight, turn)
+    linear.register_forward_pre_hook(partial(_turned, turn))
+
+
+def _turned(turn: Callable[[Tensor], Tensor], module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (turn(inputs[0]), *inputs[1:])
+
+
+def _across_heads(width: int, x: Tensor) -> Tensor:
+    """[..., H W] → the same, channel w of all heads transformed together."""
+    return transform(x.unflatten(-1, (-1, width)).mT).mT.reshape(x.shape)
+
+
+def _transform_qk(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return transform(query), transform(key), value
+
+
+def _changed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *arguments: Any, **options: Any) -> Any:
+    changes: Any = module._trilobit_changes
+    for change in changes:
+        query, key, value = change(query, key, value)
+    return sdpa_attention_forward(module, query, key, value, *arguments, **options)
+
+
+AttentionInterface.register(ATTENTION, _changed_attention)
+AttentionMaskInterface.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])

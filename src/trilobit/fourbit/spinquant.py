@@ -1,0 +1,214 @@
+"""SpinQuant (arXiv 2405.16406): learn the rotation of the residual stream from the loss of the quantised model.
+
+    L(R) = cross-entropy of the model in which everything that decoder linears read is quantised, norm outputs as Q(x̂ R) Rᵀ
+    A = ∂L/∂R · Rᵀ,   S = (A − Aᵀ)/2                                        the gradient along the orthogonal matrices
+    R ← (I + α/2 S)⁻¹ (I − α/2 S) R,   α = min(lr, 1/‖S‖₁)                  a Cayley step down it (arXiv 2002.01113)
+
+Weights are frozen, and not copied: as RMSNorm commutes with R, hooks turn what a norm gives (x̂, without its gain g), quantise
+it, turn it back and give it its gain; the linears stay as they are. Only `quantise_weights` needs the turned weights
+Q(W diag(g) R), which live as long as one backward pass. Rounding passes gradients straight through. The step solves its
+D×D system in float64 instead of iterating to it, so R stays orthogonal to rounding.
+
+The budget of the authors' published script: 100 steps, each on 8 windows of 2,048 tokens of WikiText-2's training split
+(1.6 M tokens), lr 1.5 decayed to zero along a cosine, no momentum, five fixed-point iterations for the step, one rotation of
+the values per layer learned as well, weights quantised only if they are later rounded to nearest. The paper's own numbers
+come from a code base that is not public: its order of windows and its seed cannot be known. Here: R of the residual stream
+alone, momentum none, `learn`'s defaults for the rest; what was used is in the result.
+
+Letters: D width, N windows, T tokens of a window.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from trilobit import quant
+from trilobit.errors import DataError, NonFiniteError
+from trilobit.fourbit.quarot import matrix, random_rotation
+from trilobit.listener import SILENT, Listener
+from trilobit.surgery.outlier_safe import NormRule
+from trilobit.surgery.roles import evaluating
+from trilobit.surgery.rotate import Rotation
+from trilobit.surgery.stream import Stream, find_stream
+
+Quantise = Callable[[Tensor], Tensor]
+"""A tensor → the same, fake-quantised along its last dimension."""
+
+PATIENCE = 10  # steps in a row that are not finite
+
+
+@dataclass(frozen=True)
+class LearnedRotation:
+    """R [D, D] float64 on the CPU, and what it cost. losses: of each step, before it; `skipped` of them were not finite."""
+
+    matrix: Tensor
+    losses: tuple[float, ...]
+    steps: int
+    tokens: int
+    lr: float
+    seed: int
+    skipped: int
+
+    @property
+    def rotation(self) -> Rotation:
+        """For `rotate`, with the budget in its description."""
+        budget = f"{self.steps} steps, {self.tokens:,} tokens, lr {self.lr:g}, seed {self.seed}"
+        return Rotation(len(self.matrix), lambda x: x @ self.matrix.to(x), f"a rotation learned by Cayley steps ({budget})")
+
+
+def learn(
+    model: PreTrainedModel, windows: Tensor, *, quantise_activations: Quantise, quantise_weights: Quantise | None = None,
+    steps: int = 100, batch: int = 8, lr: float = 1.5, seed: int = 0, listener: Listener = SILENT,
+) -> LearnedRotation:  # fmt: skip
+    """Learn a rotation of the residual stream on windows [N, T] of token ids; `model` is left as it was.
+
+    quantise_activations: of what decoder linears read; quantise_weights: of their turned weights [O, K], by row. Starts from
+    quarot's randomised Hadamard matrix of the same seed. A step takes `batch` windows, one at a time, in an order drawn from
+    the seed; lr falls to zero along a cosine. A step whose loss or gradient is not finite is skipped. Raises
+    NonFiniteError after ten of these in a row, DataError for windows too short, ModelError for what `rotate` refuses.
+    """
+    if windows.ndim != 2 or len(windows) == 0 or windows.shape[1] < 2:
+        raise DataError(
+            f"windows of shape {tuple(windows.shape)} are none to learn a rotation from: it takes [N, T] with T ≥ 2."
+        )
+    stream = find_stream(model)
+    rotation = matrix(random_rotation(stream.width, seed)).to(model.device)
+    generator = torch.Generator().manual_seed(seed)
+    rounds = -(-steps * batch // len(windows))
+    order = torch.cat([torch.randperm(len(windows), generator=generator) for _ in range(rounds)])
+    losses: list[float] = []
+    tokens = skipped = in_a_row = 0
+    for step in range(steps):
+        picked = windows[order[step * batch : (step + 1) * batch]]
+        loss, gradient = _loss_and_gradient(model, stream, rotation, picked, quantise_activations, quantise_weights)
+        losses.append(loss)
+        tokens += picked.numel()
+        if math.isfinite(loss) and gradient.isfinite().all():
+            in_a_row = 0
+            rotation = cayley_step(rotation, gradient, lr * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        else:
+            skipped, in_a_row = skipped + 1, in_a_row + 1
+        if in_a_row == PATIENCE:
+            raise NonFiniteError(
+                f"the loss of the quantised model was not finite {PATIENCE} steps in a row, up to step {step + 1}: run the "
+                "model in fp32, or use `--rotate quarot`, which learns nothing."
+            )
+        listener.row({"step": step + 1, "tokens": tokens, "loss": loss}, steps * batch * windows.shape[1])
+    return LearnedRotation(rotation.cpu(), tuple(losses), steps, tokens, lr, seed, skipped)
+
+
+def cayley_step(rotation: Tensor, gradient: Tensor, lr: float) -> Tensor:
+    """R [D, D] moved down `gradient` [D, D] along the orthogonal matrices, by at most 1/‖S‖₁ times S; float64."""
+    product = gradient.to(rotation) @ rotation.T
+    skew = (product - product.T) / 2
+    half = 0.5 * min(lr, 1 / max(torch.linalg.matrix_norm(skew, 1).item(), 1e-30))
+    identity = torch.eye(len(rotation)).to(rotation)
+    return torch.linalg.solve(identity + half * skew, (identity - half * skew) @ rotation)
+
+
+def quantised_loss(
+    model: PreTrainedModel, windows: Tensor, rotation: Tensor | None, quantise_activations: Quantise,
+    quantise_weights: Quantise | None = None,
+) -> float:  # fmt: skip
+    """Mean cross-entropy over windows [N, T] of the model that `learn` sees, at R [D, D]; None: not turned."""
+    stream = find_stream(model)
+    turned = torch.eye(stream.width, dtype=torch.float64) if rotation is None else rotation
+    chosen = turned.to(model.device), windows, quantise_activations, quantise_weights
+    with torch.no_grad():
+        return sum(loss.item() for loss in _losses(model, stream, *chosen)) / len(windows)
+
+
+def _loss_and_gradient(
+    model: PreTrainedModel, stream: Stream, rotation: Tensor, windows: Tensor, activations: Quantise, weights: Quantise | None
+) -> tuple[float, Tensor]:
+    """Mean loss over the windows, and ∂loss/∂R, one window's graph at a time."""
+    turned = rotation.clone().requires_grad_()
+    gradient, total = torch.zeros_like(rotation), 0.0
+    with torch.enable_grad():
+        for loss in _losses(model, stream, turned, windows, activations, weights):
+            gradient += torch.autograd.grad(loss, turned)[0] / len(windows)
+            total += loss.item() / len(windows)
+    return total, gradient
+
+
+def _losses(
+    model: PreTrainedModel, stream: Stream, rotation: Tensor, windows: Tensor, activations: Quantise, weights: Quantise | None
+) -> Iterator[Tensor]:
+    """The loss of each window of the quantised, turned model. Training modes and requires_grad are put back at the end."""
+    wanted = torch.is_grad_enabled()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        for window in windows.to(model.device):
+            with (
+                evaluating(model),
+                torch.set_grad_enabled(wanted),
+                _quantised(model, stream, rotation, activations, weights) as new,
+            ):
+                output: Any = torch.func.functional_call(model, new, (), {"input_ids": window[None], "use_cache": False})
+                loss = F.cross_entropy(output.logits[0, :-1].float(), window[1:])
+            yield loss
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_()
+
+
+@contextmanager
+def _quantised(
+    model: PreTrainedModel, stream: Stream, rotation: Tensor, activations: Quantise, weights: Quantise | None
+) -> Iterator[dict[str, Tensor]]:
+    """Hooks that make `model` compute as if turned and quantised; yields the parameters that replace its own."""
+    new: dict[str, Tensor] = {}
+    handles: list[Any] = []
+    decoder = {path: norm for path, norm in stream.readers.items() if path != stream.roles.head}
+
+    def after_norm(rule: NormRule, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        gain = rule.offset + module.get_parameter(rule.parameter)
+        plain = quant.rms_norm(inputs[0], torch.ones_like(gain), rule.eps)
+        turned = straight_through(plain @ rotation.to(plain), activations)
+        return turned if weights is not None else turned @ rotation.T.to(plain) * gain
+
+    def before_writer(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return straight_through(inputs[0], activations), *inputs[1:]
+
+    def after_writer(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return output @ rotation.T.to(output)
+
+    for path in dict.fromkeys(decoder.values()):
+        rule = stream.norms[path]
+        handles.append(model.get_submodule(path).register_forward_hook(partial(after_norm, rule)))
+    for path in stream.writers:
+        module = model.get_submodule(path)
+        handles.append(module.register_forward_pre_hook(before_writer))
+        if weights is not None:
+            weight = module.get_parameter("weight")
+            new[f"{path}.weight"] = straight_through(rotation.T.to(weight) @ weight, weights)
+            if module.bias is not None:
+                new[f"{path}.bias"] = module.get_parameter("bias") @ rotation.to(weight)
+            handles.append(module.register_forward_hook(after_writer))
+    if weights is not None:
+        for path, norm in decoder.items():
+            weight = model.get_parameter(f"{path}.weight")
+            rule = stream.norms[norm]
+            gain = rule.offset + model.get_submodule(norm).get_parameter(rule.parameter)
+            new[f"{path}.weight"] = straight_through(weight * gain @ rotation.to(weight), weights)
+    try:
+        yield new
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def straight_through(x: Tensor, quantise: Quantise) -> Tensor:
+    """quantise(x), with the gradient of x (Bengio et al., arXiv 1308.3432)."""
+    quantised = quantise(x.detach())
+    return x + (quantised - x).detach()
