@@ -21,8 +21,8 @@ from trilobit.config.quantize import QuantizeConfig
 from trilobit.fourbit.calibration import calibration_windows
 from trilobit.fourbit.fake import prepare, round_weights
 from trilobit.fourbit.gptq_layers import gptq
+from trilobit.fourbit.hadamard import transform as hadamard
 from trilobit.fourbit.protocol import PRESETS
-from trilobit.fourbit.rotation import hadamard
 from trilobit.infer.load import load
 from trilobit.surgery.roles import vocabulary_size
 
@@ -82,7 +82,8 @@ def calibrated(arguments: argparse.Namespace) -> None:
 
 def peer(arguments: argparse.Namespace, windows: torch.Tensor, seconds: float) -> None:
     try:
-        from gptqmodel import GPTQModel, QuantizeConfig as PeerConfig  # pyright: ignore[reportMissingImports]
+        from gptqmodel import GPTQModel  # pyright: ignore[reportMissingImports]
+        from gptqmodel import QuantizeConfig as PeerConfig
     except ImportError:
         print("gptqmodel is not installed: no peer")
         return

@@ -27,7 +27,7 @@ def range_scale(values: Any, bits: int, symmetric: bool, clip: float, zero_insid
         return max(abs(low), abs(high)) * clip / top or 1.0, 0.0
     if zero_inside:
         low, high = min(low, 0.0), max(high, 0.0)
-    scale = (high - low) * clip / top or 1.0
+    scale = (high - low) * clip / top or abs(low * clip) or 1.0  # a group of one value is that value
     return scale, float(np.round(-low * clip / scale))
 
 

@@ -13,7 +13,8 @@ from trilobit.errors import ModelError
 from trilobit.fourbit import gptq_layers
 from trilobit.fourbit.fake import Prepared, prepare, round_weights
 from trilobit.fourbit.gptq import quantize_columns
-from trilobit.fourbit.gptq_layers import WEIGHTS, fingerprint, gptq, require_memory
+from trilobit.fourbit.gptq_layers import WEIGHTS, gptq, require_memory
+from trilobit.fourbit.progress import fingerprint
 from trilobit.fourbit.protocol import PRESETS, Protocol
 from trilobit.listener import Listener
 
@@ -131,13 +132,13 @@ def test_damage_on_disk_is_refused(tmp_path: Path) -> None:
 
 def test_other_weights_text_or_knobs_share_nothing() -> None:
     """The fingerprint changes with each of them, and not with the bits of activations and cache."""
-    prepared = prepare(build("llama"), OSP)
-    base = fingerprint(prepared, windows(), OSP)
-    assert base == fingerprint(prepared, windows(), OSP.with_bits("4-8-16"))
+    model = build("llama")
+    base = fingerprint(model, windows(), OSP)
+    assert base == fingerprint(model, windows(), OSP.with_bits("4-8-16"))
     others = [
-        fingerprint(prepared, windows(seed=6), OSP),
-        fingerprint(prepared, windows(), OSP.with_bits("3-4-4")),
-        fingerprint(prepare(build("llama", seed=1), OSP), windows(), OSP),
+        fingerprint(model, windows(seed=6), OSP),
+        fingerprint(model, windows(), OSP.with_bits("3-4-4")),
+        fingerprint(build("llama", seed=1), windows(), OSP),
     ]
     assert len({base, *others}) == 4
 

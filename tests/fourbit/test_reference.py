@@ -10,8 +10,8 @@ from families import VOCABULARY, build
 from fourbit import naive
 from trilobit.fourbit.fake import prepare, round_weights
 from trilobit.fourbit.gptq_layers import gptq
+from trilobit.fourbit.hadamard import transform as hadamard
 from trilobit.fourbit.protocol import PRESETS
-from trilobit.fourbit.rotation import hadamard
 from trilobit.measure.perplexity import nats
 
 SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}

@@ -61,6 +61,8 @@ class QuantizeConfig:
     """Sequences to calibrate on. Default: the protocol's."""
     calibration_length: int | None = None
     """Tokens of each. Default: the protocol's."""
+    learning_steps: int | None = None
+    """Of SpinQuant's rotation. Default: the protocol's 100, each on 8 calibration sequences: hours on a CPU."""
     sequence_length: int = 2048
     """Tokens per window of the text that is measured."""
     sequences: int = 4
@@ -109,7 +111,7 @@ class QuantizeConfig:
         for name in ("sequence_length", "calibration_length"):
             if (value := getattr(self, name)) is not None and value < 2:
                 raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be at least 2.")
-        for name in ("sequences", "calibration_samples", "limit", "generate_limit"):
+        for name in ("sequences", "calibration_samples", "learning_steps", "limit", "generate_limit"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
         if self.shots is not None and self.shots < 0:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from trilobit.config.eval import EvalConfig
 from trilobit.config.quantize import QuantizeConfig
@@ -144,12 +145,10 @@ class Measure:
         try:
             loaded = self._load(model)
             self.listener.note(f"{model}: {column.name}")
-            prepared = prepare(loaded.model, first)
-            for note in prepared.notes:
-                self.listener.note(note)
-            with prepared.computing(first.with_bits(FULL)):
-                kurtosis = self._kurtosis(loaded)
-            self._weights(loaded, prepared, first)
+            windows = calibration_windows(loaded, self.config, first) if first.calibrates else None
+            prepared = prepare(loaded.model, first, windows, self.progress, self.listener)
+            kurtosis = self._kurtosis(loaded)
+            self._weights(prepared, first, windows)
         except TrilobitError as error:
             if self.config.grid is None:
                 raise
@@ -169,13 +168,11 @@ class Measure:
             self.keep(cell)
             yield cell
 
-    def _weights(self, loaded: Loaded, prepared: Prepared, protocol: Protocol) -> None:
-        if protocol.weight_bits == 16:
-            return
-        if protocol.method == "rtn":
+    def _weights(self, prepared: Prepared, protocol: Protocol, windows: Tensor | None) -> None:
+        if protocol.method == "rtn" or protocol.weight_bits == 16:
             round_weights(prepared, protocol)
         else:
-            windows = calibration_windows(loaded, self.config, protocol)
+            assert windows is not None, "GPTQ is fitted on text"
             gptq(prepared, windows, protocol, self.progress, self.listener)
 
     def _load(self, model: str) -> Loaded:

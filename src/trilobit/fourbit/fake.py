@@ -1,7 +1,7 @@
 """A model that computes as if its weights, activations and cache were quantised, all in floating point.
 
-    prepare      rotations that are fused, transforms that stay online; afterwards the function is the original's
-    computing    within it, every decoder linear reads transformed and quantised inputs, attention quantised keys and values
+    prepare      the protocol's rotations, fused or attached; afterwards the function is the original's
+    computing    within it, every decoder linear reads quantised inputs, and attention quantised keys and values
 
 Weights are quantised between the two (rtn.py, gptq.py). Linears that read one tensor (q, k, v) share what they read instead,
 so it is computed once. At 16 bits and without rotations nothing is touched, and the logits are the original's bit by bit.
@@ -10,17 +10,20 @@ so it is computed once. At 16 bits and without rotations nothing is touched, and
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from trilobit.fourbit.attention import Heads, cache_quantizer, changed_attention, find_heads
+from trilobit.fourbit.attention import cache_quantizer, changed_attention
 from trilobit.fourbit.protocol import Protocol
-from trilobit.fourbit.rotation import Transform, fuse_online, hadamard
+from trilobit.fourbit.quarot import head_width
+from trilobit.fourbit.rotation import apply_rotations
 from trilobit.fourbit.rtn import Grid, Quantizer, round_to_nearest
+from trilobit.listener import SILENT, Listener
 from trilobit.surgery.roles import Roles, Site, find_roles
 
 
@@ -43,13 +46,10 @@ class _Shared:
 
 @dataclass
 class Prepared:
-    """A model whose rotations are fused. transforms: what linears (by path) read is turned by. notes: for the user."""
+    """A model whose rotations are in place, and the roles of its linears."""
 
     model: PreTrainedModel
     roles: Roles
-    heads: list[Heads]
-    transforms: dict[str, Transform]
-    notes: list[str] = field(default_factory=list)
 
     def linears(self) -> Iterator[tuple[Site, nn.Linear]]:
         """Every decoder linear with its site, in running order."""
@@ -65,41 +65,37 @@ class Prepared:
         for site, linear in self.linears():
             groups[site.group].append((site, linear))
         with ExitStack() as stack:
-            for members in groups.values():
-                change = self._change(members[0][0], protocol)
-                if change is not None:
-                    hook = _Shared(change, len(members))
-                    for _, linear in members:
-                        stack.callback(linear.register_forward_pre_hook(hook).remove)
-            if (cache := cache_quantizer(protocol, hadamard)) is not None:
+            if (cache := cache_quantizer(self.model, protocol)) is not None:
                 stack.enter_context(changed_attention(self.model, cache))
+            for members in groups.values() if protocol.activation_bits < 16 else ():
+                hook = _Shared(self._quantizer(members[0][0], protocol), len(members))
+                for _, linear in members:
+                    stack.callback(linear.register_forward_pre_hook(hook).remove)
             yield self.model
 
-    def _change(self, site: Site, protocol: Protocol) -> Callable[[Tensor], Tensor] | None:
-        """Of the input of a site: transform, then quantisation; None for neither."""
-        transform, quantizer = self.transforms.get(site.path), None
-        if protocol.activation_bits < 16:
-            by_head = site.role == "attention-output" and protocol.output_group == "head"
-            quantizer = Quantizer(
-                Grid(protocol.activation_bits, protocol.activation_symmetric),
-                protocol.activation_clip,
-                self.heads[site.layer].value_width if by_head else None,
-                ("outputs" if by_head else "inputs") in protocol.ranges_with_zero,
-            )
-        if transform is None or quantizer is None:
-            return transform or quantizer
-        return lambda x: quantizer(transform(x))
+    def _quantizer(self, site: Site, protocol: Protocol) -> Quantizer:
+        """Of what the linear at `site` reads."""
+        by_head = site.role == "attention-output" and protocol.output_group == "head"
+        return Quantizer(
+            Grid(protocol.activation_bits, protocol.activation_symmetric),
+            protocol.activation_clip,
+            head_width(self.model) if by_head else None,
+            ("outputs" if by_head else "inputs") in protocol.ranges_with_zero,
+        )
 
 
-def prepare(model: PreTrainedModel, protocol: Protocol) -> Prepared:
+def prepare(
+    model: PreTrainedModel, protocol: Protocol, windows: Tensor | None = None, progress: Path | None = None,
+    listener: Listener = SILENT,
+) -> Prepared:  # fmt: skip
     """Apply the protocol's rotations to `model` in place; its function stays, weights and activations are not quantised yet.
 
-    Raises ModelError for a model whose linears have no known roles, or whose attention cannot be reached.
+    windows: calibration tokens [N, T], for a learned rotation; progress: where it is kept. Raises ModelError for a model
+    whose linears have no known roles, and as apply_rotations.
     """
     roles = find_roles(model)
-    heads = find_heads(model)
-    transforms, notes = fuse_online(model, roles, heads, protocol)
-    return Prepared(model, roles, heads, transforms, notes)
+    apply_rotations(model, protocol, windows, progress, listener)
+    return Prepared(model, roles)
 
 
 @torch.no_grad()

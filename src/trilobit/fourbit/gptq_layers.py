@@ -10,12 +10,9 @@ depth are held.
 Letters: N sequences, T positions, D width, K inputs.
 """
 
-import hashlib
-import json
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 
@@ -26,6 +23,7 @@ from torch import Tensor, nn
 from trilobit.errors import ModelError
 from trilobit.fourbit.fake import Prepared
 from trilobit.fourbit.gptq import quantize_columns
+from trilobit.fourbit.progress import fingerprint
 from trilobit.fourbit.protocol import Protocol
 from trilobit.listener import SILENT, Listener
 from trilobit.storage import atomic_directory, is_whole, save_tensors, verify_manifest
@@ -44,7 +42,7 @@ def gptq(
     """
     require_memory(prepared, windows)
     layers = [layer for _, layer in decoder_layers(prepared.model)]
-    place = None if progress is None else progress / fingerprint(prepared, windows, protocol)[:16]
+    place = None if progress is None else progress / fingerprint(prepared.model, windows, protocol)[:16]
     done = _finished(place, len(layers))
     if done:
         listener.note(f"GPTQ: {done} of {len(layers)} layers were finished before.")
@@ -55,7 +53,7 @@ def gptq(
         return
     model, batches, start = prepared.model, windows.split(1), time.perf_counter()
     precision = "bf16" if model.dtype == torch.bfloat16 else "fp32"
-    with evaluating(model), prepared.computing(protocol.weights_alone):
+    with evaluating(model):
         calls = layer_calls(model, batches[0])
         states = first_layer_inputs(model, batches, precision)
         for index, layer in enumerate(layers):
@@ -103,17 +101,6 @@ def input_moment(linear: nn.Linear, states: list[Tensor], run: Callable[[Tensor]
     finally:
         handle.remove()
     return moment
-
-
-def fingerprint(prepared: Prepared, windows: Tensor, protocol: Protocol) -> str:
-    """sha256 of all that the quantised weights follow from: weights (rotated), tokens, and the protocol without the bits of
-    activations and cache."""
-    digest = hashlib.sha256(json.dumps(asdict(protocol.weights_alone), sort_keys=True).encode())
-    digest.update(windows.numpy().tobytes())
-    for name, parameter in prepared.model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _finished(place: Path | None, layers: int) -> int:

@@ -83,8 +83,9 @@ def attach_qk_hadamard(model: PreTrainedModel) -> OnlineReport:
     return OnlineReport("queries and keys, after RoPE", width, tuple(path for path, _ in decoder_layers(model)), made)
 
 
-def attach_attention(model: PreTrainedModel, change: Change) -> None:
-    """Let `change` replace queries, keys and values of every layer after RoPE, in front of the attention's products.
+def attach_attention(model: PreTrainedModel, change: Change) -> Callable[[], None]:
+    """Let `change` replace queries, keys and values of every layer after RoPE, in front of the attention's products; what is
+    returned, called, takes it out again.
 
     Changes run in the order of their attachment. What the cache keeps is unchanged; all of it passes `change` at every step.
     Raises ModelError, with nothing changed, unless the model's attention is sdpa and every decoder layer runs through it.
@@ -111,18 +112,25 @@ def attach_attention(model: PreTrainedModel, change: Change) -> None:
         calls += 1
         return query, key, value
 
-    changes.append(count)
-    with evaluating(model):
-        model(input_ids=torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=model.device), use_cache=False)
-    changes.pop()
-    if calls != len(layers):
-        if before == "sdpa":
+    def detach(added: Change) -> None:
+        changes.remove(added)
+        if not changes:
             model.set_attn_implementation("sdpa")
+
+    changes.append(count)
+    try:
+        with evaluating(model):
+            model(input_ids=torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=model.device), use_cache=False)
+    finally:
+        detach(count)
+    if calls != len(layers):
         raise ModelError(
             f"{calls} of the {len(layers)} layers of {type(model).__name__} run an attention whose queries and keys can be "
             "changed after RoPE; all have to."
         )
     changes.append(change)
+    model.set_attn_implementation(ATTENTION)
+    return partial(detach, change)
 
 
 def _ends(model: PreTrainedModel, role: Role) -> list[str]:

@@ -91,8 +91,12 @@ class Protocol:
     """q/k/v, output, gate/up, down; layer by layer; activations and cache at 16 bits meanwhile."""
     learning_steps: int = 100
     """Of the learned rotation."""
+    learning_batch: int = 8
+    """Calibration sequences in each step."""
     learning_rate: float = 1.5
-    """Of the learned rotation, falling linearly to 0."""
+    """Of the learned rotation, falling to 0 along a cosine."""
+    learning_activation_bits: int = 4
+    """Of what linears read while the rotation is learned, whatever they read later. Weights: rounded if `method` is rtn."""
     calibration_samples: int = 128
     """Sequences for GPTQ; the learned rotation draws from the same."""
     calibration_length: int = 2048
@@ -107,13 +111,13 @@ class Protocol:
     """Of the choice."""
 
     def __post_init__(self) -> None:
-        for name in ("weight_bits", "activation_bits", "key_bits", "value_bits"):
+        for name in ("weight_bits", "activation_bits", "key_bits", "value_bits", "learning_activation_bits"):
             if getattr(self, name) not in WIDTHS:
                 raise ConfigError(f"{name} is {getattr(self, name)}: from 2 to 8, or 16.")
         for name in ("activation_clip", "cache_clip"):
             if not 0 < getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be above 0 and at most 1.")
-        for name in ("clip_grid", "gptq_block", "learning_steps", "calibration_samples"):
+        for name in ("clip_grid", "gptq_block", "learning_steps", "learning_batch", "calibration_samples"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         if self.weight_group is not None and self.weight_group < 1:
@@ -122,6 +126,10 @@ class Protocol:
             raise ConfigError(
                 "clip_shrink must be from 0 to below 1, clip_norm and gptq_damping above 0, calibration_length at least 2."
             )
+        if self.learning_activation_bits == 16:
+            raise ConfigError("learning_activation_bits is 16: without quantisation there is nothing to learn.")
+        if self.value_hadamard and self.residual_rotation == "none":
+            raise ConfigError("value_hadamard is fused together with a residual_rotation, and there is none.")
         if self.gptq_act_order and self.weight_group is not None:
             raise ConfigError("gptq_act_order with weight_group would group columns that are not neighbours. Choose one.")
 

@@ -1,60 +1,90 @@
-"""The seam to rotations: which a protocol asks for, where they go, and what a model has no room for.
+"""Which rotations a protocol asks for, in which order, and what a model has no room for.
 
-    y = W x = (W M)(Mᵀ x)      M orthogonal: weights are turned once, in float64; inputs on the fly
-
-Fused ones (the residual stream, values within a head) leave no trace in the forward; online ones (the MLP's last linear,
-across heads, queries and keys) are transforms of the last dimension that run before quantisation.
-
-Letters: H heads, d a head's width, K inputs.
+Fused first (the residual stream and, by head, values: quarot.py, spinquant.py), then online ones (the MLP's last linear,
+across heads: online.py). A learned rotation costs hours: it is kept on disk under a name that hashes all it follows from.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
+import time
+from pathlib import Path
+from typing import Any
 
-import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trilobit.fourbit.attention import Heads
+from trilobit.fourbit.hadamard import constructible
+from trilobit.fourbit.online import attach_ffn_hadamard, attach_head_hadamard
+from trilobit.fourbit.progress import fingerprint
 from trilobit.fourbit.protocol import Protocol
-from trilobit.surgery.roles import Roles
+from trilobit.fourbit.quarot import head_rotation, head_width, quarot
+from trilobit.fourbit.rtn import Grid, Quantizer, round_to_nearest
+from trilobit.fourbit.spinquant import learn
+from trilobit.listener import Listener
+from trilobit.storage import atomic_directory, is_whole, save_tensors, verify_manifest, write_json
+from trilobit.surgery.rotate import rotate
 
-Transform = Callable[[Tensor], Tensor]
-
-
-def hadamard(x: Tensor) -> Tensor:
-    """[..., K] times the orthonormal Hadamard matrix of order K."""
-    block = x.shape[-1] & -x.shape[-1]
-    y = x.reshape(*x.shape[:-1], -1, block)
-    span = 1
-    while span < block:
-        pairs = y.unflatten(-1, (-1, 2, span))
-        first, second = pairs.unbind(-2)
-        y = torch.stack([first + second, first - second], -2).flatten(-3)
-        span *= 2
-    return (y / block**0.5).reshape(x.shape)
+MATRIX = "rotation.safetensors"
 
 
-def across_heads(x: Tensor, heads: int) -> Tensor:
-    """[..., H · d]: each channel of a head mixed with the same channel of the others."""
-    parts = x.unflatten(-1, (heads, -1)).transpose(-1, -2)
-    return hadamard(parts).transpose(-1, -2).flatten(-2)
+def apply_rotations(
+    model: PreTrainedModel, protocol: Protocol, windows: Tensor | None, progress: Path | None, listener: Listener
+) -> None:
+    """Apply the protocol's rotations to `model`, in place, its function unchanged, and say what was done.
+
+    windows: token ids [N, T] that a learned rotation is fitted on. Raises ModelError for a residual stream that cannot be
+    turned (LayerNorm, Gemma 3, OLMo 2), UnsupportedError for an MLP whose width has no Hadamard matrix.
+    """
+    if protocol.residual_rotation == "hadamard":
+        listener.note(str(quarot(model, seed=protocol.rotation_seed, values=protocol.value_hadamard)))
+    elif protocol.residual_rotation == "learned":
+        assert windows is not None, "a learned rotation is fitted on text"
+        matrix = learned_rotation(model, protocol, windows, progress, listener)
+        width = head_width(model)
+        values = head_rotation(width) if protocol.value_hadamard and constructible(width) else None
+        listener.note(str(rotate(model, matrix, values)))
+    if protocol.head_hadamard:
+        listener.note(str(attach_head_hadamard(model)))
+    if protocol.ffn_hadamard:
+        listener.note(str(attach_ffn_hadamard(model)))
 
 
-@torch.no_grad()
-def fuse_online(
-    model: PreTrainedModel, roles: Roles, heads: Sequence[Heads], protocol: Protocol
-) -> tuple[dict[str, Transform], list[str]]:
-    """Counter-rotate the weights of linears whose inputs are to be rotated online. Returns the transform of each such linear
-    by path, and notes of what could not be had."""
-    transforms: dict[str, Transform] = {}
-    notes: list[str] = []
-    for site in roles.sites:
-        if site.role == "mlp-output" and protocol.ffn_hadamard:
-            transforms[site.path] = hadamard
-        elif site.role == "attention-output" and protocol.head_hadamard:
-            transforms[site.path] = partial(across_heads, heads=heads[site.layer].queries)
-    for path, transform in transforms.items():
-        weight = model.get_submodule(path).weight
-        weight.copy_(transform(weight.double()))
-    return transforms, notes
+def learned_rotation(
+    model: PreTrainedModel, protocol: Protocol, windows: Tensor, progress: Path | None, listener: Listener
+) -> Tensor:
+    """R [D, D] float64, learned on windows [N, T] with the protocol's budget, or read from where an earlier run kept it."""
+    place = None if progress is None else progress / f"rotation-{fingerprint(model, windows, protocol)[:16]}"
+    if place is not None and is_whole(place):
+        verify_manifest(place)
+        listener.note("The learned rotation was finished before.")
+        return load_file(place / MATRIX)["rotation"]
+    bits = protocol.learning_activation_bits
+    found = learn(
+        model, windows,
+        quantise_activations=Quantizer(Grid(bits, protocol.activation_symmetric), protocol.activation_clip),
+        quantise_weights=(lambda x: round_to_nearest(x, protocol)) if _rounds(protocol) else None,
+        steps=protocol.learning_steps, batch=protocol.learning_batch, lr=protocol.learning_rate, seed=protocol.rotation_seed,
+        listener=_Steps(listener),
+    )  # fmt: skip
+    losses = f"{found.losses[0]:.4f} to {found.losses[-1]:.4f}"
+    listener.note(f"rotation learned in {found.steps} steps on {found.tokens:,} tokens: loss {losses}, {found.skipped} skipped")
+    if place is not None:
+        with atomic_directory(place) as directory:
+            save_tensors({"rotation": found.matrix}, directory / MATRIX)
+            write_json(directory / "losses.json", list(found.losses))
+    return found.matrix
+
+
+def _rounds(protocol: Protocol) -> bool:
+    """Whether weights are quantised while the rotation is learned: only those that are rounded to nearest later, as the
+    authors of SpinQuant do."""
+    return protocol.method == "rtn" and protocol.weight_bits < 16
+
+
+class _Steps(Listener):
+    """Rows of learning as progress."""
+
+    def __init__(self, listener: Listener):
+        self.listener, self.start = listener, time.perf_counter()
+
+    def row(self, row: dict[str, Any], max_tokens: int) -> None:
+        self.listener.progress("Learning the rotation, tokens", row["tokens"], max_tokens, time.perf_counter() - self.start)

@@ -63,7 +63,8 @@ class Quantizer:
         if self.zero_inside:
             low, high = low.clamp_(max=0), high.clamp_(min=0)
         low, high = low.mul_(self.clip), high.mul_(self.clip)
-        scale = high.sub_(low).div_(self.grid.high).clamp_(min=TINY)
+        scale = high.sub_(low).div_(self.grid.high)
+        scale = torch.where(scale > 0, scale, low.abs()).clamp_(min=TINY)  # a group of one value is that value
         least = low.div_(scale).neg_().round_().neg_()  # −z
         levels = (parts / scale).round_()
         torch.maximum(levels, least, out=levels)  # maximum and minimum are vectorised; clamp between tensors is not
