@@ -1,4 +1,4 @@
-"""Quantisation as the papers write it, number by number in float64: the oracle of fourbit/.
+"""Quantisation as the papers write it, group by group in float64: the oracle of fourbit/.
 
 Independent of the package: a whole Llama with its own norms, RoPE, attention, search, GPTQ (by eliminating the inverse
 Hessian, no Cholesky) and Hadamard (signs by parity), so that a cell of the table has a second implementation.
@@ -14,9 +14,9 @@ def levels(bits: int, symmetric: bool) -> tuple[int, int]:
     return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
 
 
-def fake(x: float, scale: float, zero: float, bits: int, symmetric: bool) -> float:
-    low, high = levels(bits, symmetric)
-    return (min(max(np.round(x / scale) + zero, low), high) - zero) * scale  # numpy rounds half to even
+def fake(x: Any, scale: float, zero: float, bits: int, symmetric: bool) -> Any:
+    """Numbers of one group; numpy rounds half to even."""
+    return (np.clip(np.round(x / scale) + zero, *levels(bits, symmetric)) - zero) * scale
 
 
 def range_scale(values: Any, bits: int, symmetric: bool, clip: float, zero_inside: bool) -> tuple[float, float]:
@@ -40,7 +40,7 @@ def activation(
         for start in range(0, len(row), group or len(row)):
             part = row[start : start + (group or len(row))]
             scale, zero = range_scale(part, bits, symmetric, clip, inside)
-            part[:] = [fake(value, scale, zero, bits, symmetric) for value in part]
+            part[:] = fake(part, scale, zero, bits, symmetric)
     return result
 
 
@@ -49,7 +49,7 @@ def weight_scale(row: Any, bits: int, symmetric: bool = True, grid: int = 100, s
     best, least = (1.0, 0.0), math.inf
     for i in range(int(shrink * grid)):
         scale, zero = range_scale(row, bits, symmetric, 1 - i / grid, True)
-        error = sum(abs(fake(value, scale, zero, bits, symmetric) - value) ** norm for value in row)
+        error = (abs(fake(row, scale, zero, bits, symmetric) - row) ** norm).sum()
         if error < least:
             best, least = (scale, zero), error
     return best
@@ -59,7 +59,7 @@ def weight(matrix: Any, bits: int, symmetric: bool = True) -> Any:
     rows = []
     for row in np.asarray(matrix, dtype=np.float64):
         scale, zero = weight_scale(row, bits, symmetric)
-        rows.append([fake(value, scale, zero, bits, symmetric) for value in row])
+        rows.append(fake(row, scale, zero, bits, symmetric))
     return np.array(rows)
 
 

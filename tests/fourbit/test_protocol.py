@@ -32,7 +32,7 @@ def test_bits_out_of_range_are_refused(bad: str) -> None:
 
 def test_the_hash_is_of_every_knob() -> None:
     """Changing any one knob changes the hash; equal protocols have equal ones."""
-    base = PRESETS["osp"]
+    base = PRESETS["osp"].rotated("quarot")
     assert replace(base).sha256 == base.sha256
     other: dict[str, Any] = {
         "name": "x", "weight_clip": "none", "weight_group": 32, "output_group": "token", "ranges_with_zero": (),

@@ -18,19 +18,21 @@ SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "num_hidden
 
 
 def sequences(seed: int, count: int = 3) -> torch.Tensor:
-    return torch.randint(0, VOCABULARY, (count, 13), generator=torch.Generator().manual_seed(seed))
+    """No token twice in a row of them: equal values make exact ties, which fp32 and float64 break differently."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randperm(VOCABULARY, generator=generator)[:13] for _ in range(count)])
 
 
 @pytest.mark.parametrize("bits", ["16-16-16", "4-8-16", "4-8-8", "4-4-16", "4-4-4"])
 @pytest.mark.parametrize("column", ["RTN", "FFN Hadamard", "GPTQ"])
 def test_cells_are_those_of_a_second_implementation(bits: str, column: str) -> None:
-    """Every row by RTN, + FFN Hadamard and + GPTQ: nats per token within 1e-4 of the reference, and not the original's."""
+    """Every row by RTN, + FFN Hadamard and + GPTQ: nats per token within 1e-5 of the reference, and not the original's."""
     rotate: Any = "none" if column == "RTN" else "ffn"
     method: Any = "gptq" if column == "GPTQ" else "rtn"
     protocol = replace(PRESETS["osp"].with_bits(bits).rotated(rotate), method=method)
     text, calibration = sequences(1), sequences(2, 6)
 
-    model = build("llama", **SIZES)
+    model = build("llama", **SIZES).double()
     turn = None if rotate == "none" else hadamard(torch.eye(32, dtype=torch.float64)).numpy()
     reference = naive.Llama(model, (protocol.weight_bits, protocol.activation_bits, protocol.key_bits), turn)
     original = reference.nats(text) if bits == "16-16-16" else naive.Llama(model, (16, 16, 16)).nats(text)
@@ -44,8 +46,8 @@ def test_cells_are_those_of_a_second_implementation(bits: str, column: str) -> N
             reference.gptq_weights(calibration)
     with prepared.computing(protocol):
         total, count = nats(model, text, 2)
-    assert total / count == pytest.approx(reference.nats(text), abs=1e-4)
-    assert bits == "16-16-16" or abs(total / count - original) > 1e-3
+    assert total / count == pytest.approx(reference.nats(text), abs=1e-5)
+    assert bits == "16-16-16" or abs(total / count - original) > 1e-4
 
 
 def test_the_references_hadamard_is_orthonormal() -> None:

@@ -4,7 +4,7 @@
     asymmetric    levels 0 … 2^b − 1,   s = (max − min)/(2^b − 1),   z = ⌊−min/s⌉,   x̂ = s · (clip(⌊x/s⌉ + z) − z)
 
 ⌊⌉ rounds half to even. z is whole, so that the last is s · clip(⌊x/s⌉) between −z and 2^b − 1 − z: one operation less. All in
-fp32. The search (GPTQ's, as QuaRot and SpinQuant use it): of the ranges p · max, p = 1, 0.99, …, each row takes the one with
+fp32 (float64 stays float64). The search (GPTQ's, as QuaRot and SpinQuant use it): of the ranges p · max, p = 1, 0.99, …, each row takes the one with
 the least Σ|x̂ − x|^2.4.
 
 Letters: O outputs, K inputs, G groups of a row, g inputs of a group.
@@ -53,7 +53,7 @@ class Quantizer:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., K] → the same shape and dtype, at most 2^bits values in each group. x is left as it is."""
-        parts = x.float()
+        parts = x.to(torch.promote_types(x.dtype, torch.float32))
         if self.group is not None and self.group < x.shape[-1]:
             parts = parts.unflatten(-1, (-1, self.group))
         if self.grid.symmetric:
@@ -77,18 +77,18 @@ def weight_grid(protocol: Protocol) -> Grid:
 
 
 def weight_scales(weight: Tensor, protocol: Protocol) -> tuple[Tensor, Tensor]:
-    """Scale and zero point [O, G] of `weight` [O, K], a short last group allowed. fp32, each group's clip searched."""
+    """Scale and zero point [O, G] of `weight` [O, K], a short last group allowed. fp32 (float64 of float64), each group's clip
+    searched."""
+    weight = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
     group = protocol.weight_group or weight.shape[1]
     whole = weight.shape[1] // group * group
-    found = []
+    parts = []
     if whole:
-        rows = max(1, BLOCK_ELEMENTS // whole)
-        for block in weight.detach()[:, :whole].split(rows):
-            found.append(_search(block.float().unflatten(1, (-1, group)), protocol))
-    scale, zero = (torch.cat(parts) for parts in zip(*found, strict=True)) if found else (weight[:, :0], weight[:, :0])
+        blocks = weight[:, :whole].unflatten(1, (-1, group)).split(max(1, BLOCK_ELEMENTS // whole))
+        parts.append([torch.cat(found) for found in zip(*(_search(block, protocol) for block in blocks), strict=True)])
     if whole < weight.shape[1]:
-        last = _search(weight.detach()[:, whole:].float().unsqueeze(1), protocol)
-        scale, zero = torch.cat([scale.float(), last[0]], 1), torch.cat([zero.float(), last[1]], 1)
+        parts.append(_search(weight[:, whole:].unsqueeze(1), protocol))
+    scale, zero = (torch.cat(found, 1) for found in zip(*parts, strict=True))
     return scale, zero
 
 
@@ -130,7 +130,8 @@ def round_weight(weight: Tensor, scale: Tensor, zero: Tensor, protocol: Protocol
     group = protocol.weight_group or weight.shape[1]
     if scale.shape[1] > 1:
         scale, zero = (x.repeat_interleave(group, 1)[:, : weight.shape[1]] for x in (scale, zero))
-    return _rounded(weight.detach().float(), scale, zero, weight_grid(protocol)).to(weight.dtype)
+    x = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    return _rounded(x, scale, zero, weight_grid(protocol)).to(weight.dtype)
 
 
 def round_to_nearest(weight: Tensor, protocol: Protocol) -> Tensor:
