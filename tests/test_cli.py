@@ -164,7 +164,7 @@ TUNE = ("tune", "model", "--data", "text.txt", "--device", "cpu")
         ((*QUANTIZE, "--method", "gptq", "--calibration", "short.txt"), "Lower --calibration-length"),
         ((*QUANTIZE, "--grid", "osp"), "--grid osp takes long: give --out"),
         ((*QUANTIZE, "--grid", "osp", "--out", "new", "--method", "rtn"), "--grid osp has every --method and --rotate in it"),
-        ((*QUANTIZE, "other-model"), "2 models are given: several are for --grid"),
+        (("quantize", "model", "other-model", *QUANTIZE[2:]), "2 models are given: several are for --grid"),
         ((*QUANTIZE, "--out", "there"), "there exists already. Continue it with --resume, or choose another name"),
         ((*QUANTIZE, "--out", "new", "--resume"), "there is no run to resume in new"),
         ((*QUANTIZE, "--tasks", "piqqa", "--task-data", "there"), "no files for piqqa; did you mean piqa?"),
@@ -332,7 +332,7 @@ def test_help_mentions_every_field(cli: Any, command: str) -> None:
     """`trilobit COMMAND --help` exits 0, on stdout, with every field of its configuration and its docstring."""
     outcome = cli(command, "--help")
     assert outcome.code == 0
-    positional = {"model": "MODEL", "prompt": "PROMPT", "architecture": "ARCHITECTURE"}
+    positional = {"model": "MODEL", "prompt": "PROMPT", "architecture": "ARCHITECTURE", "models": "MODEL"}
     for field in fields(CONFIGS[command]):
         name = positional.get(field.name, f"--{field.name.replace('_', '-')}")
         name = "--max-tokens" if name == "--max_tokens" else name

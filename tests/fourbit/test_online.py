@@ -132,3 +132,16 @@ def test_refusals_change_nothing() -> None:
     with pytest.raises(ModelError, match='attn_implementation="sdpa"'):
         attach_qk_hadamard(model)
     assert model.config._attn_implementation == "eager"
+
+
+def test_a_layer_that_cannot_be_reached_is_refused() -> None:
+    """A layer whose attention does not pass through the interface is counted, and sdpa put back."""
+    model = build("llama")
+    before = logits(model, tokens())
+    o_proj = model.model.layers[1].self_attn.o_proj
+    model.model.layers[1].self_attn.forward = lambda hidden_states, **options: (o_proj(hidden_states), None)
+    with pytest.raises(ModelError, match="2 of the 3 layers"):
+        attach_qk_hadamard(model)
+    del model.model.layers[1].self_attn.forward
+    assert model.config._attn_implementation == "sdpa"
+    assert torch.equal(logits(model, tokens()), before)

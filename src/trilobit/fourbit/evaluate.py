@@ -77,7 +77,9 @@ def plan(config: QuantizeConfig) -> list[Column]:
     """The columns that `config` asks for, the original apart. Raises ConfigError, before any model is loaded."""
     base = find_protocol(config.protocol)
     changes = {
-        name: value for name in ("calibration_samples", "calibration_length") if (value := getattr(config, name)) is not None
+        name: value
+        for name in ("calibration_samples", "calibration_length", "learning_steps")
+        if (value := getattr(config, name)) is not None
     }
     base = replace(base, rotation_seed=config.seed, calibration_seed=config.seed, **changes)
     if config.grid is None:

@@ -90,21 +90,33 @@ def attach_attention(model: PreTrainedModel, change: Change) -> Callable[[], Non
     Changes run in the order of their attachment. What the cache keeps is unchanged; all of it passes `change` at every step.
     Raises ModelError, with nothing changed, unless the model's attention is sdpa and every decoder layer runs through it.
     """
-    layers = decoder_layers(model)
-    before = model.config._attn_implementation
-    if before not in ("sdpa", ATTENTION):
+    name = model.config._attn_implementation
+    if name not in ("sdpa", ATTENTION):
         raise ModelError(
-            f"{type(model).__name__} runs its attention as {before}, where queries and keys cannot be reached after RoPE: load "
+            f"{type(model).__name__} runs its attention as {name}, where queries and keys cannot be reached after RoPE: load "
             'it with attn_implementation="sdpa".'
         )
-    if before == "sdpa":
+    layers = decoder_layers(model)
+    if name == "sdpa":
         changes: list[Change] = []
         for _, layer in layers:
             for module in layer.modules():
                 module._trilobit_changes = changes  # pyright: ignore[reportArgumentType]
         model.set_attn_implementation(ATTENTION)
-    else:
-        changes = next(layers[0][1].modules())._trilobit_changes  # pyright: ignore[reportAssignmentType]
+        _require_all_layers(model, changes, len(layers))
+    attached: Any = layers[0][1]._trilobit_changes
+    attached.append(change)
+
+    def detach() -> None:
+        attached.remove(change)
+        if not attached:
+            model.set_attn_implementation("sdpa")
+
+    return detach
+
+
+def _require_all_layers(model: PreTrainedModel, changes: list[Change], layers: int) -> None:
+    """Raise ModelError, sdpa put back, unless a forward passes `changes` as often as there are layers."""
     calls = 0
 
     def count(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,25 +124,16 @@ def attach_attention(model: PreTrainedModel, change: Change) -> Callable[[], Non
         calls += 1
         return query, key, value
 
-    def detach(added: Change) -> None:
-        changes.remove(added)
-        if not changes:
-            model.set_attn_implementation("sdpa")
-
     changes.append(count)
-    try:
-        with evaluating(model):
-            model(input_ids=torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=model.device), use_cache=False)
-    finally:
-        detach(count)
-    if calls != len(layers):
+    with evaluating(model):
+        model(input_ids=torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=model.device), use_cache=False)
+    changes.pop()
+    if calls != layers:
+        model.set_attn_implementation("sdpa")
         raise ModelError(
-            f"{calls} of the {len(layers)} layers of {type(model).__name__} run an attention whose queries and keys can be "
-            "changed after RoPE; all have to."
+            f"{calls} of the {layers} layers of {type(model).__name__} run an attention whose queries and keys can be changed "
+            "after RoPE; all have to."
         )
-    changes.append(change)
-    model.set_attn_implementation(ATTENTION)
-    return partial(detach, change)
 
 
 def _ends(model: PreTrainedModel, role: Role) -> list[str]:

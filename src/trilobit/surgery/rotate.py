@@ -12,19 +12,20 @@ Who reads and who writes is found by watching the model run, and proven before a
 
 A rotated model of low precision rounds outliers into all channels: rotate in fp32 where a model has massive activations.
 
-Letters: D width of the stream, R, C rows and columns, O outputs, W head dimension.
+Letters: D width of the stream, W head dimension; [R, C] any rows and columns.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from trilobit.errors import ModelError
-from trilobit.surgery.outlier_safe import NormRule, untie
-from trilobit.surgery.stream import find_stream, find_values
+from trilobit.surgery.outlier_safe import untie
+from trilobit.surgery.stream import ValueHeads, find_stream, find_values
 
 Turn = Callable[[Tensor], Tensor]
 """[..., D] → [..., D], every row x to x R."""
@@ -88,39 +89,46 @@ def rotate(model: PreTrainedModel, rotation: Tensor | Rotation, values: Tensor |
     tied = stream.roles.tied
     if tied:
         untie(model)
-    for path in (stream.roles.embedding, *stream.readers):
-        weight = model.get_parameter(f"{path}.weight")
-        norm = stream.readers.get(path)
-        gain = 1.0 if norm is None else _gain(model, norm, stream.norms[norm])
-        change_rows(weight, lambda rows, gain=gain: rotation.apply(rows * gain))
+    ends = {path: layer for layer in heads for path in (layer.linear, layer.output)}
+    change_rows(model.get_parameter(f"{stream.roles.embedding}.weight"), rotation.apply)
+    for path, norm in stream.readers.items():
+        rule = stream.norms[norm]
+        gain = rule.offset + model.get_submodule(norm).get_parameter(rule.parameter).double()
+        _rewrite_reader(model.get_submodule(path), lambda w, gain=gain: rotation.apply(w * gain), ends.get(path), values)
     for path in stream.writers:
-        _turn_outputs(model.get_submodule(path), slice(None), rotation.apply)
+        _rewrite_writer(model.get_submodule(path), rotation.apply, ends.get(path), values)
     for path, rule in stream.norms.items():
         model.get_submodule(path).get_parameter(rule.parameter).fill_(1 - rule.offset)
-    if values is not None:
-        for layer in heads:
-            for start in layer.starts:
-                _turn_outputs(model.get_submodule(layer.linear), slice(start, start + layer.width), values.apply)
-            change_rows(model.get_parameter(f"{layer.output}.weight").view(-1, layer.width), values.apply)
-        if heads:
-            why = f"{len(heads[0].starts)} heads of {values.width} in each layer turned by {values.description}"
+    if values is not None and heads:
+        why = f"{len(heads[0].starts)} heads of {values.width} in each layer turned by {values.description}"
     counts = len(stream.norms), len(stream.readers) - 1, len(stream.writers)  # the head is a reader
     return RotationReport(rotation.description, stream.width, tied, *counts, why)
 
 
 def change_rows(weight: Tensor, change: Turn) -> None:
-    """weight [R, C] ← change(weight), row by row, in float64, some rows at a time; a view changes what it views."""
+    """weight [R, C] ← change(weight), which works row by row, in float64, some rows at a time."""
     for rows in weight.split(max(1, ELEMENTS // weight.shape[1])):
         rows.copy_(change(rows.double()))
 
 
-def _turn_outputs(linear: nn.Module, rows: slice, turn: Turn) -> None:
-    """What these outputs [O] of a linear were becomes its turn: Rᵀ W and b R."""
-    assert isinstance(linear, nn.Linear), type(linear)
-    change_rows(linear.weight[rows].T, turn)
+def _rewrite_reader(linear: Any, change: Turn, heads: ValueHeads | None, values: Rotation | None) -> None:
+    """W ← change(W), and then, where its outputs hold values, these heads' rows turned: R₂ᵀ W and b R₂."""
+    if heads is None or values is None:
+        return change_rows(linear.weight, change)
+    weight = change(linear.weight.double())
+    for start in heads.starts:
+        rows = slice(start, start + heads.width)
+        weight[rows] = values.apply(weight[rows].T).T
+        if linear.bias is not None:
+            linear.bias[rows] = values.apply(linear.bias[rows].double()).to(linear.bias)
+    linear.weight.copy_(weight)
+
+
+def _rewrite_writer(linear: Any, turn: Turn, heads: ValueHeads | None, values: Rotation | None) -> None:
+    """W ← Rᵀ W, b ← b R, and where it reads mixtures of values, each head of W's columns times R₂."""
+    weight = turn(linear.weight.double().T).T
+    if heads is not None and values is not None:
+        weight = values.apply(weight.unflatten(1, (-1, heads.width))).flatten(1)
+    linear.weight.copy_(weight)
     if linear.bias is not None:
-        linear.bias[rows].copy_(turn(linear.bias[rows].double()))
-
-
-def _gain(model: nn.Module, path: str, rule: NormRule) -> Tensor:
-    return rule.offset + model.get_submodule(path).get_parameter(rule.parameter).double()
+        linear.bias.copy_(turn(linear.bias.double()))
