@@ -4,8 +4,8 @@
     asymmetric    levels 0 … 2^b − 1,   s = (max − min)/(2^b − 1),   z = ⌊−min/s⌉,   x̂ = s · (clip(⌊x/s⌉ + z) − z)
 
 ⌊⌉ rounds half to even. z is whole, so that the last is s · clip(⌊x/s⌉) between −z and 2^b − 1 − z: one operation less. All in
-fp32 (float64 stays float64). The search (GPTQ's, as QuaRot and SpinQuant use it): of the ranges p · max, p = 1, 0.99, …, each row takes the one with
-the least Σ|x̂ − x|^2.4.
+fp32 (float64 stays float64). The search (GPTQ's, as QuaRot and SpinQuant use it): of the ranges p · max, p = 1, 0.99, …,
+each row takes the one with the least Σ|x̂ − x|^2.4.
 
 Letters: O outputs, K inputs, G groups of a row, g inputs of a group.
 """
