@@ -101,16 +101,51 @@ def rope(x: Any, theta: float) -> Any:
 
 
 class Llama:
-    """A Llama in numpy that computes with fake-quantised weights, activations, keys and values, as SpinQuant's code does."""
+    """A Llama in numpy that computes with fake-quantised weights, activations, keys and values, as SpinQuant's code does.
 
-    def __init__(self, model: Any, bits: tuple[int, int, int], ffn_hadamard: Any = None):
-        self.config, self.bits, self.ffn = model.config, bits, ffn_hadamard
+    symmetric, clip: of activations. by_head: o_proj's input in groups of a head.
+    """
+
+    def __init__(
+        self, model: Any, bits: tuple[int, int, int], *, symmetric: bool = False, clip: float = 1.0, cache_clip: float = 1.0,
+        by_head: bool = True,
+    ):  # fmt: skip
+        self.config, self.bits, self.by_head = model.config, bits, by_head
+        self.symmetric, self.clip, self.cache_clip = symmetric, clip, cache_clip
         self.w = {name: p.detach().double().numpy().copy() for name, p in model.named_parameters()}
         self.layers = range(self.config.num_hidden_layers)
-        if ffn_hadamard is not None:
-            for i in self.layers:
-                self.w[f"model.layers.{i}.mlp.down_proj.weight"] @= ffn_hadamard
+        self.width = self.config.hidden_size // self.config.num_attention_heads
+        self.ffn, self.heads = np.eye(self.config.intermediate_size), np.eye(self.config.hidden_size)
         self.seen: dict[str, Any] = {}
+
+    def turn_online(self, ffn: Any, across_heads: bool) -> None:
+        """What down_proj reads is turned, and what o_proj reads, across heads."""
+        self.ffn = ffn
+        if across_heads:
+            self.heads = np.kron(sylvester(self.config.num_attention_heads), np.eye(self.width))
+        for i in self.layers:
+            self.w[f"model.layers.{i}.mlp.down_proj.weight"] @= self.ffn
+            self.w[f"model.layers.{i}.self_attn.o_proj.weight"] @= self.heads
+
+    def rotate(self, turn: Any, by_head: Any) -> None:
+        """The residual stream x becomes x R; values of each head v R₂. Gains go into what reads them. Before all else."""
+        w = self.w
+        w.setdefault("lm_head.weight", w["model.embed_tokens.weight"])
+        w["model.embed_tokens.weight"] = w["model.embed_tokens.weight"] @ turn
+        w["lm_head.weight"] = w["lm_head.weight"] * w["model.norm.weight"] @ turn
+        w["model.norm.weight"] = np.ones(len(turn))
+        for layer in self.layers:
+            place = f"model.layers.{layer}"
+            (q, k, v), (o,), (gate, up), (down,) = self.linears(layer)
+            for norm, readers in (("input_layernorm", (q, k, v)), ("post_attention_layernorm", (gate, up))):
+                for name in readers:
+                    w[name] = w[name] * w[f"{place}.{norm}.weight"] @ turn
+                w[f"{place}.{norm}.weight"] = np.ones(len(turn))
+            for name in (o, down):
+                w[name] = turn.T @ w[name]
+            values, reads = len(w[v]) // self.width, self.config.num_attention_heads
+            w[v] = np.kron(np.eye(values), by_head).T @ w[v]
+            w[o] = w[o] @ np.kron(np.eye(reads), by_head)
 
     def linears(self, layer: int) -> list[list[str]]:
         """By input, in running order."""
@@ -141,33 +176,35 @@ class Llama:
     def linear(self, x: Any, name: str, group: int | None = None) -> Any:
         self.seen[name] = x
         if self.bits[1] < 16:
-            x = activation(x, self.bits[1], group=group, inside=group is None)
+            x = activation(x, self.bits[1], self.symmetric, self.clip, group, group is None)
         return x @ self.w[name].T
 
     def attention(self, x: Any, layer: int) -> Any:
         c, ((q, k, v), (o,), *_) = self.config, self.linears(layer)
-        width = c.hidden_size // c.num_attention_heads
+        width = self.width
         q, k, v = (self.linear(x, name).reshape(len(x), -1, width) for name in (q, k, v))
         theta = c.rope_parameters["rope_theta"]
         q, k = rope(q, theta), rope(k, theta)
         if self.bits[2] < 16:
             turn = sylvester(width)
             q, k = q @ turn, k @ turn
-            k = activation(k.reshape(-1, width), self.bits[2]).reshape(k.shape)
-            v = activation(v.reshape(-1, width), self.bits[2], inside=False).reshape(v.shape)
+            clip = self.cache_clip
+            k = activation(k.reshape(-1, width), self.bits[2], clip=clip).reshape(k.shape)
+            v = activation(v.reshape(-1, width), self.bits[2], clip=clip, inside=False).reshape(v.shape)
         share, mask = q.shape[1] // k.shape[1], np.triu(np.full((len(x), len(x)), -np.inf), 1)
         heads = []
         for head in range(q.shape[1]):
             scores = q[:, head] @ k[:, head // share].T / math.sqrt(width) + mask
             scores = np.exp(scores - scores.max(-1, keepdims=True))
             heads.append(scores / scores.sum(-1, keepdims=True) @ v[:, head // share])
-        return self.linear(np.concatenate(heads, -1), o, group=width)
+        x = np.concatenate(heads, -1)
+        return self.linear(x @ self.heads, o, group=width if self.by_head else None)
 
     def mlp(self, x: Any, layer: int) -> Any:
         *_, (gate, up), (down,) = self.linears(layer)
         gate, up = self.linear(x, gate), self.linear(x, up)
         x = gate / (1 + np.exp(-gate)) * up
-        return self.linear(x if self.ffn is None else x @ self.ffn, down)
+        return self.linear(x @ self.ffn, down)
 
     def logits(self, tokens: Any) -> Any:
         """[T] → [T, V]."""
