@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trilobit.config.eval import EvalConfig
-from trilobit.config.quantize import QuantizeConfig
+from trilobit.config.quantize import Method, QuantizeConfig, Rotation
 from trilobit.errors import TrilobitError
 from trilobit.fourbit.calibration import calibration_source, calibration_windows
 from trilobit.fourbit.fake import Prepared, prepare, round_weights
@@ -30,7 +30,7 @@ from trilobit.measure.tasks import Tasks, offline
 FULL = "16-16-16"
 ORIGINAL = "original"
 ROWS = (FULL, "4-8-16", "4-8-8", "4-4-16", "4-4-4")
-COLUMNS = {
+COLUMNS: dict[str, tuple[Method, Rotation]] = {
     "RTN": ("rtn", "none"), "+ FFN Hadamard": ("rtn", "ffn"), "+ GPTQ": ("gptq", "ffn"), "QuaRot": ("gptq", "quarot"),
     "SpinQuant": ("gptq", "spinquant"),
 }  # fmt: skip

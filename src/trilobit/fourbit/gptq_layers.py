@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -134,8 +135,8 @@ def require_memory(prepared: Prepared, windows: Tensor) -> int:
     ModelError, with what would help, if this machine has fewer."""
     linears = [linear for _, linear in prepared.linears()]
     widest, rows = max(x.in_features for x in linears), max(x.out_features for x in linears)
-    width = prepared.model.get_input_embeddings().weight.shape[1]
-    states = windows.numel() * width * prepared.model.dtype.itemsize
+    embedding: Any = prepared.model.get_input_embeddings()
+    states: int = windows.numel() * embedding.embedding_dim * prepared.model.dtype.itemsize
     needed = states + 5 * 8 * widest**2 + 4 * 4 * rows * widest + 16 * 4 * windows.shape[1] * widest
     free = _available(linears[0].weight.device)
     if free is not None and needed > free:

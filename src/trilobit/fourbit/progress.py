@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,5 +19,6 @@ def fingerprint(model: PreTrainedModel, windows: Tensor, protocol: Protocol) -> 
     digest.update(windows.numpy().tobytes())
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        data: Any = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        digest.update(data)
     return digest.hexdigest()
