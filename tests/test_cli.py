@@ -163,7 +163,7 @@ TUNE = ("tune", "model", "--data", "text.txt", "--device", "cpu")
         ((*QUANTIZE, "--method", "gptq", "--calibration", "other.txt"), "the calibration text (other.txt) is too short"),
         ((*QUANTIZE, "--method", "gptq", "--calibration", "short.txt"), "Lower --calibration-length"),
         ((*QUANTIZE, "--grid", "osp"), "--grid osp takes long: give --out"),
-        ((*QUANTIZE, "--grid", "osp", "--out", "new", "--method", "rtn"), "--grid osp has every --method and --rotate in it"),
+        ((*QUANTIZE, "--grid", "osp", "--out", "new", "--method", "rtn"), "--grid osp has every --method of the table in it"),
         (("quantize", "model", "other-model", *QUANTIZE[2:]), "2 models are given: several are for --grid"),
         ((*QUANTIZE, "--out", "there"), "there exists already. Continue it with --resume, or choose another name"),
         ((*QUANTIZE, "--out", "new", "--resume"), "there is no run to resume in new"),

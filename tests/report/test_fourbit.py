@@ -187,7 +187,7 @@ def test_other_settings_are_no_continuation(place: Path, grid: tuple[QuantizeRes
     config = settings(place, "model", "gemma", grid="osp", out=str(grid[1]))
     with pytest.raises(OutputError, match="exists already"):
         run(config)
-    with pytest.raises(ConfigError, match=r"--max-tokens was 100, is 50; --seed was 0, is 1\."):
+    with pytest.raises(ConfigError, match=r"--max-tokens was 100, is 50; --seed was None, is 1\."):
         run(replace(config, resume=True, max_tokens=50, seed=1))
 
 
@@ -216,3 +216,20 @@ def test_the_command_line(place: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert main(again) == 0
     cells = json.loads(capsys.readouterr().out)["cells"]
     assert [cell["perplexity"] for cell in cells] == [cell["perplexity"] for cell in found["cells"]]
+
+
+def test_a_protocol_file_is_left_as_it_is(place: Path, tmp_path: Path) -> None:
+    """Bits, seeds and calibration text that a file pins hold unless a flag says otherwise: the hash is the file's."""
+    protocol = replace(
+        PRESETS["osp"].with_bits("3-8-8"), method="gptq", rotation_seed=7, calibration_seed=8, calibration_samples=5,
+        calibration_length=16, calibration_data=str(place / "other.txt"),
+    )  # fmt: skip
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(asdict(protocol)))
+    plain: Any = {"calibration": None, "calibration_samples": None, "calibration_length": None, "learning_steps": None}
+    cell = run(settings(place, protocol=str(path), **plain)).cells[1]
+    assert (cell.bits, cell.protocol_sha256) == ("3-8-8", protocol.sha256)
+    other = run(settings(place, protocol=str(path), **plain | {"seed": 9})).cells[1]
+    assert other.protocol_sha256 == replace(protocol, rotation_seed=9, calibration_seed=9).sha256
+    with pytest.raises(ConfigError, match="must not be fitted to what is measured"):
+        run(settings(place, protocol=str(path), **plain | {"data": str(place / "other.txt")}))

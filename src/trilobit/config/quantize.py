@@ -43,8 +43,9 @@ class QuantizeConfig:
     """Text that is measured: local files or globs, a hub id, or `stdlib` (its held-out part)."""
     text_field: str = "text"
     """Field that holds the text in .jsonl, .parquet and hub data."""
-    bits: str = "4-4-4"
-    """Bits of weights, activations and KV cache, W-A-KV or W-A-K-V: each from 2 to 8, or 16 for full precision."""
+    bits: str | None = None
+    """Bits of weights, activations and KV cache, W-A-KV or W-A-K-V: each from 2 to 8, or 16 for full precision. Default: the
+    protocol's, 4-4-4."""
     method: Method | None = None
     """rtn: round to nearest. gptq: column by column, errors paid for by the columns to come. Default: the protocol's."""
     rotate: Rotation | None = None
@@ -55,8 +56,8 @@ class QuantizeConfig:
     grid: Literal["osp"] | None = None
     """The paper's table instead of one cell: five settings of --bits by RTN, + FFN Hadamard, + GPTQ, QuaRot, SpinQuant."""
     calibration: str | None = None
-    """Text for GPTQ and SpinQuant, as --data. It must not be what is measured. Default: the other part of `stdlib` where
-    --data is stdlib."""
+    """Text for GPTQ and SpinQuant, as --data. It must not be what is measured. Default: the protocol's, if it has one; the
+    other part of `stdlib` where --data is stdlib."""
     calibration_samples: int | None = None
     """Sequences to calibrate on. Default: the protocol's."""
     calibration_length: int | None = None
@@ -85,8 +86,8 @@ class QuantizeConfig:
     """Rows of --grid that are asked the benchmarks, separated by commas."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """dtype of the model. Quantisation itself is fp32 arithmetic always. Published numbers are of bf16 models."""
-    seed: int = 0
-    """Draws the calibration sequences and the random signs of rotations."""
+    seed: int | None = None
+    """Draws the calibration sequences and the random signs of rotations. Default: the protocol's, 0."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1`, …"""
     out: str | None = None
@@ -95,15 +96,17 @@ class QuantizeConfig:
     """Continue in --out: what is there is not computed again."""
 
     def __post_init__(self) -> None:
-        parse_bits(self.bits)
+        if self.bits is not None:
+            parse_bits(self.bits)
         if not self.models:
             raise ConfigError("no MODEL is given: name at least one.")
         if self.grid is None and len(self.models) > 1:
             raise ConfigError(f"{len(self.models)} models are given: several are for --grid.")
         if len(set(self.models)) < len(self.models):
             raise ConfigError("a MODEL is given twice.")
-        if self.grid is not None and (self.method is not None or self.rotate is not None):
-            raise ConfigError(f"--grid {self.grid} has every --method and --rotate in it: leave them out.")
+        for name in ("bits", "method", "rotate"):
+            if self.grid is not None and getattr(self, name) is not None:
+                raise ConfigError(f"--grid {self.grid} has every --{name} of the table in it: leave it out.")
         if self.grid is not None and self.out is None:
             raise ConfigError(f"--grid {self.grid} takes long: give --out, so that it can be continued.")
         for row in self.task_rows():
@@ -119,11 +122,10 @@ class QuantizeConfig:
         for name in ("task_data", "shots", "limit", "generate_limit"):
             if self.tasks is None and getattr(self, name) is not None:
                 raise ConfigError(f"--{name.replace('_', '-')} is for benchmarks: it needs --tasks.")
-        if self.calibration is not None and self.calibration == self.data:
-            raise ConfigError(f"--calibration is --data ({self.data}): a model must not be fitted to what is measured.")
         if self.resume and self.out is None:
             raise ConfigError("--resume continues in a directory: it needs --out.")
-        require_seed(self.seed)
+        if self.seed is not None:
+            require_seed(self.seed)
 
     def task_rows(self) -> tuple[str, ...]:
         """The rows of --task-bits."""

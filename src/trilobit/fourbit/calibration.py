@@ -13,16 +13,18 @@ from trilobit.measure.perplexity import require_positions, text_windows, uses_bo
 POOL = 8  # windows to choose from, for each that is wanted
 
 
-def calibration_source(config: QuantizeConfig) -> str:
-    """--calibration, or `stdlib` (its training part) where that is what is measured. Raises ConfigError for neither."""
-    if config.calibration is not None:
-        return config.calibration
-    if config.data == "stdlib":
-        return "stdlib"
-    raise ConfigError(
-        "GPTQ and SpinQuant are fitted on text: give --calibration (the training part of what --data is the test part of), "
-        "or use --method rtn and --rotate none, ffn or quarot."
-    )
+def calibration_source(config: QuantizeConfig, protocol: Protocol) -> str:
+    """--calibration, or the protocol's text, or `stdlib` (its training part) where that is what is measured. Raises
+    ConfigError for none of these, and for the text that is measured."""
+    source = config.calibration or protocol.calibration_data or ("stdlib" if config.data == "stdlib" else None)
+    if source is None:
+        raise ConfigError(
+            "GPTQ and SpinQuant are fitted on text: give --calibration (the training part of what --data is the test part "
+            "of), or use --method rtn and --rotate none, ffn or quarot."
+        )
+    if source == config.data != "stdlib":
+        raise ConfigError(f"the calibration text is --data ({source}): a model must not be fitted to what is measured.")
+    return source
 
 
 def calibration_windows(loaded: Loaded, config: QuantizeConfig, protocol: Protocol) -> Tensor:
@@ -30,7 +32,7 @@ def calibration_windows(loaded: Loaded, config: QuantizeConfig, protocol: Protoc
 
     Raises DataError if the text has fewer than N windows, ConfigError if no text is given.
     """
-    data, samples, length = calibration_source(config), protocol.calibration_samples, protocol.calibration_length
+    data, samples, length = calibration_source(config, protocol), protocol.calibration_samples, protocol.calibration_length
     require_positions(loaded.model, length, "--calibration-length")
     texts = (d.text for d in documents(data, text_field=config.text_field, split="train" if data == "stdlib" else None))
     bos = uses_bos(loaded.tokenizer, config.bos)

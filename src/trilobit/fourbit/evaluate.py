@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,15 +76,14 @@ class Column:
 
 def plan(config: QuantizeConfig) -> list[Column]:
     """The columns that `config` asks for, the original apart. Raises ConfigError, before any model is loaded."""
-    base = find_protocol(config.protocol)
-    changes = {
-        name: value
-        for name in ("calibration_samples", "calibration_length", "learning_steps")
-        if (value := getattr(config, name)) is not None
-    }
-    base = replace(base, rotation_seed=config.seed, calibration_seed=config.seed, **changes)
+    changes: dict[str, Any] = {
+        "calibration_samples": config.calibration_samples, "calibration_length": config.calibration_length,
+        "learning_steps": config.learning_steps, "rotation_seed": config.seed, "calibration_seed": config.seed,
+    }  # fmt: skip
+    base = replace(find_protocol(config.protocol), **{name: value for name, value in changes.items() if value is not None})
     if config.grid is None:
-        protocol = replace(base.with_bits(config.bits), **({} if config.method is None else {"method": config.method}))
+        protocol = base if config.bits is None else base.with_bits(config.bits)
+        protocol = protocol if config.method is None else replace(protocol, method=config.method)
         protocol = protocol if config.rotate is None else protocol.rotated(config.rotate)
         columns = [Column(label(protocol), (protocol,))]
     else:
@@ -93,7 +93,8 @@ def plan(config: QuantizeConfig) -> list[Column]:
         ]  # fmt: skip
 
     def complete(protocol: Protocol) -> Protocol:
-        return replace(protocol, calibration_data=calibration_source(config)) if protocol.calibrates else protocol
+        data = calibration_source(config, protocol) if protocol.calibrates else None
+        return replace(protocol, calibration_data=data)
 
     return [Column(column.name, tuple(map(complete, column.protocols))) for column in columns]
 
@@ -152,23 +153,30 @@ class Measure:
             kurtosis = self._kurtosis(loaded)
             self._weights(prepared, first, windows)
         except TrilobitError as error:
-            if self.config.grid is None:
-                raise
-            self.listener.note(f"{column.name} is refused: {error}")
-            for protocol in column.protocols:
-                yield Cell(
-                    model, column.name, protocol.bits, protocol.method, protocol.sha256, refused=str(error)
-                )  # not kept: what is refused now may be possible when it is resumed
+            for p in column.protocols:
+                yield self._refused(Cell(model, column.name, p.bits, p.method, p.sha256), error)
             return
         seconds = time.perf_counter() - start
         for protocol in column.protocols:
             cell = Cell(model, column.name, protocol.bits, protocol.method, protocol.sha256, seconds_weights=seconds)
-            with prepared.computing(protocol):
-                cell = self._measured(loaded, replace(cell, **kurtosis), protocol.bits)
+            try:
+                with prepared.computing(protocol):
+                    cell = self._measured(loaded, replace(cell, **kurtosis), protocol.bits)
+            except TrilobitError as error:
+                yield self._refused(cell, error)
+                continue
             assert cell.nats_per_token is not None and original.nats_per_token is not None
             cell = replace(cell, loss=cell.nats_per_token - original.nats_per_token)
             self.keep(cell)
             yield cell
+
+    def _refused(self, cell: Cell, error: TrilobitError) -> Cell:
+        """A cell of a grid that says why it has no numbers; alone, the error. It is not kept: what is refused now may be
+        possible when the grid is continued."""
+        if self.config.grid is None:
+            raise error
+        self.listener.note(f"{cell.column} at {cell.bits} is refused: {error}")
+        return replace(cell, refused=str(error))
 
     def _weights(self, prepared: Prepared, protocol: Protocol, windows: Tensor | None) -> None:
         if protocol.method == "rtn" or protocol.weight_bits == 16:
