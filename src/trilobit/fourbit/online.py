@@ -84,8 +84,9 @@ def attach_qk_hadamard(model: PreTrainedModel) -> OnlineReport:
     return OnlineReport("queries and keys, after RoPE", width, tuple(path for path, _ in decoder_layers(model)), made)
 
 
-def attach_attention(model: PreTrainedModel, change: Change) -> None:
-    """Let `change` replace queries, keys and values of every layer after RoPE, in front of the attention's products.
+def attach_attention(model: PreTrainedModel, change: Change) -> Callable[[], None]:
+    """Let `change` replace queries, keys and values of every layer after RoPE, in front of the attention's products; what is
+    returned, called, takes it out again.
 
     Changes run in the order of their attachment. What the cache keeps is unchanged; all of it passes `change` at every step.
     Raises ModelError, with nothing changed, unless the model's attention is sdpa and every decoder layer runs through it.
@@ -104,7 +105,15 @@ def attach_attention(model: PreTrainedModel, change: Change) -> None:
                 module._trilobit_changes = changes  # pyright: ignore[reportArgumentType]
         model.set_attn_implementation(ATTENTION)
         _require_all_layers(model, changes, len(layers))
-    layers[0][1]._trilobit_changes.append(change)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+    attached: Any = layers[0][1]._trilobit_changes
+    attached.append(change)
+
+    def detach() -> None:
+        attached.remove(change)
+        if not attached:
+            model.set_attn_implementation("sdpa")
+
+    return detach
 
 
 def _require_all_layers(model: PreTrainedModel, changes: list[Change], layers: int) -> None:
