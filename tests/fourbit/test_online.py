@@ -109,11 +109,19 @@ def test_changes_run_in_order_after_rope() -> None:
         assert torch.equal(turned_q, transform(q)) and torch.equal(turned_k, transform(k)) and torch.equal(same_v, v)
 
 
-def test_a_change_changes() -> None:
-    """Values that a change zeroes are not seen by the model: the attention function is the one in use."""
+def test_a_change_changes_until_it_is_detached() -> None:
+    """Values that a change zeroes are not seen by the model; detached, nothing is left of it but what else is attached."""
     model = build("llama")
-    attach_attention(model, lambda q, k, v: (q, k, torch.zeros_like(v)))
+    before = logits(model, tokens())
+    detach = attach_attention(model, lambda q, k, v: (q, k, torch.zeros_like(v)))
+    other = attach_attention(model, lambda q, k, v: (q, k, v))
     assert not any(x.any() for x in inputs_of(model, "attention-output"))
+    detach()
+    assert model.config._attn_implementation != "sdpa"
+    assert torch.equal(logits(model, tokens()), before)
+    other()
+    assert model.config._attn_implementation == "sdpa"
+    assert torch.equal(logits(model, tokens()), before)
 
 
 def test_refusals_change_nothing() -> None:

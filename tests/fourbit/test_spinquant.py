@@ -17,6 +17,7 @@ from trilobit.fourbit.spinquant import cayley_step, learn, quantised_loss, strai
 from trilobit.nn.outlier_safe import random_orthogonal
 from trilobit.surgery.roles import find_sites
 from trilobit.surgery.rotate import rotate
+from trilobit.surgery.stream import find_stream
 
 WIDTH = 32
 
@@ -52,28 +53,51 @@ def orthogonal(rotation: Tensor, atol: float) -> bool:
 
 
 def planted() -> tuple[PreTrainedModel, Tensor]:
-    """A model with an outlier channel in its residual stream, and windows sampled from itself, which it predicts well."""
-    model = build("llama", initializer_range=0.3)
+    """A model with an outlier channel in its residual stream, for which its norms have small gains, as real ones have;
+    trained for some seconds on chains of tokens with four successors each. And windows of the same chains."""
+    model = build("llama", num_hidden_layers=2, initializer_range=0.1)
+    generator = torch.Generator().manual_seed(4)
+    successors = torch.randint(0, 97, (97, 4), generator=generator)
+
+    def sample(count: int) -> Tensor:
+        windows = torch.randint(0, 97, (count, 1), generator=generator)
+        for _ in range(23):
+            drawn = successors[windows[:, -1]].gather(1, torch.randint(0, 4, (count, 1), generator=generator))
+            windows = torch.cat([windows, drawn], 1)
+        return windows
+
     with torch.no_grad():
-        model.model.embed_tokens.weight[:, 5] += 8
-        generator = torch.Generator().manual_seed(4)
-        windows = torch.randint(0, 97, (24, 1), generator=generator)
-        for _ in range(15):
-            odds = model(input_ids=windows, use_cache=False).logits[:, -1].softmax(-1)
-            windows = torch.cat([windows, torch.multinomial(odds, 1, generator=generator)], 1)
-    return model, windows
+        model.model.embed_tokens.weight[:, 5] = 8
+        for norm in find_stream(model).norms:
+            model.get_submodule(norm).weight.fill_(4)
+            model.get_submodule(norm).weight[5] = 0.02
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(100):
+        optimizer.zero_grad()
+        batch = sample(32)
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    return model, sample(48)
+
+
+@pytest.fixture(scope="module")
+def made() -> tuple[PreTrainedModel, Tensor]:
+    """`planted` once, with one seed; tests take copies of it."""
+    torch.manual_seed(0)
+    return planted()
 
 
 @pytest.mark.parametrize("width", [2, 12, 33])
 def test_cayley_steps_stay_orthogonal_and_descend(width: int) -> None:
-    """A hundred steps down ⟨C, R⟩ keep R Rᵀ = I to 1e-12 and come close to the least value, minus the nuclear norm of C."""
+    """Three hundred steps down ⟨C, R⟩ keep R Rᵀ = I to 1e-12 and come close to the least value, minus the nuclear norm of C."""
     torch.manual_seed(width)
     target, rotation = torch.randn(width, width, dtype=torch.float64), random_orthogonal(width)
     if torch.linalg.det(-target) * torch.linalg.det(rotation) < 0:
         target[0] *= -1  # steps cannot leave the component of the orthogonal matrices that they start in
     start = (target * rotation).sum()
     for _ in range(300):
-        rotation = cayley_step(rotation, target, 10.0)
+        rotation = cayley_step(rotation, target, 0.2)
     assert orthogonal(rotation, 1e-12)
     least = -torch.linalg.matrix_norm(target, "nuc")
     assert (target * rotation).sum() - least < 0.05 * (start - least)
@@ -87,16 +111,39 @@ def test_a_step_is_bounded_and_zero_stays() -> None:
     assert torch.allclose(cayley_step(rotation, torch.zeros(WIDTH, WIDTH), 1.5), rotation, atol=1e-14)
     small = torch.randn(WIDTH, WIDTH, dtype=torch.float64) * 1e-6
     one, two = (cayley_step(rotation, small, lr) - rotation for lr in (1.0, 2.0))
-    assert torch.allclose(two, 2 * one, rtol=1e-3, atol=1e-12)
+    assert torch.allclose(two, 2 * one, rtol=1e-3, atol=1e-9)
 
 
-def test_rounding_passes_gradients_straight_through() -> None:
-    """The value is the quantised one, the gradient that of x."""
-    x = torch.randn(3, 8, requires_grad=True)
-    y = straight_through(x, four_bits)
-    (gradient,) = torch.autograd.grad(y.sum(), x)
-    assert torch.allclose(y, four_bits(x.detach()), atol=1e-6)
-    assert torch.equal(gradient, torch.ones(3, 8))
+class RoundThrough(torch.autograd.Function):
+    """round, with the gradient of x."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:  # pyright: ignore
+        return gradient
+
+
+def test_gradients_of_rounding() -> None:
+    """With ranges: the gradient of the same quantiser written with a rounding that passes it. Without: that of x."""
+
+    def differentiable(x: Tensor) -> Tensor:
+        low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+        return RoundThrough.apply((x - low) / ((high - low) / 15)) * (high - low) / 15 + low
+
+    x = torch.randn(5, 32, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(5, 32, dtype=torch.float64)
+    for through_ranges in (True, False):
+        y = straight_through(x, four_bits, through_ranges)
+        assert torch.allclose(y, four_bits(x.detach()), rtol=0, atol=1e-14)
+        (gradient,) = torch.autograd.grad(y, x, upstream)
+        (exact,) = torch.autograd.grad(differentiable(x), x, upstream) if through_ranges else (upstream,)
+        assert torch.allclose(gradient, exact, atol=1e-12)
+    flat = torch.ones(2, 8, requires_grad=True)
+    (gradient,) = torch.autograd.grad(straight_through(flat, four_bits).sum(), flat)
+    assert torch.equal(gradient, torch.ones(2, 8))
 
 
 @pytest.mark.parametrize("weights", [None, identity])
@@ -126,29 +173,27 @@ def test_the_loss_is_that_of_the_rotated_model(family: str, weights) -> None:
     assert found != pytest.approx(quantised_loss(model, tokens(), turn(7), bend, weights), rel=1e-4)
 
 
-@pytest.mark.parametrize("weights", [None, four_bits])
-def test_learning_beats_random_rotations(weights) -> None:
-    """With an outlier planted, 4 bits cost less after turning, and less again after learning than at any of eight seeds."""
-    model, windows = planted()
-    train, held_out = windows[:16], windows[16:]
-    learned = learn(model, train, quantise_activations=four_bits, quantise_weights=weights, steps=40, batch=4, lr=1.5)
-    assert orthogonal(learned.matrix, 1e-6)
+def test_learning_beats_random_rotations(made) -> None:
+    """With an outlier planted, turning makes 4 bits cheaper, and learning cheaper than at the best of eight random seeds."""
+    model, windows = made
+    train, held_out = windows[:32], windows[32:]
+    learned = learn(model, train, quantise_activations=four_bits, steps=40, batch=16)
 
     def loss(rotation: Tensor | None, on: Tensor) -> float:
-        return quantised_loss(model, on, rotation, four_bits, weights)
+        return quantised_loss(model, on, rotation, four_bits)
 
     random = [loss(matrix(random_rotation(WIDTH, seed)), train) for seed in range(8)]
+    assert max(random) < loss(None, train) - 0.1
     assert loss(learned.matrix, train) < min(random)
-    assert max(random) < loss(None, train)
-    start = matrix(random_rotation(WIDTH, 0))
-    assert loss(learned.matrix, held_out) < loss(start, held_out)
-    assert (learned.steps, learned.tokens, learned.skipped, len(learned.losses)) == (40, 40 * 4 * 16, 0, 40)
-    assert "40 steps, 2,560 tokens, lr 1.5, seed 0" in learned.rotation.description
+    assert loss(learned.matrix, held_out) < loss(matrix(random_rotation(WIDTH, 0)), held_out)
+    assert orthogonal(learned.matrix, 1e-6)
+    assert (learned.steps, learned.tokens, learned.skipped, len(learned.losses)) == (40, 40 * 16 * 24, 0, 40)
+    assert "40 steps, 15,360 tokens, lr 1.5, seed 0" in learned.rotation.description
 
 
-def test_a_seed_means_one_rotation() -> None:
+def test_a_seed_means_one_rotation(made) -> None:
     """The same seed learns the same matrix, another one another."""
-    model, windows = planted()
+    model, windows = made
     first, again, other = (
         learn(model, windows, quantise_activations=four_bits, steps=2, batch=2, seed=seed).matrix for seed in (0, 0, 1)
     )
@@ -156,9 +201,9 @@ def test_a_seed_means_one_rotation() -> None:
     assert not torch.equal(first, other)
 
 
-def test_the_model_is_left_as_it_was() -> None:
+def test_the_model_is_left_as_it_was(made) -> None:
     """Weights, gradients, requires_grad, modes and hooks; also where learning fails."""
-    model, windows = planted()
+    model, windows = copy.deepcopy(made)
     model.train()
     model.model.norm.weight.requires_grad_(False)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -172,9 +217,9 @@ def test_the_model_is_left_as_it_was() -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_what_is_not_finite_is_skipped_or_ends_it() -> None:
+def test_what_is_not_finite_is_skipped_or_ends_it(made) -> None:
     """A step that is not finite leaves R alone and is counted; ten in a row raise, with advice."""
-    model, windows = planted()
+    model, windows = made
     calls = 0
 
     def sometimes(x: Tensor) -> Tensor:

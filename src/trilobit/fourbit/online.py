@@ -50,12 +50,12 @@ class OnlineReport:
 
 def attach_ffn_hadamard(model: PreTrainedModel) -> OnlineReport:
     """Transform what the last linear of every MLP reads. Raises UnsupportedError, with nothing changed, if it cannot."""
-    paths = _ends(model, "mlp-output")
-    widths = {model.get_submodule(path).in_features for path in paths}
-    made = {width: construction(width) for width in sorted(widths)}  # pyright: ignore[reportArgumentType]
-    for path in paths:
-        _transform_input(model.get_submodule(path), transform)
-    return OnlineReport("MLP output", max(made), tuple(paths), ", ".join(made.values()))
+    linears = _ends(model, "mlp-output")
+    widths = sorted({linear.in_features for linear in linears.values()})
+    made = ", ".join(construction(width) for width in widths)
+    for linear in linears.values():
+        _transform_input(linear, transform)
+    return OnlineReport("MLP output", widths[-1], tuple(linears), made)
 
 
 def attach_head_hadamard(model: PreTrainedModel) -> OnlineReport:
@@ -64,15 +64,16 @@ def attach_head_hadamard(model: PreTrainedModel) -> OnlineReport:
     With values turned head by head (quarot), the two make one Hadamard transform of the whole width. Where the number of
     heads has no Hadamard matrix (SmolLM2-135M's nine), nothing is attached and the report says so.
     """
-    paths, width = _ends(model, "attention-output"), head_width(model)
-    counts = {model.get_submodule(path).in_features // width for path in paths}  # pyright: ignore[reportOperatorIssue]
+    linears, width = _ends(model, "attention-output"), head_width(model)
+    counts = sorted({linear.in_features // width for linear in linears.values()})
     what = "attention output, across heads"
-    missing = [count for count in sorted(counts) if not constructible(count)]
-    if missing:
-        return OnlineReport(what, missing[0], (), f"none, since there is no Hadamard matrix of {missing[0]} heads")
-    for path in paths:
-        _transform_input(model.get_submodule(path), partial(_across_heads, width))
-    return OnlineReport(what, max(counts), tuple(paths), ", ".join(construction(count) for count in sorted(counts)))
+    missing = next((count for count in counts if not constructible(count)), None)
+    if missing is not None:
+        return OnlineReport(what, missing, (), f"none, since there is no Hadamard matrix of {missing} heads")
+    made = ", ".join(construction(count) for count in counts)
+    for linear in linears.values():
+        _transform_input(linear, partial(_across_heads, width))
+    return OnlineReport(what, counts[-1], tuple(linears), made)
 
 
 def attach_qk_hadamard(model: PreTrainedModel) -> OnlineReport:
@@ -136,16 +137,21 @@ def _require_all_layers(model: PreTrainedModel, changes: list[Change], layers: i
         )
 
 
-def _ends(model: PreTrainedModel, role: Role) -> list[str]:
-    paths = [site.path for site in find_sites(model) if site.role == role]
-    if not paths:
+def _ends(model: PreTrainedModel, role: Role) -> dict[str, nn.Linear]:
+    """Path and module of the linears of a role."""
+    linears = {}
+    for site in find_sites(model):
+        linear = model.get_submodule(site.path)
+        assert isinstance(linear, nn.Linear), type(linear)
+        if site.role == role:
+            linears[site.path] = linear
+    if not linears:
         raise ModelError(f"{type(model).__name__} has no linear at the end of its {role.removesuffix('-output')} blocks.")
-    return paths
+    return linears
 
 
 @torch.no_grad()
-def _transform_input(linear: nn.Module, turn: Callable[[Tensor], Tensor]) -> None:
-    assert isinstance(linear, nn.Linear), type(linear)
+def _transform_input(linear: nn.Linear, turn: Callable[[Tensor], Tensor]) -> None:
     change_rows(linear.weight, turn)
     linear.register_forward_pre_hook(partial(_turned, turn))
 

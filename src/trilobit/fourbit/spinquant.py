@@ -6,14 +6,16 @@
 
 Weights are frozen, and not copied: as RMSNorm commutes with R, hooks turn what a norm gives (x̂, without its gain g), quantise
 it, turn it back and give it its gain; the linears stay as they are. Only `quantise_weights` needs the turned weights
-Q(W diag(g) R), which live as long as one backward pass. Rounding passes gradients straight through. The step solves its
-D×D system in float64 instead of iterating to it, so R stays orthogonal to rounding.
+Q(W diag(g) R), which live as long as one backward pass. The step solves its D×D system in float64 instead of iterating to
+it, so R stays orthogonal to rounding. Rounding passes gradients straight through, and errors are as large as the range of
+what is rounded: that gradient says what a turn does to the *size* of the errors and not only to their direction.
 
 The budget of the authors' published script: 100 steps, each on 8 windows of 2,048 tokens of WikiText-2's training split
 (1.6 M tokens), lr 1.5 decayed to zero along a cosine, no momentum, five fixed-point iterations for the step, one rotation of
-the values per layer learned as well, weights quantised only if they are later rounded to nearest. The paper's own numbers
-come from a code base that is not public: its order of windows and its seed cannot be known. Here: R of the residual stream
-alone, momentum none, `learn`'s defaults for the rest; what was used is in the result.
+the values per layer learned as well, weights quantised only if they are later rounded to nearest, ranges without a
+gradient (`through_ranges=False`). The paper's own numbers come from a code base that is not public: its order of windows and
+its seed cannot be known. Here: R of the residual stream alone, no momentum, `learn`'s defaults for the rest; what was used
+is in the result.
 
 Letters: D width, N windows, T tokens of a window.
 """
@@ -43,6 +45,7 @@ Quantise = Callable[[Tensor], Tensor]
 """A tensor → the same, fake-quantised along its last dimension."""
 
 PATIENCE = 10  # steps in a row that are not finite
+TOKENS = 2048  # that a graph is kept for at once: windows shorter than that run together
 
 
 @dataclass(frozen=True)
@@ -66,14 +69,15 @@ class LearnedRotation:
 
 def learn(
     model: PreTrainedModel, windows: Tensor, *, quantise_activations: Quantise, quantise_weights: Quantise | None = None,
-    steps: int = 100, batch: int = 8, lr: float = 1.5, seed: int = 0, listener: Listener = SILENT,
+    steps: int = 100, batch: int = 8, lr: float = 1.5, seed: int = 0, through_ranges: bool = True, listener: Listener = SILENT,
 ) -> LearnedRotation:  # fmt: skip
     """Learn a rotation of the residual stream on windows [N, T] of token ids; `model` is left as it was.
 
     quantise_activations: of what decoder linears read; quantise_weights: of their turned weights [O, K], by row. Starts from
-    quarot's randomised Hadamard matrix of the same seed. A step takes `batch` windows, one at a time, in an order drawn from
-    the seed; lr falls to zero along a cosine. A step whose loss or gradient is not finite is skipped. Raises
-    NonFiniteError after ten of these in a row, DataError for windows too short, ModelError for what `rotate` refuses.
+    quarot's randomised Hadamard matrix of the same seed. A step takes `batch` windows, in an order drawn from the seed; lr
+    falls to zero along a cosine. through_ranges: see straight_through. A step whose loss or gradient is not finite is
+    skipped. Raises NonFiniteError after ten of these in a row, DataError for windows too short, ModelError for what
+    `rotate` refuses.
     """
     if windows.ndim != 2 or len(windows) == 0 or windows.shape[1] < 2:
         raise DataError(
@@ -81,6 +85,7 @@ def learn(
         )
     stream = find_stream(model)
     rotation = matrix(random_rotation(stream.width, seed)).to(model.device)
+    how = _How(quantise_activations, quantise_weights, through_ranges)
     generator = torch.Generator().manual_seed(seed)
     rounds = -(-steps * batch // len(windows))
     order = torch.cat([torch.randperm(len(windows), generator=generator) for _ in range(rounds)])
@@ -88,7 +93,7 @@ def learn(
     tokens = skipped = in_a_row = 0
     for step in range(steps):
         picked = windows[order[step * batch : (step + 1) * batch]]
-        loss, gradient = _loss_and_gradient(model, stream, rotation, picked, quantise_activations, quantise_weights)
+        loss, gradient = _loss_and_gradient(model, stream, rotation, picked, how)
         losses.append(loss)
         tokens += picked.numel()
         if math.isfinite(loss) and gradient.isfinite().all():
@@ -121,64 +126,65 @@ def quantised_loss(
     """Mean cross-entropy over windows [N, T] of the model that `learn` sees, at R [D, D]; None: not turned."""
     stream = find_stream(model)
     turned = torch.eye(stream.width, dtype=torch.float64) if rotation is None else rotation
-    chosen = turned.to(model.device), windows, quantise_activations, quantise_weights
+    how = _How(quantise_activations, quantise_weights, through_ranges=False)
     with torch.no_grad():
-        return sum(loss.item() for loss in _losses(model, stream, *chosen)) / len(windows)
+        return sum(loss.item() for loss in _losses(model, stream, turned.to(model.device), windows, how))
+
+
+@dataclass(frozen=True)
+class _How:
+    activations: Quantise
+    weights: Quantise | None
+    through_ranges: bool
 
 
 def _loss_and_gradient(
-    model: PreTrainedModel, stream: Stream, rotation: Tensor, windows: Tensor, activations: Quantise, weights: Quantise | None
+    model: PreTrainedModel, stream: Stream, rotation: Tensor, windows: Tensor, how: _How
 ) -> tuple[float, Tensor]:
-    """Mean loss over the windows, and ∂loss/∂R, one window's graph at a time."""
+    """Mean loss over the windows, and ∂loss/∂R."""
     turned = rotation.clone().requires_grad_()
     gradient, total = torch.zeros_like(rotation), 0.0
     with torch.enable_grad():
-        for loss in _losses(model, stream, turned, windows, activations, weights):
-            gradient += torch.autograd.grad(loss, turned)[0] / len(windows)
-            total += loss.item() / len(windows)
+        for loss in _losses(model, stream, turned, windows, how):
+            gradient += torch.autograd.grad(loss, turned)[0]
+            total += loss.item()
     return total, gradient
 
 
-def _losses(
-    model: PreTrainedModel, stream: Stream, rotation: Tensor, windows: Tensor, activations: Quantise, weights: Quantise | None
-) -> Iterator[Tensor]:
-    """The loss of each window of the quantised, turned model. Training modes and requires_grad are put back at the end."""
+def _losses(model: PreTrainedModel, stream: Stream, rotation: Tensor, windows: Tensor, how: _How) -> Iterator[Tensor]:
+    """Parts of the mean loss of the quantised, turned model: of some windows at a time. `model` is put back at the end."""
     wanted = torch.is_grad_enabled()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         for parameter in trained:
             parameter.requires_grad_(False)
-        for window in windows.to(model.device):
-            with (
-                evaluating(model),
-                torch.set_grad_enabled(wanted),
-                _quantised(model, stream, rotation, activations, weights) as new,
-            ):
-                output: Any = torch.func.functional_call(model, new, (), {"input_ids": window[None], "use_cache": False})
-                loss = F.cross_entropy(output.logits[0, :-1].float(), window[1:])
-            yield loss
+        for piece in windows.to(model.device).split(max(1, TOKENS // windows.shape[1])):
+            with evaluating(model), torch.set_grad_enabled(wanted), _quantised(model, stream, rotation, how) as new:
+                output: Any = torch.func.functional_call(model, new, (), {"input_ids": piece, "use_cache": False})
+                loss = F.cross_entropy(output.logits[:, :-1].flatten(0, 1).float(), piece[:, 1:].flatten())
+            yield loss * (len(piece) / len(windows))
     finally:
         for parameter in trained:
             parameter.requires_grad_()
 
 
 @contextmanager
-def _quantised(
-    model: PreTrainedModel, stream: Stream, rotation: Tensor, activations: Quantise, weights: Quantise | None
-) -> Iterator[dict[str, Tensor]]:
+def _quantised(model: PreTrainedModel, stream: Stream, rotation: Tensor, how: _How) -> Iterator[dict[str, Tensor]]:
     """Hooks that make `model` compute as if turned and quantised; yields the parameters that replace its own."""
     new: dict[str, Tensor] = {}
     handles: list[Any] = []
     decoder = {path: norm for path, norm in stream.readers.items() if path != stream.roles.head}
+    activations = partial(straight_through, quantise=how.activations, through_ranges=how.through_ranges)
+    weights = how.weights and partial(straight_through, quantise=how.weights, through_ranges=how.through_ranges)
 
     def after_norm(rule: NormRule, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         gain = rule.offset + module.get_parameter(rule.parameter)
         plain = quant.rms_norm(inputs[0], torch.ones_like(gain), rule.eps)
-        turned = straight_through(plain @ rotation.to(plain), activations)
+        turned = activations(plain @ rotation.to(plain))
         return turned if weights is not None else turned @ rotation.T.to(plain) * gain
 
     def before_writer(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return straight_through(inputs[0], activations), *inputs[1:]
+        return activations(inputs[0]), *inputs[1:]
 
     def after_writer(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         return output @ rotation.T.to(output)
@@ -191,7 +197,7 @@ def _quantised(
         handles.append(module.register_forward_pre_hook(before_writer))
         if weights is not None:
             weight = module.get_parameter("weight")
-            new[f"{path}.weight"] = straight_through(rotation.T.to(weight) @ weight, weights)
+            new[f"{path}.weight"] = weights(rotation.T.to(weight) @ weight)
             if module.bias is not None:
                 new[f"{path}.bias"] = module.get_parameter("bias") @ rotation.to(weight)
             handles.append(module.register_forward_hook(after_writer))
@@ -200,7 +206,7 @@ def _quantised(
             weight = model.get_parameter(f"{path}.weight")
             rule = stream.norms[norm]
             gain = rule.offset + model.get_submodule(norm).get_parameter(rule.parameter)
-            new[f"{path}.weight"] = straight_through(weight * gain @ rotation.to(weight), weights)
+            new[f"{path}.weight"] = weights(weight * gain @ rotation.to(weight))
     try:
         yield new
     finally:
@@ -208,7 +214,14 @@ def _quantised(
             handle.remove()
 
 
-def straight_through(x: Tensor, quantise: Quantise) -> Tensor:
-    """quantise(x), with the gradient of x (Bengio et al., arXiv 1308.3432)."""
-    quantised = quantise(x.detach())
-    return x + (quantised - x).detach()
+def straight_through(x: Tensor, quantise: Quantise, through_ranges: bool = True) -> Tensor:
+    """quantise(x), with the gradient of x (Bengio et al., arXiv 1308.3432) and, with through_ranges, that of the errors' size.
+
+    The codes taken as fixed, an error is a fixed multiple of the scale, and the scale one of the range of its row, max − min:
+    ∂ of the error is error/range · ∂range, whatever the quantiser, as long as Q(c·x) = c·Q(x).
+    """
+    error = quantise(x.detach()) - x.detach()
+    if through_ranges:
+        reach = (x.amax(-1, keepdim=True) - x.amin(-1, keepdim=True)).clamp(min=torch.finfo(x.dtype).tiny)
+        error = error * (reach / reach.detach())
+    return x + error

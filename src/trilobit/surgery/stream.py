@@ -121,8 +121,7 @@ def find_values(model: PreTrainedModel, roles: Roles, width: int) -> tuple[list[
         found.append(ValueHeads(heads[0], heads[1], output.path, width))
     if len({len(layer.starts) for layer in found}) != 1 or len(found) != len(roles.layers):
         return [], "left alone: the layers differ in their attention"
-    moved = _moved(model, partial(_turned_values, model, found)) if width % 2 == 0 else torch.inf
-    if moved > _noticed(model):
+    if _moved(model, partial(_turned_values, model, found)) > _noticed(model):
         return [], "left alone: what attention does with values does not commute with turning each head"
     return found, ""
 
@@ -175,10 +174,13 @@ def _final_norm(model: PreTrainedModel, roles: Roles, writers: list[str]) -> str
         if inputs and isinstance(output, Tensor):
             normed.append((paths[module], inputs[0], output))
 
+    def after_writer(module: nn.Module, inputs: Any, output: Any) -> None:
+        written.append(output)
+
     with evaluating(model), _hooked() as hook:
         hook(model.get_submodule(roles.head).register_forward_pre_hook(lambda m, inputs: read.append(inputs[0])))
         for path in writers:
-            hook(model.get_submodule(path).register_forward_hook(lambda m, inputs, output: written.append(output)))
+            hook(model.get_submodule(path).register_forward_hook(after_writer))
         for module in paths:
             if is_norm(module):
                 hook(module.register_forward_hook(after_norm))
@@ -230,11 +232,18 @@ def _moved(model: PreTrainedModel, turned: Any) -> float:
 @contextmanager
 def _turned_stream(model: PreTrainedModel, stream: Stream) -> Iterator[None]:
     """Hooks turn the embedding, what writers write and what norms return; and turn back what norms and readers read."""
+
+    def after(module: nn.Module, inputs: Any, output: Any) -> Tensor:
+        return _turn(output)
+
+    def before(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return _turn_back(inputs[0]), *inputs[1:]
+
     with _hooked() as hook:
         for path in (stream.roles.embedding, *stream.writers, *stream.norms):
-            hook(model.get_submodule(path).register_forward_hook(lambda m, i, output: _turn(output)))
+            hook(model.get_submodule(path).register_forward_hook(after))
         for path in (*stream.readers, *stream.norms):
-            hook(model.get_submodule(path).register_forward_pre_hook(lambda m, inputs: (_turn_back(inputs[0]), *inputs[1:])))
+            hook(model.get_submodule(path).register_forward_pre_hook(before))
         yield
 
 
@@ -275,11 +284,16 @@ def _signs(x: Tensor) -> Tensor:
 
 
 def _turn(x: Tensor) -> Tensor:
-    """A turn that moves every channel and mixes it with another one: signs, one place on, and 45° between the halves."""
-    first, second = (x * _signs(x)).roll(1, -1).chunk(2, -1)
-    return torch.cat([first - second, first + second], -1) * 0.5**0.5
+    """A turn that moves every channel and mixes it with another one: signs, one place on, and 45° between the halves.
+
+    Of an odd number of channels the last is only moved.
+    """
+    half = x.shape[-1] // 2
+    first, second, odd = (x * _signs(x)).roll(1, -1).split([half, half, x.shape[-1] - 2 * half], -1)
+    return torch.cat([(first - second) * 0.5**0.5, (first + second) * 0.5**0.5, odd], -1)
 
 
 def _turn_back(x: Tensor) -> Tensor:
-    first, second = x.chunk(2, -1)
-    return (torch.cat([first + second, second - first], -1) * 0.5**0.5).roll(-1, -1) * _signs(x)
+    half = x.shape[-1] // 2
+    first, second, odd = x.split([half, half, x.shape[-1] - 2 * half], -1)
+    return torch.cat([(first + second) * 0.5**0.5, (second - first) * 0.5**0.5, odd], -1).roll(-1, -1) * _signs(x)
