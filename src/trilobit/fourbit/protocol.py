@@ -97,6 +97,8 @@ class Protocol:
     """Of the learned rotation, falling to 0 along a cosine."""
     learning_activation_bits: int = 4
     """Of what linears read while the rotation is learned, whatever they read later. Weights: rounded if `method` is rtn."""
+    learning_through_ranges: bool = False
+    """Whether the size of rounding errors has a gradient while the rotation is learned, or their direction alone."""
     calibration_samples: int = 128
     """Sequences for GPTQ; the learned rotation draws from the same."""
     calibration_length: int = 2048

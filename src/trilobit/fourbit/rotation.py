@@ -63,7 +63,7 @@ def learned_rotation(
         quantise_activations=Quantizer(Grid(bits, protocol.activation_symmetric), protocol.activation_clip),
         quantise_weights=(lambda x: round_to_nearest(x, protocol)) if _rounds(protocol) else None,
         steps=protocol.learning_steps, batch=protocol.learning_batch, lr=protocol.learning_rate, seed=protocol.rotation_seed,
-        listener=_Steps(listener),
+        through_ranges=protocol.learning_through_ranges, listener=_Steps(listener),
     )  # fmt: skip
     losses = f"{found.losses[0]:.4f} to {found.losses[-1]:.4f}"
     listener.note(f"rotation learned in {found.steps} steps on {found.tokens:,} tokens: loss {losses}, {found.skipped} skipped")
