@@ -180,7 +180,7 @@ class Measure:
 
     def _weights(self, prepared: Prepared, protocol: Protocol, windows: Tensor | None) -> None:
         if protocol.method == "rtn" or protocol.weight_bits == 16:
-            round_weights(prepared, protocol)
+            round_weights(prepared, protocol, self.listener)
         else:
             assert windows is not None, "GPTQ is fitted on text"
             gptq(prepared, windows, protocol, self.progress, self.listener)

@@ -7,6 +7,7 @@ Weights are quantised between the two (rtn.py, gptq.py). Linears that read one t
 so it is computed once. At 16 bits and without rotations nothing is touched, and the logits are the original's bit by bit.
 """
 
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -99,8 +100,11 @@ def prepare(
 
 
 @torch.no_grad()
-def round_weights(prepared: Prepared, protocol: Protocol) -> None:
+def round_weights(prepared: Prepared, protocol: Protocol, listener: Listener = SILENT) -> None:
     """Round the decoder's linears to the nearest, in place."""
-    if protocol.weight_bits < 16:
-        for _, linear in prepared.linears():
-            linear.weight.copy_(round_to_nearest(linear.weight, protocol))
+    if protocol.weight_bits == 16:
+        return
+    start, total = time.perf_counter(), len(prepared.roles.sites)
+    for done, (_, linear) in enumerate(prepared.linears(), start=1):
+        linear.weight.copy_(round_to_nearest(linear.weight, protocol))
+        listener.progress("Rounding linears", done, total, time.perf_counter() - start)
