@@ -1,12 +1,16 @@
 """QuaRot's rotations are orthogonal, drawn from a seed, and say what they are; fused, they change no logit."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from exact import exact
 from families import build, logits, tokens
 from trilobit.errors import UnsupportedError
 from trilobit.fourbit.hadamard import hadamard_matrix
+from trilobit.fourbit.online import attach_ffn_hadamard, attach_head_hadamard, attach_qk_hadamard
 from trilobit.fourbit.quarot import head_rotation, head_width, matrix, quarot, random_rotation
 
 
@@ -61,3 +65,16 @@ def test_heads_out_of_reach_are_named() -> None:
     """A head width without a Hadamard matrix raises where it is asked for by itself."""
     with pytest.raises(UnsupportedError, match="width 46"):
         head_rotation(46)
+
+
+def test_real_checkpoint(stories260k: Path) -> None:
+    """stories260K (tied, four key-value heads): to 1e-4 of the logits' length; its MLP of 172 is refused, by name."""
+    model = AutoModelForCausalLM.from_pretrained(stories260k).eval()
+    before = logits(model, tokens())
+    report = quarot(model)
+    attach_head_hadamard(model)
+    attach_qk_hadamard(model)
+    with pytest.raises(UnsupportedError, match="width 172 .* blocks of 4"):
+        attach_ffn_hadamard(model)
+    assert (logits(model, tokens()) - before).norm() <= 1e-4 * before.norm()
+    assert report.untied and report.values.startswith("4 heads of 8")

@@ -72,6 +72,16 @@ def test_stock_models_in_fp32(family: str, tied: bool) -> None:
     assert all((model.get_submodule(path).weight == (family != "gemma")).all() for path in find_stream(model).norms)
 
 
+def test_rotations_compose() -> None:
+    """First values and gains alone (R = I), then the stream: the same model as both at once."""
+    once, twice = (exact(build("qwen3")) for _ in range(2))
+    rotate(once, matrix(), matrix(HEAD))
+    rotate(twice, torch.eye(WIDTH), matrix(HEAD))
+    report = rotate(twice, matrix())
+    assert all(torch.allclose(p, q, rtol=0, atol=1e-12) for p, q in zip(once.parameters(), twice.parameters(), strict=True))
+    assert report.values == "left alone"
+
+
 def test_a_rotation_may_be_a_function() -> None:
     """A Rotation's function of rows gives the model that its matrix gives, and names itself in the report."""
     turn = matrix()

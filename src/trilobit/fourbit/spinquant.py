@@ -22,7 +22,7 @@ Letters: D width, N windows, T tokens of a window.
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -36,7 +36,6 @@ from trilobit import quant
 from trilobit.errors import DataError, NonFiniteError
 from trilobit.fourbit.quarot import matrix, random_rotation
 from trilobit.listener import SILENT, Listener
-from trilobit.surgery.outlier_safe import NormRule
 from trilobit.surgery.roles import evaluating
 from trilobit.surgery.rotate import Rotation
 from trilobit.surgery.stream import Stream, find_stream
@@ -73,8 +72,9 @@ def learn(
 ) -> LearnedRotation:  # fmt: skip
     """Learn a rotation of the residual stream on windows [N, T] of token ids; `model` is left as it was.
 
-    quantise_activations: of what decoder linears read; quantise_weights: of their turned weights [O, K], by row. Starts from
-    quarot's randomised Hadamard matrix of the same seed. A step takes `batch` windows, in an order drawn from the seed; lr
+    quantise_activations: of what decoder linears read; quantise_weights: of their turned weights [O, K], by row. What turns
+    values (rotate, with R = I) or runs online belongs to the quantised model: attach it first. Starts from quarot's
+    randomised Hadamard matrix of the same seed. A step takes `batch` windows, in an order drawn from the seed; lr
     falls to zero along a cosine. through_ranges: see straight_through. A step whose loss or gradient is not finite is
     skipped. Raises NonFiniteError after ten of these in a row, DataError for windows too short, ModelError for what
     `rotate` refuses.
@@ -171,15 +171,17 @@ def _losses(model: PreTrainedModel, stream: Stream, rotation: Tensor, windows: T
 @contextmanager
 def _quantised(model: PreTrainedModel, stream: Stream, rotation: Tensor, how: _How) -> Iterator[dict[str, Tensor]]:
     """Hooks that make `model` compute as if turned and quantised; yields the parameters that replace its own."""
-    new: dict[str, Tensor] = {}
-    handles: list[Any] = []
     decoder = {path: norm for path, norm in stream.readers.items() if path != stream.roles.head}
     activations = partial(straight_through, quantise=how.activations, through_ranges=how.through_ranges)
     weights = how.weights and partial(straight_through, quantise=how.weights, through_ranges=how.through_ranges)
 
-    def after_norm(rule: NormRule, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        gain = rule.offset + module.get_parameter(rule.parameter)
-        plain = quant.rms_norm(inputs[0], torch.ones_like(gain), rule.eps)
+    def gain_of(norm: str) -> Tensor:
+        rule = stream.norms[norm]
+        return rule.offset + model.get_submodule(norm).get_parameter(rule.parameter)
+
+    def after_norm(norm: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        gain = gain_of(norm)
+        plain = quant.rms_norm(inputs[0], torch.ones_like(gain), stream.norms[norm].eps)
         turned = activations(plain @ rotation.to(plain))
         return turned if weights is not None else turned @ rotation.T.to(plain) * gain
 
@@ -189,29 +191,23 @@ def _quantised(model: PreTrainedModel, stream: Stream, rotation: Tensor, how: _H
     def after_writer(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         return output @ rotation.T.to(output)
 
-    for path in dict.fromkeys(decoder.values()):
-        rule = stream.norms[path]
-        handles.append(model.get_submodule(path).register_forward_hook(partial(after_norm, rule)))
-    for path in stream.writers:
-        module = model.get_submodule(path)
-        handles.append(module.register_forward_pre_hook(before_writer))
+    new: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        for norm in dict.fromkeys(decoder.values()):
+            stack.callback(model.get_submodule(norm).register_forward_hook(partial(after_norm, norm)).remove)
+        for path in stream.writers:
+            stack.callback(model.get_submodule(path).register_forward_pre_hook(before_writer).remove)
         if weights is not None:
-            weight = module.get_parameter("weight")
-            new[f"{path}.weight"] = weights(rotation.T.to(weight) @ weight)
-            if module.bias is not None:
-                new[f"{path}.bias"] = module.get_parameter("bias") @ rotation.to(weight)
-            handles.append(module.register_forward_hook(after_writer))
-    if weights is not None:
-        for path, norm in decoder.items():
-            weight = model.get_parameter(f"{path}.weight")
-            rule = stream.norms[norm]
-            gain = rule.offset + model.get_submodule(norm).get_parameter(rule.parameter)
-            new[f"{path}.weight"] = weights(weight * gain @ rotation.to(weight))
-    try:
+            for path, norm in decoder.items():
+                weight = model.get_parameter(f"{path}.weight")
+                new[f"{path}.weight"] = weights(weight * gain_of(norm) @ rotation.to(weight))
+            for path in stream.writers:
+                linear: Any = model.get_submodule(path)
+                new[f"{path}.weight"] = weights(rotation.T.to(linear.weight) @ linear.weight)
+                if linear.bias is not None:
+                    new[f"{path}.bias"] = linear.bias @ rotation.to(linear.bias)
+                stack.callback(linear.register_forward_hook(after_writer).remove)
         yield new
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def straight_through(x: Tensor, quantise: Quantise, through_ranges: bool = True) -> Tensor:

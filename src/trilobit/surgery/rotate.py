@@ -76,7 +76,8 @@ def rotate(model: PreTrainedModel, rotation: Tensor | Rotation, values: Tensor |
     """Turn the residual stream of `model`, in place, its logits unchanged; all gains of its block and final norms become one.
 
     rotation: R [D, D], or a Rotation of width D. values: R₂ [W, W] (or a Rotation) that turns each head's values; where
-    values cannot be told apart, the report says so and they are left alone. Before online hooks are attached, not after.
+    values cannot be told apart, the report says so and they are left alone (so behind a transform across heads, which has to
+    be attached after this). Rotations of a model that is rotated already compose.
     Raises ModelError, with nothing changed, for what roles.py refuses, norms other than RMSNorm (LayerNorm), norms with
     gains behind the block (Gemma 3, OLMo 2) and whatever else does not commute with a turn of the stream.
     """
