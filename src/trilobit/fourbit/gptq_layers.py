@@ -41,7 +41,7 @@ def gptq(
 
     Raises ModelError where memory will not do, and naming the linear whose inputs are not finite.
     """
-    require_memory(prepared, windows)
+    needed = require_memory(prepared, windows)
     layers = [layer for _, layer in decoder_layers(prepared.model)]
     place = None if progress is None else progress / fingerprint(prepared.model, windows, protocol)[:16]
     done = _finished(place, len(layers))
@@ -52,6 +52,7 @@ def gptq(
         _read_layer(prepared, index, place)
     if done == len(layers):
         return
+    listener.note(f"GPTQ on {len(windows)} × {windows.shape[1]} tokens: {needed / 1e9:.2f} GB beside the model.")
     model, batches, start = prepared.model, windows.split(1), time.perf_counter()
     precision = "bf16" if model.dtype == torch.bfloat16 else "fp32"
     with evaluating(model):
