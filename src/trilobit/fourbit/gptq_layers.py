@@ -67,7 +67,8 @@ def gptq(
                 _quantize_layer(prepared, index, states, run, protocol)
                 if place is not None:
                     _write_layer(prepared, index, place)
-                listener.progress("GPTQ layers", index + 1, len(layers), time.perf_counter() - start)
+                left = len(layers) - done
+                listener.progress("GPTQ layers", index + 1 - done, left, time.perf_counter() - start)
             for number, x in enumerate(states):
                 states[number] = run(x)
 
