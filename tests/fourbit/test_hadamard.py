@@ -51,6 +51,12 @@ WIDTHS = {
 }
 """Of real models' residual streams and MLPs."""
 
+MORE_WIDTHS = [
+    512, 896, 1152, 1408, 2304, 3584, 5120, 5376, 9728, 10240, 12288, 16384, 17408, 17920, 20480, 21504, 22016, 24576, 25600,
+    27648, 29568, 36864, 53248,
+]  # fmt: skip
+"""Of further real models, from Qwen2.5-0.5B's stream to Llama-3.1-405B's MLP."""
+
 SOME = [1, 2, 4, 12, 16, 20, 28, 36, 48, 52, 96, 100, 144, 344, 576]
 
 
@@ -83,6 +89,11 @@ def test_widths_of_real_models(width: int) -> None:
     assert made.sylvester * made.paley == width
     factor = hadamard_matrix(made.paley)
     assert torch.equal(factor @ factor.T, made.paley * torch.eye(made.paley, dtype=torch.float64))
+
+
+def test_widths_of_further_models() -> None:
+    """None of them is out of reach."""
+    assert [n for n in MORE_WIDTHS if not constructible(n)] == []
 
 
 @pytest.mark.parametrize("power", [(3, 2), (5, 2), (7, 2), (3, 3), (7, 3), (3, 4), (11, 1), (13, 1)])
