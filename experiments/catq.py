@@ -41,9 +41,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trilobit.quant import FLOOR
+from trilobit.surgery.layerwise import first_layer_inputs, hidden_states_of, layer_calls
 from trilobit.surgery.roles import decoder_layers
 from trilobit.train.loop import autocast
-from trilobit.train.reconstruct import first_layer_inputs, hidden_states_of, layer_calls
 
 WINDOW, STRIDE = 4, 2
 

@@ -4,11 +4,13 @@
 
 Every row is `trilobit pretrain` with the recipe of its name, on the same tokens, at each learning rate of the study; the best
 held-out loss decides a row's rate. A finished model is measured as it is published, folded: loss, excess kurtosis by both
-protocols, and loss at W4A4KV4, rounded to nearest, without and with a Hadamard in front of the MLP's last linear
-(fourbit_minimal.py). One line a trial goes to docs/data/osp/STUDY/ROW.jsonl. Several processes may share a study.
+protocols, and loss at W4A4KV4, rounded to nearest, without and with a Hadamard in front of the MLP's last linear (protocol
+osp of `trilobit quantize`; records without `protocols` had a coarser clip search and one scale a token at o_proj). One line
+a trial goes to docs/data/osp/STUDY/ROW.jsonl. Several processes may share a study.
 """
 
 import argparse
+import copy
 import json
 import os
 import shutil
@@ -20,7 +22,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from fourbit_minimal import quantized
 from proof import Quiet, claim
 
 from trilobit.config.fields import parse_count
@@ -28,6 +29,8 @@ from trilobit.config.outliers import OutliersConfig
 from trilobit.config.pretrain import PretrainConfig
 from trilobit.corpus import documents
 from trilobit.errors import NonFiniteError
+from trilobit.fourbit.fake import prepare, round_weights
+from trilobit.fourbit.protocol import PRESETS, Protocol
 from trilobit.infer.load import load
 from trilobit.measure.outliers import measure
 from trilobit.measure.perplexity import nats, text_windows
@@ -106,25 +109,34 @@ def run_trial(row: str, rate: float, study: Study, arguments: argparse.Namespace
     print(f"{row:<12}{rate:<8g}{shown}", flush=True)
 
 
-def measured(out: Path, arguments: argparse.Namespace) -> dict[str, float]:
+def measured(out: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Kurtosis by both protocols, and the loss at 4 bits on text that nothing was trained or chosen on."""
     loaded = load(out, device=arguments.device)
     length = loaded.model.config.max_position_embeddings // 4
     text = arguments.report or arguments.data
     texts = (document.text for document in documents(text) if arguments.report or document.held_out)
     windows, _ = text_windows(islice(texts, 10_000), loaded.tokenizer, length + 1, False, max(1, REPORT_TOKENS // length))
-    found: dict[str, float] = {}
-    for name, bits, hadamard in (
-        ("w16a16kv16", 16, False), ("w4a4kv4", 4, False), ("w4a4kv4_hadamard", 4, True),
+    found: dict[str, Any] = {"protocols": {}}
+    for name, bits, rotate in (
+        ("w16a16kv16", "16-16-16", "none"), ("w4a4kv4", "4-4-4", "none"), ("w4a4kv4_hadamard", "4-4-4", "ffn"),
     ):  # fmt: skip
-        total, count = nats(quantized(loaded.model, bits, bits, bits, hadamard), windows, 8)
-        found[name] = total / count
+        protocol = PRESETS["osp"].with_bits(bits).rotated(rotate)
+        found[name], found["protocols"][name] = quantized_nats(loaded.model, protocol, windows), protocol.sha256
     limits = {"max_tokens": REPORT_TOKENS, "sequence_length": 512, "protocol": "both", "device": arguments.device}
     outliers = measure(loaded, OutliersConfig(model=str(out), data=text, **limits))  # pyright: ignore[reportArgumentType]
     assert outliers.contextual is not None and outliers.osp is not None
     found |= {"kurtosis": outliers.contextual.excess_kurtosis, "kurtosis_osp": outliers.osp.excess_kurtosis}
     reads = [site.later.excess_kurtosis for site in outliers.contextual.sites if site.site == "mlp-output"]
     return found | {"kurtosis_mlp_output": sum(reads) / len(reads)}
+
+
+def quantized_nats(model: Any, protocol: Protocol, windows: Any) -> float:
+    """Nats per token of a copy of `model` that computes as `protocol` says. windows: [N, W + 1]."""
+    prepared = prepare(copy.deepcopy(model), protocol)
+    round_weights(prepared, protocol)
+    with prepared.computing(protocol) as quantized:
+        total, count = nats(quantized, windows, 8)
+    return total / count
 
 
 def best(records: dict[tuple[str, float], dict[str, Any]], row: str) -> dict[str, Any] | None:

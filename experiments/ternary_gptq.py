@@ -30,10 +30,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from trilobit.fourbit.gptq import inverse_factor
 from trilobit.quant import FLOOR, absmean_scale, group_size, ternary_dequantize, ternary_levels
+from trilobit.surgery.layerwise import Stopped, first_layer_inputs, hidden_states_of, layer_calls
 from trilobit.surgery.roles import decoder_layers
 from trilobit.train.loop import autocast
-from trilobit.train.reconstruct import Stopped, first_layer_inputs, hidden_states_of, layer_calls
 
 Rule = Literal["absmean", "mse"]
 GRANULARITY = "group-128"
@@ -59,23 +60,6 @@ def round_to_nearest(weight: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
     scales = [group_scale(group, rule) for group in groups]
     codes = [ternary_levels(group, scale, "row") for group, scale in zip(groups, scales, strict=True)]
     return torch.cat(codes, dim=1).to(torch.int8), torch.cat(scales, dim=1)
-
-
-def inverse_factor(moment: Tensor, damping: float = DAMPING) -> Tensor:
-    """U of H⁻¹ = Uᵀ U, H the damped moment. [K, K]. Inputs that are never anything but zero get a diagonal of one."""
-    moment = moment.clone()
-    diagonal = moment.diagonal()
-    diagonal[diagonal == 0] = 1
-    mean = diagonal.mean()
-    while True:
-        damped = moment + torch.eye(len(moment), dtype=moment.dtype, device=moment.device) * (damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed:
-                return upper
-        assert damping < 1e6, f"the inputs' moment of {len(moment)} channels is not finite"
-        damping *= 10
 
 
 def quantize_columns(weight: Tensor, moment: Tensor, rule: Rule, damping: float = DAMPING) -> tuple[Tensor, Tensor]:

@@ -25,13 +25,14 @@ from trilobit.config.export import ExportConfig
 from trilobit.config.generate import GenerateConfig
 from trilobit.config.outliers import OutliersConfig
 from trilobit.config.pretrain import PretrainConfig
+from trilobit.config.quantize import QuantizeConfig
 from trilobit.config.tune import TuneConfig
 from trilobit.kernels import native
 
 CONFIGS = {
     "tune": TuneConfig, "pretrain": PretrainConfig, "eval": EvalConfig, "outliers": OutliersConfig,
-    "export": ExportConfig, "generate": GenerateConfig, "chat": ChatConfig, "bench": BenchConfig, "demo": DemoConfig,
-    "doctor": DoctorConfig,
+    "quantize": QuantizeConfig, "export": ExportConfig, "generate": GenerateConfig, "chat": ChatConfig, "bench": BenchConfig,
+    "demo": DemoConfig, "doctor": DoctorConfig,
 }  # fmt: skip
 TEXT = "naïve text, and more of it.\n" * 20
 
@@ -44,6 +45,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "text.txt").write_text(TEXT)
     (folder / "empty.txt").write_text("")
     (folder / "short.txt").write_text("ab")
+    (folder / "other.txt").write_text("another text, for calibration")
     (folder / "binary.txt").write_bytes(b"ab\0cd")
     (folder / "latin1.txt").write_bytes("naïve".encode("latin1"))
     (folder / "rows.jsonl").write_text('{"body": "text", "id": 1}\n')
@@ -87,6 +89,7 @@ def cli(capsys: pytest.CaptureFixture[str], place: Path, monkeypatch: pytest.Mon
 
 EVAL = ("eval", "model", "--sequence-length", "16", "--device", "cpu", "--data")
 OUTLIERS = ("outliers", "model", "--device", "cpu", "--data")
+QUANTIZE = ("quantize", "model", "--sequence-length", "16", "--calibration-length", "16", "--data", "text.txt")
 TUNE = ("tune", "model", "--data", "text.txt", "--device", "cpu")
 
 
@@ -148,6 +151,24 @@ TUNE = ("tune", "model", "--data", "text.txt", "--device", "cpu")
         ((*OUTLIERS, "text.txt", "--out", "there"), "there exists already. Choose another name"),
         ((*OUTLIERS, "text.txt", "--sequence-length", "65"), "--sequence-length 65 is longer than the model's 64 positions"),
         ((*OUTLIERS, "short.txt", "--protocol", "osp"), "the text has 5 tokens, fewer than one sequence of 2048"),
+        (("quantize", "model"), "--data"),
+        ((*QUANTIZE, "--bits", "4-4"), "--bits 4-4 is not W-A-KV or W-A-K-V: write 4-4-4"),
+        ((*QUANTIZE, "--bits", "4-9-4"), "--bits 4-9-4: 9 is out of range. Each is from 2 to 8, or 16"),
+        ((*QUANTIZE, "--bits", "1-4-4"), "--bits 1-4-4: 1 is out of range"),
+        ((*QUANTIZE, "--protocol", "ops"), "there is no protocol 'ops'; did you mean osp? There are osp, quarot, spinquant"),
+        ((*QUANTIZE, "--protocol", "tune.json"), "--protocol tune.json has knobs that do not exist: command, config"),
+        ((*QUANTIZE, "--protocol", "none.json"), "--protocol none.json: there is no such file"),
+        ((*QUANTIZE, "--method", "gptq"), "GPTQ and SpinQuant are fitted on text: give --calibration"),
+        ((*QUANTIZE, "--method", "gptq", "--calibration", "text.txt"), "a model must not be fitted to what is measured"),
+        ((*QUANTIZE, "--method", "gptq", "--calibration", "other.txt"), "the calibration text (other.txt) is too short"),
+        ((*QUANTIZE, "--method", "gptq", "--calibration", "short.txt"), "Lower --calibration-length"),
+        ((*QUANTIZE, "--grid", "osp"), "--grid osp takes long: give --out"),
+        ((*QUANTIZE, "--grid", "osp", "--out", "new", "--method", "rtn"), "--grid osp has every --method of the table in it"),
+        (("quantize", "model", "other-model", *QUANTIZE[2:]), "2 models are given: several are for --grid"),
+        ((*QUANTIZE, "--out", "there"), "there exists already. Continue it with --resume, or choose another name"),
+        ((*QUANTIZE, "--out", "new", "--resume"), "there is no run to resume in new"),
+        ((*QUANTIZE, "--tasks", "piqqa", "--task-data", "there"), "no files for piqqa; did you mean piqa?"),
+        ((*QUANTIZE, "--limit", "3"), "--limit is for benchmarks: it needs --tasks"),
         (("generate", "someone/model", "hello"), "someone/model is not a directory here, and the hub cannot be reached"),
         (("generate", "model", "hello", "--temperature", "-1"), "--temperature"),
         (("generate", "model", "hello", "--top-p", "1.5"), "--top-p is 1.5; it must be above 0 and at most 1"),
@@ -311,7 +332,7 @@ def test_help_mentions_every_field(cli: Any, command: str) -> None:
     """`trilobit COMMAND --help` exits 0, on stdout, with every field of its configuration and its docstring."""
     outcome = cli(command, "--help")
     assert outcome.code == 0
-    positional = {"model": "MODEL", "prompt": "PROMPT", "architecture": "ARCHITECTURE"}
+    positional = {"model": "MODEL", "prompt": "PROMPT", "architecture": "ARCHITECTURE", "models": "MODEL"}
     for field in fields(CONFIGS[command]):
         name = positional.get(field.name, f"--{field.name.replace('_', '-')}")
         name = "--max-tokens" if name == "--max_tokens" else name

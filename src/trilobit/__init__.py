@@ -9,6 +9,7 @@ _PUBLIC = {
     "TuneConfig": "trilobit.config.tune",
     "PretrainConfig": "trilobit.config.pretrain",
     "EvalConfig": "trilobit.config.eval",
+    "QuantizeConfig": "trilobit.config.quantize",
     "GenerateConfig": "trilobit.config.generate",
     "TernarySpec": "trilobit.surgery.ternary",
     "TernaryLinear": "trilobit.nn.ternary",
@@ -24,6 +25,7 @@ _COMMANDS = {
     "tune": "trilobit.train.tune",
     "pretrain": "trilobit.train.pretrain",
     "evaluate": "trilobit.measure.evaluate",
+    "quantize": "trilobit.report.fourbit",
     "generate": "trilobit.infer.generate",
 }
 

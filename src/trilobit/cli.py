@@ -37,6 +37,7 @@ COMMANDS = {
     "outliers": Command(
         "trilobit.config.outliers:OutliersConfig", "trilobit.report.outliers", "activation outliers: where, carried by what"
     ),
+    "quantize": Command("trilobit.config.quantize:QuantizeConfig", "trilobit.report.fourbit", "what is lost at 4 bits"),
     "export": Command("trilobit.config.export:ExportConfig", "trilobit.export.convert", "write a model for other engines"),
     "generate": Command("trilobit.config.generate:GenerateConfig", "trilobit.infer.generate", "continue a prompt"),
     "chat": Command("trilobit.config.chat:ChatConfig", "trilobit.infer.chat", "talk to a model"),
@@ -173,6 +174,7 @@ def _from_run(command: str, source: str, config_type: Any) -> dict[str, Any]:
         choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
         if choices and value not in choices and not (value is None and type(None) in kinds):
             raise ConfigError(f"--from {source} has a value of the wrong kind: {key} is {value!r}, not one of {choices}.")
+    config = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}  # not in JSON
     return config | {"resume": False}
 
 

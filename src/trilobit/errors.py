@@ -31,3 +31,7 @@ class VerificationError(TrilobitError):
 
 class ExportError(TrilobitError):
     """A model that the target format or engine cannot hold. Says what can."""
+
+
+class UnsupportedError(TrilobitError):
+    """Something that no construction or kernel here reaches, such as a Hadamard matrix of this width. Says what does."""

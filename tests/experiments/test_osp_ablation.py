@@ -39,6 +39,7 @@ def test_a_trial_is_trained_measured_and_recorded(tmp_path: Path, monkeypatch: p
     assert set(records) == {("adam", 1e-3), ("osp", 1e-3)}
     for record in records.values():
         assert record["w4a4kv4"] > record["w16a16kv16"] > 0 and record["curve"]
+        assert len(set(record["protocols"].values())) == 3
         assert {"kurtosis", "kurtosis_osp", "kurtosis_mlp_output", "w4a4kv4_hadamard"} <= record.keys()
     shown = table(records).splitlines()
     assert len(shown) == 4 and shown[2].startswith("| Adam |") and shown[3].startswith("| all: outlier-safe |")

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from ternary_gptq import gptq, group_scale, inverse_factor, linears_by_input, quantize_columns, round_to_nearest, rtn
+from ternary_gptq import gptq, group_scale, linears_by_input, quantize_columns, round_to_nearest, rtn
 from torch import Tensor, nn
 
 from families import build
+from trilobit.fourbit.gptq import inverse_factor
 from trilobit.quant import ternary_dequantize, ternary_levels, ternary_quantize
+from trilobit.surgery.layerwise import first_layer_inputs, layer_calls
 from trilobit.surgery.roles import decoder_layers
-from trilobit.train.reconstruct import first_layer_inputs, layer_calls
 
 OUTPUTS, INPUTS = 5, 300  # two whole groups and a short one
 

@@ -77,7 +77,7 @@ def _sum_nats(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def text_windows(
-    texts: Iterable[str], tokenizer: Any, length: int, bos: bool, limit: int | None = None
+    texts: Iterable[str], tokenizer: Any, length: int, bos: bool, limit: int | None = None, flag: str = "--sequence-length"
 ) -> tuple[Tensor, Tensor]:
     """Windows [N, length] of the joined text and the bytes [N] of what each predicts; N ≤ limit, if given.
 
@@ -103,7 +103,7 @@ def text_windows(
             break
     count = len(ids) // own if limit is None else min(limit, len(ids) // own)
     if count == 0:
-        raise DataError(f"the text has {len(ids)} tokens, fewer than one window of {own}. Lower --sequence-length.")
+        raise DataError(f"the text has {len(ids)} tokens, fewer than one window of {own}. Lower {flag}.")
     windows = torch.tensor(ids[: count * own], dtype=torch.int64).view(count, own)
     boundary = torch.tensor([0, *ends[: count * own]], dtype=torch.int64)
     starts = torch.arange(count) * own
@@ -123,15 +123,24 @@ def uses_bos(tokenizer: Any, choice: str) -> bool:
     return choice == "yes"
 
 
-def require_positions(model: Any, length: int) -> None:
+def require_positions(model: Any, length: int, flag: str = "--sequence-length") -> None:
     """Raise ModelError if the model has fewer positions than `length`."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and length > positions:
-        raise ModelError(f"--sequence-length {length} is longer than the model's {positions} positions.")
+        raise ModelError(f"{flag} {length} is longer than the model's {positions} positions.")
 
 
-def measure(loaded: Loaded, config: EvalConfig, listener: Listener = SILENT) -> Perplexity:
-    """The text part of `trilobit eval`. Raises DataError and ModelError."""
+@dataclass(frozen=True)
+class Text:
+    """What is measured on: windows [N, W], the bytes [N] of what each predicts, and whether they begin with a token."""
+
+    windows: Tensor
+    sizes: Tensor
+    bos: bool
+
+
+def read(loaded: Loaded, config: EvalConfig) -> Text:
+    """The text of --data as windows for this model. Raises DataError and ModelError."""
     assert config.data is not None
     split = "heldout" if config.data == "stdlib" else None
     texts = (document.text for document in documents(config.data, text_field=config.text_field, split=split))
@@ -141,15 +150,21 @@ def measure(loaded: Loaded, config: EvalConfig, listener: Listener = SILENT) -> 
     windows, sizes = text_windows(texts, loaded.tokenizer, config.sequence_length, bos, limit)
     if int(windows.max()) >= vocabulary_size(loaded.model):
         raise ModelError(f"the text has token {int(windows.max())}, beyond the model's embedding.")
-    total, tokens = nats(loaded.model, windows, config.sequences, config.precision, listener)
+    return Text(windows, sizes, bos)
+
+
+def measure(loaded: Loaded, config: EvalConfig, listener: Listener = SILENT, text: Text | None = None) -> Perplexity:
+    """The text part of `trilobit eval`; `text` saves reading it again. Raises DataError and ModelError."""
+    text = read(loaded, config) if text is None else text
+    total, tokens = nats(loaded.model, text.windows, config.sequences, config.precision, listener)
     if not math.isfinite(total):
         raise ModelError(f"{config.model} has a loss of {total} on this text: its weights are damaged, or overflow.")
     return Perplexity(
         perplexity=perplexity(total / tokens),
         nats_per_token=total / tokens,
-        bits_per_byte=total / math.log(2) / int(sizes.sum()),
+        bits_per_byte=total / math.log(2) / int(text.sizes.sum()),
         tokens=tokens,
-        windows=len(windows),
+        windows=len(text.windows),
         sequence_length=config.sequence_length,
-        bos=bos,
+        bos=text.bos,
     )

@@ -96,7 +96,7 @@ def outlier_safe(
         embedding_scale(embedding)
     scales = {path: _constant_gain(model, path, rule) for path, rule in find_norms(model).items()} if ssnorm else {}
     if tied is False:
-        _untie(model)
+        untie(model)
     surgery = apply_spec(model, OutlierSafeSpec(ssnorm, embproj), seed=seed)
     with torch.no_grad():
         for path, scale in scales.items():
@@ -124,7 +124,7 @@ def apply_spec(model: PreTrainedModel, spec: OutlierSafeSpec, *, seed: int = 0) 
         if module in replacements:
             model.set_submodule(path, replacements[module])
     if spec.embproj:
-        _untie(model)
+        untie(model)
     return _partition(model, spec, replacements)
 
 
@@ -225,7 +225,7 @@ def _require_decoder(model: PreTrainedModel) -> None:
         raise ModelError(f"{kind} is not causal (an encoder?): earlier positions see later tokens.")
 
 
-def _untie(model: PreTrainedModel) -> None:
+def untie(model: PreTrainedModel) -> None:
     """Give the head a weight of its own if it has none, and let transformers know, which would tie them again otherwise."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head.weight is embedding.weight:  # pyright: ignore[reportOptionalMemberAccess]

@@ -210,7 +210,7 @@ def _watch(
     for module in model.modules():
         if module in linears:
             handles.append(module.register_forward_hook(after_linear))
-        elif _is_norm(module):
+        elif is_norm(module):
             handles.append(module.register_forward_hook(after_norm))
     try:
         logits = model(input_ids=tokens, use_cache=False).logits
@@ -220,7 +220,8 @@ def _watch(
     return seen, logits
 
 
-def _is_norm(module: nn.Module) -> bool:
+def is_norm(module: nn.Module) -> bool:
+    """Whether `module` is a leaf that owns vectors only, as norms of every kind do."""
     parameters = list(module.parameters(recurse=False))
     return bool(parameters) and not list(module.children()) and all(p.ndim <= 1 for p in parameters)
 

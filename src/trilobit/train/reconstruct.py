@@ -15,12 +15,12 @@ Letters: N sequences, T positions, D width.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from trilobit.surgery.layerwise import first_layer_inputs, hidden_states_of, layer_calls
 from trilobit.surgery.roles import decoder_layers
 from trilobit.train.loop import BETAS, autocast
 
@@ -77,52 +77,3 @@ def _relative_error(output: Tensor, wanted: Tensor) -> Tensor:
     """Mean over tokens of ‖o − w‖² / ‖w‖². Both [N, T, D]."""
     output, wanted = output.float(), wanted.float()
     return ((output - wanted).square().sum(dim=-1) / wanted.square().sum(dim=-1).clamp(min=1e-6)).mean()
-
-
-class Stopped(Exception):
-    """Ends a forward whose rest nobody needs."""
-
-
-@torch.no_grad()
-def first_layer_inputs(model: PreTrainedModel, batches: Sequence[Tensor], precision: str) -> list[Tensor]:
-    """What the first decoder layer gets, for each batch: [N, T, D]."""
-    device, dtype = next(model.parameters()).device, torch.bfloat16 if precision == "bf16" else torch.float32
-    found: list[Tensor] = []
-
-    def stop(module: nn.Module, arguments: tuple[Tensor, ...], options: dict[str, Any]) -> None:
-        found.append((arguments[0] if arguments else options["hidden_states"]).to(dtype))
-        raise Stopped
-
-    handle = decoder_layers(model)[0][1].register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        for batch in batches:
-            try:
-                with autocast(precision, device):
-                    model(input_ids=batch.to(device), use_cache=False)
-            except Stopped:
-                pass
-    finally:
-        handle.remove()
-    return found
-
-
-@torch.no_grad()
-def layer_calls(model: PreTrainedModel, batch: Tensor) -> list[dict[str, Any]]:
-    """What else each decoder layer gets (masks, positions), which is the same for every batch of one shape."""
-    found: list[dict[str, Any]] = []
-
-    def note(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        assert len(arguments) <= 1, "decoder layers get all but the hidden states by name"
-        found.append({name: value for name, value in options.items() if name != "hidden_states"})
-
-    handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for _, layer in decoder_layers(model)]
-    try:
-        model(input_ids=batch.to(next(model.parameters()).device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
-
-
-def hidden_states_of(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output

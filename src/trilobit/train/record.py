@@ -35,6 +35,19 @@ def new_record(
     return {
         "command": command,
         "config": asdict(config),
+        **run_facts(),
+        "data": tokens.description,
+        "data_key": tokens.key,
+        "data_sha256": tokens.sha256,
+        "base": base,
+        "compiled": compiled,
+        **decided,
+    }
+
+
+def run_facts() -> dict[str, Any]:
+    """How, when and by what a run was started."""
+    return {
         "argv": sys.argv[1:],
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {
@@ -42,12 +55,6 @@ def new_record(
             "python": platform.python_version(),
         },
         "git": _git_revision(),
-        "data": tokens.description,
-        "data_key": tokens.key,
-        "data_sha256": tokens.sha256,
-        "base": base,
-        "compiled": compiled,
-        **decided,
     }  # fmt: skip
 
 

@@ -1,0 +1,241 @@
+"""Cells of a table: one model, made by one protocol, measured. A column is what shares weights but for their bits.
+
+The original is measured first, untouched; every other cell's loss is stated in nats above it. A column's model is loaded
+anew, rotated, its kurtosis taken, its weights quantised once, and then read at each setting of activations and cache.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trilobit.config.eval import EvalConfig
+from trilobit.config.quantize import Method, QuantizeConfig, Rotation
+from trilobit.errors import TrilobitError
+from trilobit.fourbit.calibration import calibration_source, calibration_windows
+from trilobit.fourbit.fake import Prepared, prepare, round_weights
+from trilobit.fourbit.gptq_layers import gptq
+from trilobit.fourbit.protocol import Protocol, find_protocol
+from trilobit.infer.load import Loaded, load, pick_device
+from trilobit.listener import Listener
+from trilobit.measure.contextual import measure_contextual
+from trilobit.measure.perplexity import Perplexity, Text, measure, read
+from trilobit.measure.scores import TaskScore, averages, compared
+from trilobit.measure.tasks import Tasks, offline
+
+FULL = "16-16-16"
+ORIGINAL = "original"
+ROWS = (FULL, "4-8-16", "4-8-8", "4-4-16", "4-4-4")
+COLUMNS: dict[str, tuple[Method, Rotation]] = {
+    "RTN": ("rtn", "none"), "+ FFN Hadamard": ("rtn", "ffn"), "+ GPTQ": ("gptq", "ffn"), "QuaRot": ("gptq", "quarot"),
+    "SpinQuant": ("gptq", "spinquant"),
+}  # fmt: skip
+KURTOSIS_WINDOWS, KURTOSIS_LENGTH = 16, 512
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement. column: how it was made. loss: nats per token above the original's. refused: why there are no numbers.
+
+    excess_kurtosis, kurtosis_mlp_output: of the residual stream and of what the MLPs' last linears read, after the column's
+    rotations and before quantisation. seconds_weights: of rotating and quantising, shared by a column; seconds: of measuring.
+    """
+
+    model: str
+    column: str
+    bits: str
+    method: str
+    protocol_sha256: str
+    perplexity: float | None = None
+    nats_per_token: float | None = None
+    bits_per_byte: float | None = None
+    loss: float | None = None
+    tokens: int | None = None
+    excess_kurtosis: float | None = None
+    kurtosis_mlp_output: float | None = None
+    average: float | None = None
+    average_stderr: float | None = None
+    tasks: list[TaskScore] | None = None
+    seconds_weights: float | None = None
+    seconds: float | None = None
+    refused: str | None = None
+
+
+@dataclass(frozen=True)
+class Column:
+    """A way to make weights and the protocols, of equal weights, to read them by."""
+
+    name: str
+    protocols: tuple[Protocol, ...]
+
+
+def plan(config: QuantizeConfig) -> list[Column]:
+    """The columns that `config` asks for, the original apart. Raises ConfigError, before any model is loaded."""
+    changes: dict[str, Any] = {
+        "calibration_samples": config.calibration_samples, "calibration_length": config.calibration_length,
+        "learning_steps": config.learning_steps, "rotation_seed": config.seed, "calibration_seed": config.seed,
+    }  # fmt: skip
+    base = replace(find_protocol(config.protocol), **{name: value for name, value in changes.items() if value is not None})
+    if config.grid is None:
+        protocol = base if config.bits is None else base.with_bits(config.bits)
+        protocol = protocol if config.method is None else replace(protocol, method=config.method)
+        protocol = protocol if config.rotate is None else protocol.rotated(config.rotate)
+        columns = [Column(label(protocol), (protocol,))]
+    else:
+        columns = [
+            Column(name, tuple(replace(base.rotated(rotate), method=method).with_bits(row) for row in ROWS if row != FULL))
+            for name, (method, rotate) in COLUMNS.items()
+        ]  # fmt: skip
+
+    def complete(protocol: Protocol) -> Protocol:
+        data = calibration_source(config, protocol) if protocol.calibrates else None
+        return replace(protocol, calibration_data=data)
+
+    return [Column(column.name, tuple(map(complete, column.protocols))) for column in columns]
+
+
+def label(protocol: Protocol) -> str:
+    """What a single column is called."""
+    parts = [{"rtn": "RTN", "gptq": "GPTQ"}[protocol.method]]
+    if protocol.residual_rotation != "none":
+        parts.append("learned rotation" if protocol.residual_rotation == "learned" else "rotation")
+    elif protocol.ffn_hadamard:
+        parts.append("FFN Hadamard")
+    return " + ".join(parts)
+
+
+@dataclass
+class Measure:
+    """What all cells of a model share. known: what an earlier run found. keep: hears of each new cell."""
+
+    config: QuantizeConfig
+    listener: Listener
+    tasks: Tasks | None
+    known: Callable[[str, str, str], Cell | None]
+    keep: Callable[[Cell], None]
+    progress: Path | None = None
+    text: Text | None = None
+
+    def cells(self, model: str, columns: list[Column]) -> Iterator[Cell]:
+        """Every cell of one model: the original, then column by column. In a grid a column that this model cannot have is a
+        cell that says why; alone, it raises."""
+        self.text = None  # another model, another tokenizer
+        original = self.known(model, ORIGINAL, FULL) or self._original(model)
+        yield original
+        for column in columns:
+            found = {p.bits: self.known(model, column.name, p.bits) for p in column.protocols}
+            missing = [p for p in column.protocols if found[p.bits] is None]
+            yield from (cell for cell in found.values() if cell is not None)
+            if missing:
+                yield from self._column(model, Column(column.name, tuple(missing)), original)
+
+    def _original(self, model: str) -> Cell:
+        loaded = self._load(model)
+        untouched = find_protocol(self.config.protocol).with_bits(FULL).rotated("none")
+        cell = Cell(model, ORIGINAL, FULL, "none", untouched.sha256)
+        cell = self._measured(loaded, replace(cell, **self._kurtosis(loaded)), FULL)
+        cell = replace(cell, loss=0.0)
+        self.keep(cell)
+        return cell
+
+    def _column(self, model: str, column: Column, original: Cell) -> Iterator[Cell]:
+        first, start = column.protocols[0], time.perf_counter()
+        try:
+            loaded = self._load(model)
+            self.listener.note(f"{model}: {column.name}")
+            windows = calibration_windows(loaded, self.config, first) if first.calibrates else None
+            prepared = prepare(loaded.model, first, windows, self.progress, self.listener)
+            kurtosis = self._kurtosis(loaded)
+            self._weights(prepared, first, windows)
+        except TrilobitError as error:
+            for p in column.protocols:
+                yield self._refused(Cell(model, column.name, p.bits, p.method, p.sha256), error)
+            return
+        seconds = time.perf_counter() - start
+        for protocol in column.protocols:
+            cell = Cell(model, column.name, protocol.bits, protocol.method, protocol.sha256, seconds_weights=seconds)
+            try:
+                with prepared.computing(protocol):
+                    cell = self._measured(loaded, replace(cell, **kurtosis), protocol.bits)
+            except TrilobitError as error:
+                yield self._refused(cell, error)
+                continue
+            assert cell.nats_per_token is not None and original.nats_per_token is not None
+            cell = replace(cell, loss=cell.nats_per_token - original.nats_per_token)
+            self.keep(cell)
+            yield cell
+
+    def _refused(self, cell: Cell, error: TrilobitError) -> Cell:
+        """A cell of a grid that says why it has no numbers; alone, the error. It is not kept: what is refused now may be
+        possible when the grid is continued."""
+        if self.config.grid is None:
+            raise error
+        self.listener.note(f"{cell.column} at {cell.bits} is refused: {error}")
+        return replace(cell, refused=str(error))
+
+    def _weights(self, prepared: Prepared, protocol: Protocol, windows: Tensor | None) -> None:
+        if protocol.method == "rtn" or protocol.weight_bits == 16:
+            round_weights(prepared, protocol, self.listener)
+        else:
+            assert windows is not None, "GPTQ is fitted on text"
+            gptq(prepared, windows, protocol, self.progress, self.listener)
+
+    def _load(self, model: str) -> Loaded:
+        dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
+        return load(model, device=pick_device(self.config.device), dtype=dtype)
+
+    def _text(self, loaded: Loaded) -> tuple[Text, EvalConfig]:
+        names = ("data", "text_field", "sequence_length", "sequences", "max_tokens", "bos")
+        settings = EvalConfig(model="", **{name: getattr(self.config, name) for name in names})
+        if self.text is None:
+            self.text = read(loaded, settings)
+        return self.text, settings
+
+    def _kurtosis(self, loaded: Loaded) -> dict[str, float]:
+        windows = self._text(loaded)[0].windows[:KURTOSIS_WINDOWS, :KURTOSIS_LENGTH]
+        found = measure_contextual(loaded.model, windows, str)
+        reads = [row.later.excess_kurtosis for row in found.sites if row.site == "mlp-output"]
+        return {"excess_kurtosis": found.excess_kurtosis, "kurtosis_mlp_output": sum(reads) / len(reads)}
+
+    def _measured(self, loaded: Loaded, cell: Cell, bits: str) -> Cell:
+        """Perplexity of the model as it computes now, and benchmarks where this row is asked them."""
+        start = time.perf_counter()
+        text, settings = self._text(loaded)
+        found: Perplexity = measure(loaded, replace(settings, model=f"{cell.model} at {bits}"), self.listener, text)
+        cell = replace(
+            cell, perplexity=found.perplexity, nats_per_token=found.nats_per_token, bits_per_byte=found.bits_per_byte,
+            tokens=found.tokens,
+        )  # fmt: skip
+        if self.tasks is not None and (self.config.grid is None or bits in self.config.task_rows()):
+            cell = self._asked(loaded, cell, self.tasks)
+        return replace(cell, seconds=time.perf_counter() - start)
+
+    def _asked(self, loaded: Loaded, cell: Cell, tasks: Tasks) -> Cell:
+        from trilobit.measure.harness import score
+
+        rows: list[TaskScore] = []
+        with nullcontext() if self.config.task_data is None else offline():
+            for part, limit in limits(tasks, self.config.limit, self.config.generate_limit):
+                rows += score(loaded, part, self.config.sequences, limit, self.listener).rows
+        rows = compared(rows, None, tasks.counted)
+        mean = averages(rows, tasks.counted)
+        return replace(cell, tasks=rows, average=mean.average, average_stderr=mean.average_stderr)
+
+
+def limits(tasks: Tasks, limit: int | None, generate: int | None) -> list[tuple[Tasks, int | None]]:
+    """The tasks with the limit of each: those whose answer is written freely apart, if their limit is another."""
+    if generate is None or generate == limit:
+        return [(tasks, limit)]
+    written = {name for name, leaf in tasks.leaves.items() if leaf.OUTPUT_TYPE == "generate_until"}
+    grouped = {leaf.task_name for group in tasks.groups.values() for leaf in group.get_all_tasks()}
+    written -= grouped  # a group is one number: its tasks stay together
+    parts = [
+        (Tasks({n: leaf for n, leaf in tasks.leaves.items() if (n in written) == free}, {} if free else tasks.groups), most)
+        for free, most in ((False, limit), (True, generate))
+    ]
+    return [(part, most) for part, most in parts if part.leaves]

@@ -1,0 +1,161 @@
+"""GPTQ of a whole decoder: layer by layer, within a layer by input, on what quantised predecessors make of the text.
+
+For q/k/v, then o, then gate/up, then down: the second moment of what they read is collected with all before them quantised,
+and the matrices that share it are quantised together. Activations and cache are at 16 bits meanwhile, online transforms on.
+
+A layer that is done is written to disk at once, whole or not at all (storage.py), under a name that hashes weights, text and
+protocol: a run that was killed reads what it finds and goes on, and gets the same weights. Only the hidden states of one
+depth are held.
+
+Letters: N sequences, T positions, D width, K inputs.
+"""
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from trilobit.errors import ModelError
+from trilobit.fourbit.fake import Prepared
+from trilobit.fourbit.gptq import quantize_columns
+from trilobit.fourbit.progress import fingerprint
+from trilobit.fourbit.protocol import Protocol
+from trilobit.listener import SILENT, Listener
+from trilobit.storage import atomic_directory, is_whole, save_tensors, verify_manifest
+from trilobit.surgery.layerwise import Stopped, first_layer_inputs, hidden_states_of, layer_calls
+from trilobit.surgery.roles import decoder_layers, evaluating
+
+WEIGHTS = "weights.safetensors"
+
+
+def gptq(
+    prepared: Prepared, windows: Tensor, protocol: Protocol, progress: Path | None = None, listener: Listener = SILENT
+) -> None:
+    """Quantise the decoder's linears in place. windows: token ids [N, T]. progress: folder for finished layers.
+
+    Raises ModelError where memory will not do, and naming the linear whose inputs are not finite.
+    """
+    needed = require_memory(prepared, windows)
+    layers = [layer for _, layer in decoder_layers(prepared.model)]
+    place = None if progress is None else progress / fingerprint(prepared.model, windows, protocol)[:16]
+    done = _finished(place, len(layers))
+    if done:
+        listener.note(f"GPTQ: {done} of {len(layers)} layers were finished before.")
+    for index in range(done):
+        assert place is not None
+        _read_layer(prepared, index, place)
+    if done == len(layers):
+        return
+    listener.note(f"GPTQ on {len(windows)} × {windows.shape[1]} tokens: {needed / 1e9:.2f} GB beside the model.")
+    model, batches, start = prepared.model, windows.split(1), time.perf_counter()
+    precision = "bf16" if model.dtype == torch.bfloat16 else "fp32"
+    with evaluating(model):
+        calls = layer_calls(model, batches[0])
+        states = first_layer_inputs(model, batches, precision)
+        for index, layer in enumerate(layers):
+
+            def run(x: Tensor, layer: nn.Module = layer, index: int = index) -> Tensor:
+                return hidden_states_of(layer(x, **calls[index]))
+
+            if index >= done:
+                _quantize_layer(prepared, index, states, run, protocol)
+                if place is not None:
+                    _write_layer(prepared, index, place)
+                left = len(layers) - done
+                listener.progress("GPTQ layers", index + 1 - done, left, time.perf_counter() - start)
+            for number, x in enumerate(states):
+                states[number] = run(x)
+
+
+def _quantize_layer(
+    prepared: Prepared, index: int, states: list[Tensor], run: Callable[[Tensor], Tensor], protocol: Protocol
+) -> None:
+    members = [(site, linear) for site, linear in prepared.linears() if site.layer == index]
+    for _, group in groupby(members, key=lambda member: member[0].group):
+        together = list(group)
+        where = ", ".join(site.path for site, _ in together)
+        moment = input_moment(together[0][1], states, run)
+        stacked = quantize_columns(torch.cat([linear.weight for _, linear in together]), moment, protocol, where)
+        for (_, linear), weight in zip(together, stacked.split([linear.out_features for _, linear in together]), strict=True):
+            linear.weight.copy_(weight)
+
+
+def input_moment(linear: nn.Linear, states: list[Tensor], run: Callable[[Tensor], Tensor]) -> Tensor:
+    """Σ x xᵀ of what `linear` reads, after its other hooks, while `run` sends each of `states` through its layer: [K, K]
+    float64, each sequence's share summed in fp32."""
+    moment = torch.zeros(linear.in_features, linear.in_features, dtype=torch.float64, device=linear.weight.device)
+
+    def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0].flatten(0, -2).float()
+        moment.add_(x.T @ x)
+        raise Stopped
+
+    handle = linear.register_forward_pre_hook(add)
+    try:
+        for x in states:
+            with suppress(Stopped):
+                run(x)
+    finally:
+        handle.remove()
+    return moment
+
+
+def _finished(place: Path | None, layers: int) -> int:
+    """How many layers, from the first on, are on disk."""
+    if place is None:
+        return 0
+    return next((index for index in range(layers) if not is_whole(_layer(place, index))), layers)
+
+
+def _layer(place: Path, index: int) -> Path:
+    return place / f"layer-{index:03}"
+
+
+def _write_layer(prepared: Prepared, index: int, place: Path) -> None:
+    weights = {site.path: linear.weight.detach() for site, linear in prepared.linears() if site.layer == index}
+    with atomic_directory(_layer(place, index)) as directory:
+        save_tensors(weights, directory / WEIGHTS)
+
+
+def _read_layer(prepared: Prepared, index: int, place: Path) -> None:
+    verify_manifest(_layer(place, index))
+    weights = load_file(_layer(place, index) / WEIGHTS)
+    with torch.no_grad():
+        for site, linear in prepared.linears():
+            if site.layer == index:
+                linear.weight.copy_(weights[site.path])
+
+
+def require_memory(prepared: Prepared, windows: Tensor) -> int:
+    """Bytes that GPTQ needs beyond the model: hidden states, a moment with its factors, a layer's activations. Raises
+    ModelError, with what would help, if this machine has fewer."""
+    linears = [linear for _, linear in prepared.linears()]
+    widest, rows = max(x.in_features for x in linears), max(x.out_features for x in linears)
+    embedding: Any = prepared.model.get_input_embeddings()
+    states: int = windows.numel() * embedding.embedding_dim * prepared.model.dtype.itemsize
+    needed = states + 5 * 8 * widest**2 + 4 * 4 * rows * widest + 16 * 4 * windows.shape[1] * widest
+    free = _available(linears[0].weight.device)
+    if free is not None and needed > free:
+        raise ModelError(
+            f"GPTQ on {len(windows)} × {windows.shape[1]} tokens needs {needed / 1e9:.2f} GB beside the model, of which "
+            f"{states / 1e9:.2f} for hidden states; {free / 1e9:.2f} GB are free. Lower --calibration-samples, or "
+            "--precision bf16."
+        )
+    return needed
+
+
+def _available(device: torch.device) -> int | None:
+    """Bytes that are free on `device`; None where that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)

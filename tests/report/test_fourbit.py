@@ -1,0 +1,235 @@
+"""`trilobit quantize` as a whole: cells, grids that are continued, reports, refusals."""
+
+import csv
+import json
+from collections import Counter
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+
+from infer.checkpoints import byte_model, byte_tokenizer, save
+from trilobit.cli import main
+from trilobit.config.eval import EvalConfig
+from trilobit.config.quantize import QuantizeConfig
+from trilobit.errors import ConfigError, ModelError, OutputError
+from trilobit.fourbit import evaluate
+from trilobit.fourbit.evaluate import COLUMNS, ORIGINAL, ROWS
+from trilobit.fourbit.protocol import PRESETS, find_protocol
+from trilobit.fourbit.result import QuantizeResult
+from trilobit.infer.load import load
+from trilobit.measure.perplexity import measure
+from trilobit.report import fourbit
+from trilobit.report.fourbit import run
+from trilobit.storage import verify_manifest
+
+pytestmark = pytest.mark.filterwarnings(  # torch's own imports, on the way to transformers' bitnet classes
+    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
+)
+TEXT = "Ein naïver Satz, ✓ geprüft 😀, und noch einer.\n" * 8
+OTHER = "Another text, which is about nothing, and has been put here for calibration only.\n" * 8
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("place")
+    save(folder / "model", byte_model(num_hidden_layers=1, intermediate_size=32), byte_tokenizer(adds_bos=True))
+    save(folder / "gemma", byte_model("gemma3_text", num_hidden_layers=1, intermediate_size=32), byte_tokenizer())
+    (folder / "text.txt").write_text(TEXT)
+    (folder / "other.txt").write_text(OTHER)
+    return folder
+
+
+def settings(place: Path, *models: str, **more: Any) -> QuantizeConfig:
+    common = {
+        "models": tuple(str(place / name) for name in models or ("model",)), "data": str(place / "text.txt"),
+        "calibration": str(place / "other.txt"), "calibration_samples": 6, "calibration_length": 16, "sequence_length": 16,
+        "max_tokens": 100, "device": "cpu", "learning_steps": 2,
+    }  # fmt: skip
+    return QuantizeConfig(**{**common, **more})
+
+
+@pytest.fixture(scope="module")
+def grid(place: Path) -> tuple[QuantizeResult, Path]:
+    out = place / "grid"
+    return run(settings(place, "model", "gemma", grid="osp", out=str(out))), out
+
+
+def test_a_single_cell(place: Path) -> None:
+    """The original's number is that of `trilobit eval`, the cell's is worse, and the protocol is there with its hash."""
+    result = run(settings(place))
+    original, cell = result.cells
+    expected = measure(
+        load(place / "model"),
+        EvalConfig(model="m", data=str(place / "text.txt"), sequence_length=16, max_tokens=100, sequences=4),
+    )
+    assert (original.column, original.bits, original.loss) == (ORIGINAL, "16-16-16", 0.0)
+    assert original.perplexity == expected.perplexity and original.tokens == expected.tokens == 90
+    assert (cell.column, cell.bits, cell.method) == ("RTN", "4-4-4", "rtn")
+    assert cell.loss == pytest.approx(cell.nats_per_token - original.nats_per_token)
+    assert abs(cell.loss) > 1e-4
+    protocol = replace(PRESETS["osp"], calibration_samples=6, calibration_length=16, learning_steps=2)
+    assert result.protocols == {protocol.sha256: protocol.text} and cell.protocol_sha256 == protocol.sha256
+    assert cell.excess_kurtosis == original.excess_kurtosis  # RTN turns nothing
+    assert all(part in result.summary() for part in (protocol.sha256, "weight_clip", "4-4-4", "RTN", "above"))
+
+
+def test_sixteen_bits_are_the_original(place: Path) -> None:
+    """--bits 16-16-16 gives the original's number, exactly."""
+    original, cell = run(settings(place, bits="16-16-16")).cells
+    assert cell.nats_per_token == original.nats_per_token and cell.loss == 0.0
+
+
+@pytest.mark.parametrize(
+    ("more", "column"),
+    [
+        ({"rotate": "ffn"}, "RTN + FFN Hadamard"), ({"method": "gptq"}, "GPTQ"), ({"bits": "3-8-4-5"}, "RTN"),
+        ({"precision": "bf16"}, "RTN"), ({"protocol": "quarot", "rotate": "ffn"}, "GPTQ + FFN Hadamard"),
+    ],
+)  # fmt: skip
+def test_settings_reach_the_protocol(place: Path, more: Any, column: str) -> None:
+    """Flags change the protocol that is named and hashed, and the number."""
+    base = run(settings(place)).cells[1]
+    result = run(settings(place, **more))
+    cell = result.cells[1]
+    assert cell.column == column and cell.bits == more.get("bits", "4-4-4")
+    assert cell.nats_per_token != base.nats_per_token
+    (text,) = result.protocols.values()
+    rows = dict(line.split(maxsplit=1) for line in text.splitlines())
+    assert rows["ffn_hadamard"] == ("true" if "FFN" in column else "false")
+    assert rows["method"] == ('"gptq"' if "GPTQ" in column else '"rtn"')
+    assert (rows["calibration_data"] == "null") == ("GPTQ" not in column)
+
+
+def test_the_grid_has_every_cell(grid: tuple[QuantizeResult, Path]) -> None:
+    """Of each model the original and four rows of five columns, none twice; a column that a model cannot have says why."""
+    result, _ = grid
+    for model in {cell.model for cell in result.cells}:
+        cells = [cell for cell in result.cells if cell.model == model]
+        expected = Counter([(ORIGINAL, ROWS[0]), *((column, row) for column in COLUMNS for row in ROWS[1:])])
+        assert Counter((cell.column, cell.bits) for cell in cells) == expected
+        for cell in cells:
+            assert (cell.perplexity is None) == (cell.refused is not None)
+        done = {cell.column for cell in cells if cell.refused is None}
+        assert done >= {ORIGINAL, "RTN", "+ FFN Hadamard", "+ GPTQ"}
+
+
+def test_a_cell_of_the_grid_is_the_cell_alone(place: Path, grid: tuple[QuantizeResult, Path]) -> None:
+    """Sharing weights between the rows of a column changes no number."""
+    cells = {(cell.column, cell.bits): cell for cell in grid[0].cells if cell.model.endswith("model")}
+    alone = run(settings(place, bits="4-8-8", method="gptq", rotate="ffn")).cells[1]
+    assert alone.nats_per_token == cells["+ GPTQ", "4-8-8"].nats_per_token
+    assert alone.protocol_sha256 == cells["+ GPTQ", "4-8-8"].protocol_sha256
+    assert cells["RTN", "4-8-16"].kurtosis_mlp_output != cells["+ FFN Hadamard", "4-8-16"].kurtosis_mlp_output
+
+
+def test_the_report_is_whole(grid: tuple[QuantizeResult, Path]) -> None:
+    """JSON is the result, CSV has a line a cell, the table a row a setting, the plot lines, and protocols are read back."""
+    result, out = grid
+    report = out / "report"
+    verify_manifest(report)
+    assert json.loads((report / "fourbit.json").read_text()) == json.loads(json.dumps(asdict(result)))
+    with (report / "fourbit.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(result.cells)
+    assert [row["perplexity"] for row in rows] == ["" if c.perplexity is None else str(c.perplexity) for c in result.cells]
+    table = (report / "table.md").read_text(encoding="utf-8")
+    assert table.count("| 4-4-4 |") == 2 and "| bits | RTN | + FFN Hadamard | + GPTQ | QuaRot | SpinQuant |" in table
+    assert all(row in result.summary() for row in (*ROWS, "kurtosis", "seconds"))
+    image = imread(report / "perplexity.png")[..., :3]
+    assert (np.ptp(image, axis=-1) > 0.2).sum() > 500
+    for digest in result.protocols:
+        assert find_protocol(str(report / "protocols" / f"{digest[:12]}.json")).sha256 == digest
+
+
+def test_a_protocol_of_a_report_repeats_its_cell(place: Path, grid: tuple[QuantizeResult, Path]) -> None:
+    """--protocol with a file of a report, at its bits, gives the number that the report has."""
+    result, out = grid
+    cell = next(c for c in result.cells if (c.column, c.bits) == ("+ FFN Hadamard", "4-8-8"))
+    path = out / "report" / "protocols" / f"{cell.protocol_sha256[:12]}.json"
+    again = run(settings(place, protocol=str(path), bits="4-8-8")).cells[1]
+    assert (again.nats_per_token, again.protocol_sha256) == (cell.nats_per_token, cell.protocol_sha256)
+
+
+def test_a_stopped_grid_continues(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grid: Any) -> None:
+    """A grid that dies after any number of cells has, resumed, the numbers of one that was left alone, and measures no cell
+    twice."""
+    out, kept, real = tmp_path / "grid", 0, fourbit._keep
+
+    def dying(*arguments: Any) -> None:
+        nonlocal kept
+        real(*arguments)
+        kept += 1
+        if kept in (1, 7):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(fourbit, "_keep", dying)
+    config = settings(place, grid="osp", out=str(out))
+    for resume in (False, True):
+        with pytest.raises(KeyboardInterrupt):
+            run(replace(config, resume=resume))
+        assert not (out / "report").exists()
+    result = run(replace(config, resume=True))
+    whole = {(c.column, c.bits): c for c in grid[0].cells if c.model.endswith("model")}
+    assert kept == sum(cell.refused is None for cell in whole.values())
+    assert [c.nats_per_token for c in result.cells] == [whole[c.column, c.bits].nats_per_token for c in result.cells]
+    monkeypatch.setattr(evaluate, "load", None)  # a third time nothing is loaded
+    if all(cell.refused is None for cell in result.cells):
+        assert run(replace(config, resume=True)) == result
+
+
+def test_other_settings_are_no_continuation(place: Path, grid: tuple[QuantizeResult, Path]) -> None:
+    """--resume with another text or seed names what differs; without --resume the directory is taken."""
+    config = settings(place, "model", "gemma", grid="osp", out=str(grid[1]))
+    with pytest.raises(OutputError, match="exists already"):
+        run(config)
+    with pytest.raises(ConfigError, match=r"--max-tokens was 100, is 50; --seed was None, is 1\."):
+        run(replace(config, resume=True, max_tokens=50, seed=1))
+
+
+def test_refusals(place: Path, tmp_path: Path) -> None:
+    """Alone, what a model or text cannot do is an error: damaged weights, too few positions, too little text."""
+    broken = byte_model(num_hidden_layers=1)
+    with torch.no_grad():
+        broken.get_submodule("model.layers.0.mlp.up_proj").weight[0, 0] = torch.nan
+    save(tmp_path / "broken", broken, byte_tokenizer())
+    with pytest.raises(ModelError, match="not finite"):
+        run(settings(tmp_path, "broken", data=str(place / "text.txt")))
+    with pytest.raises(ModelError, match="--calibration-length 65 is longer than the model's 64 positions"):
+        run(settings(place, method="gptq", calibration_length=65))
+
+
+def test_the_command_line(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The flags reach the run, --json is the result alone, and --from repeats what run.json says."""
+    arguments = [
+        "quantize", str(place / "model"), "--data", str(place / "text.txt"), "--sequence-length", "16", "--max-tokens", "100",
+        "--bits", "4-8-8", "--rotate", "ffn", "--device", "cpu", "--out", str(tmp_path / "a"), "--json",
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [cell["bits"] for cell in found["cells"]] == ["16-16-16", "4-8-8"]
+    again = ["quantize", "--from", str(tmp_path / "a" / "run.json"), "--out", str(tmp_path / "b"), "--json"]
+    assert main(again) == 0
+    cells = json.loads(capsys.readouterr().out)["cells"]
+    assert [cell["perplexity"] for cell in cells] == [cell["perplexity"] for cell in found["cells"]]
+
+
+def test_a_protocol_file_is_left_as_it_is(place: Path, tmp_path: Path) -> None:
+    """Bits, seeds and calibration text that a file pins hold unless a flag says otherwise: the hash is the file's."""
+    protocol = replace(
+        PRESETS["osp"].with_bits("3-8-8"), method="gptq", rotation_seed=7, calibration_seed=8, calibration_samples=5,
+        calibration_length=16, calibration_data=str(place / "other.txt"),
+    )  # fmt: skip
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(asdict(protocol)))
+    plain: Any = {"calibration": None, "calibration_samples": None, "calibration_length": None, "learning_steps": None}
+    cell = run(settings(place, protocol=str(path), **plain)).cells[1]
+    assert (cell.bits, cell.protocol_sha256) == ("3-8-8", protocol.sha256)
+    other = run(settings(place, protocol=str(path), **plain | {"seed": 9})).cells[1]
+    assert other.protocol_sha256 == replace(protocol, rotation_seed=9, calibration_seed=9).sha256
+    with pytest.raises(ConfigError, match="must not be fitted to what is measured"):
+        run(settings(place, protocol=str(path), **plain | {"data": str(place / "other.txt")}))
