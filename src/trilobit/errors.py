@@ -31,3 +31,7 @@ class VerificationError(TrilobitError):
 
 class ExportError(TrilobitError):
     """A model that the target format or engine cannot hold. Says what can."""
+
+
+class RankError(TrilobitError):
+    """A run of several processes that lost one of them, or that another one stopped."""
