@@ -74,7 +74,7 @@ def _run(name: str, rest: list[str]) -> int:
     command = COMMANDS[name]
     config, as_json = parse(name, rest)
     rank = int(os.environ.get("RANK", "0"))  # as torchrun sets it
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not hasattr(config, "mesh"):
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not hasattr(config, "resume"):
         raise ConfigError(f"`trilobit {name}` is one process: start it without torchrun.")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     module = import_module(command.module)

@@ -89,7 +89,7 @@ class Ranks(Team):
     calls: int = 0
 
     def shared(self, make: Callable[[], T]) -> T:
-        key = self._key("shared")
+        key = self.key("shared")
         if self.first:
             value = self._publish(key, make)
             return value
@@ -113,7 +113,7 @@ class Ranks(Team):
         return value
 
     def by_node(self, make: Callable[[], T]) -> T:
-        key = f"{self._key('node')}/{self.rank - self.local_rank}"
+        key = f"{self.key('node')}/{self.rank - self.local_rank}"
         if self.local_rank == 0:
             kept: list[T] = []
             self._publish(key, lambda: kept.append(make()))
@@ -126,7 +126,7 @@ class Ranks(Team):
         return make()
 
     def together(self, do: Callable[[], T]) -> T:
-        key, problem, result = self._key("together"), None, None
+        key, problem, result = self.key("together"), None, None
         try:
             result = do()
         except TrilobitError as error:
@@ -171,7 +171,8 @@ class Ranks(Team):
             pause = min(pause * 1.2, 0.5)
         return self.store.get(key)
 
-    def _key(self, kind: str) -> str:
+    def key(self, kind: str) -> str:
+        """A key of the store that no call before has used, the same on every rank."""
         self.calls += 1
         return f"{kind}/{self.calls}"
 

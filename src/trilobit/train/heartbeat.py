@@ -29,11 +29,11 @@ class Heartbeat:
 
     def __init__(
         self, store: Any, rank: int, size: int, say: Callable[[str], None], lost: Callable[[str], None] | None = None,
-        beat: float = BEAT, silence: float = SILENCE,
+        beat: float | None = None, silence: float | None = None,
     ):  # fmt: skip
         self.store, self.rank, self.size, self.say = store, rank, size, say
         self.lost = lost or self._end
-        self.beat, self.silence = beat, silence
+        self.beat, self.silence = BEAT if beat is None else beat, SILENCE if silence is None else silence
         self.watched = (rank + 1) % size
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="heartbeat")

@@ -187,12 +187,12 @@ def _accumulate(
     """Forward and backward over this rank's micro-batches of one step; gradients are left in place. Returns the mean losses
     over all tokens of the step, whoever read them, on device."""
     totals: dict[str, Tensor] = {}
-    parts = parts_of_step(config, spread.team.rank, spread.team.size)
-    own = sum(number for _, number in parts)
-    for start, number in parts:
+    batches = parts_of_step(config, spread.team.rank, spread.team.size)
+    own = sum(number for _, number in batches)
+    for start, number in batches:
         batch = windows.samples(first + start, number)
         batch = batch.pin_memory() if device.type == "cuda" else batch  # else the copy would wait
-        with spread.micro_batch((start, number) == parts[-1]):
+        with spread.micro_batch((start, number) == batches[-1]):
             with autocast(config.precision, device):
                 losses = objective(batch.to(device, non_blocking=True))
             (losses.total / (own / number)).backward()

@@ -88,7 +88,7 @@ class ShardedSaver:
     def save(self, optimizer: torch.optim.Optimizer, progress: Progress, keep: int) -> None:
         """Begin to write checkpoints/step-N. Raises OutputError on every rank if the one before failed, or has no room."""
         self.settle()
-        self._key = f"checkpoint/{progress.step}"
+        self._key = self.team.key("checkpoint")
         target = self.run / "checkpoints" / f"step-{progress.step}"
 
         def require_room() -> None:
