@@ -25,7 +25,7 @@ PRELOADED = [
 
 
 def launch(
-    job: Callable[..., Any], size: int, folder: Path, seconds: float = 60, dead: tuple[int, ...] = (), **options: Any
+    job: Callable[..., Any], size: int, folder: Path, seconds: float = 120, dead: tuple[int, ...] = (), **options: Any
 ) -> list[Any]:
     """What `job` returned on each rank. Raises AssertionError with the traceback of one that failed, or of silence after
     `seconds`, when all are killed. dead: ranks that are expected to give no answer; theirs is their exit code, if they end."""

@@ -9,6 +9,7 @@ before they are quantised.
 
 import copy
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -131,10 +132,12 @@ class Copies(Spread):
     def __init__(self, model: nn.Module, team: Team, arrangement: Arrangement):
         super().__init__(model, team, arrangement)
         device = next(model.parameters()).device
-        self.wrapped = DistributedDataParallel(
-            model, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-        )  # fmt: skip
+        devices = [device.index] if device.type == "cuda" else None
+        with warnings.catch_warnings():  # torch 2.13 has another name for broadcast_buffers, which older ones do not know
+            warnings.simplefilter("ignore", FutureWarning)
+            self.wrapped = DistributedDataParallel(
+                model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+            )  # fmt: skip
         self.forward = self.wrapped
 
     @contextmanager
