@@ -25,10 +25,16 @@ PRELOADED = [
 
 
 def launch(
-    job: Callable[..., Any], size: int, folder: Path, seconds: float = 120, dead: tuple[int, ...] = (), **options: Any
+    job: Callable[..., Any],
+    size: int,
+    folder: Path,
+    seconds: float = 120,
+    dead: tuple[int, ...] = (),
+    ends: tuple[int, ...] = (),
+    **options: Any,
 ) -> list[Any]:
     """What `job` returned on each rank. Raises AssertionError with the traceback of one that failed, or of silence after
-    `seconds`, when all are killed. dead: ranks that are expected to give no answer; theirs is their exit code, if they end."""
+    `seconds`, when all are killed. ends, dead: ranks that give no answer but their exit code; the dead are not waited for."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     folder.mkdir(parents=True, exist_ok=True)
@@ -51,8 +57,8 @@ def launch(
         answer = folder / f"answer-{rank}.json"
         found = json.loads(answer.read_text()) if answer.exists() else {"error": f"rank {rank} gave no answer; late: {late}"}
         answer.unlink(missing_ok=True)
-        assert rank in dead or "error" not in found, found["error"]
-        answers.append(process.exitcode if rank in dead else found["value"])
+        assert rank in dead + ends or "error" not in found, found["error"]
+        answers.append(process.exitcode if rank in dead + ends else found["value"])
     return answers
 
 

@@ -15,9 +15,9 @@ from trilobit.train.mesh import arrange
 from trilobit.train.muon import Muon
 from trilobit.train.pieces import heights
 
-RELATIVE = {torch.float64: 1e-10, torch.float32: 0.02}
-"""Largest difference from one process, of the way that a parameter has gone. In fp32 another order of addition moves latents by
-last bits, and each that crosses a threshold changes a code, whose effect grows: a bound for nothing but gross mistakes."""
+FP64, FP32 = 1e-10, 1e-3
+"""Largest difference from one process: in fp64 of any parameter, relative to the way it has gone; in fp32 of all parameters
+together. There another order of addition moves latents by last bits, and one that crosses a threshold changes a code."""
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +29,12 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tenso
         found[f"{case.name}-start"] = sharing.parameters(sharing.model_of(case))
         found[case.name] = sharing.parameters(sharing.train(case, folder)[1])
     return found
+
+
+def together(found: dict[str, Tensor], expected: dict[str, Tensor], start: dict[str, Tensor]) -> float:
+    """‖found − expected‖ / ‖expected − start‖ over all parameters at once."""
+    squares = [((found[n] - expected[n]).square().sum(), (expected[n] - start[n]).square().sum()) for n in expected]
+    return (sum(a.item() for a, _ in squares) / sum(b.item() for _, b in squares)) ** 0.5
 
 
 def farthest(found: dict[str, Tensor], expected: dict[str, Tensor], start: dict[str, Tensor]) -> float:
@@ -46,9 +52,10 @@ def test_every_mesh_trains_as_one_process(size: int, alone: dict[str, dict[str, 
     for mesh, index in sharing.TRIED[size]:
         case = CASES[index]
         found = load_file(tmp_path / f"{mesh}-{case.name}.safetensors")
-        distance = farthest(found, alone[case.name], alone[f"{case.name}-start"])
+        measure, bound = (farthest, FP64) if case.dtype == torch.float64 else (together, FP32)
+        distance = measure(found, alone[case.name], alone[f"{case.name}-start"])
         print(mesh, case.name, distance)
-        assert distance <= RELATIVE[case.dtype], (mesh, case.name)
+        assert distance <= bound, (mesh, case.name)
 
 
 def test_planted_faults_are_caught(alone: dict[str, dict[str, Tensor]], tmp_path: Path) -> None:
@@ -130,7 +137,7 @@ def test_a_dead_rank_is_noticed(tmp_path: Path) -> None:
     ends them by its silence."""
     first, _ = launch(sharing.one_dies, 2, tmp_path / "killed", dead=(1,), how="SIGKILL")
     assert "lost touch with another rank" in first and "--max-restarts" in first
-    codes = launch(sharing.one_dies, 2, tmp_path / "stopped", dead=(0, 1), seconds=15, how="SIGSTOP")
+    codes = launch(sharing.one_dies, 2, tmp_path / "stopped", dead=(1,), ends=(0,), how="SIGSTOP")
     assert codes[0] == 75
     assert "rank 1 has given no sign of life" in (tmp_path / "stopped" / "said-0").read_text()
 
