@@ -15,6 +15,7 @@ Letters: P parameters, L layers, D width, V vocabulary, T tokens of a sequence, 
 """
 
 import copy
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,7 @@ FULL_SIZE: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 VOCABULARY = 49_152  # of a Llama of ours, whose own is its tokenizer's
 LEFT_FREE = 0.1
+PROBED_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ class Shape:
     embedding: int
     layer_bytes: int
     """What autograd keeps of one layer for one token, computing in bf16."""
+    layer_fixed: int
+    """What it keeps of one layer whatever the tokens: ternary codes, a byte a weight."""
 
     @property
     def muons(self) -> int:
@@ -98,12 +102,13 @@ def read_shape(model: str, sequence_length: int) -> Shape:
     text = config.get_text_config()
     layers = decoder_layers(built)
     embedding = built.get_input_embeddings().weight.numel()
+    fixed, by_token = saved_by_a_layer(config)
     return Shape(
         parameters=sum(p.numel() for p in built.parameters()),
         inside=sum(p.numel() for _, layer in layers for p in layer.parameters()),
         matrices=tuple(tuple(p.shape) for p in hidden_matrices(built)),  # pyright: ignore[reportArgumentType]
         layers=len(layers), width=text.hidden_size, vocabulary=text.vocab_size, embedding=embedding,
-        layer_bytes=saved_by_a_layer(config, min(sequence_length, 256)),
+        layer_bytes=by_token, layer_fixed=fixed,
     )  # fmt: skip
 
 
@@ -114,28 +119,46 @@ def shape_config(model: str, sequence_length: int) -> PretrainedConfig:
     return read_architecture(model, sequence_length)
 
 
-def saved_by_a_layer(config: PretrainedConfig, tokens: int) -> int:
-    """Bytes that autograd keeps of one ternary layer (λ = 1, a norm everywhere) for a token, computing in bf16.
+def saved_by_a_layer(config: PretrainedConfig, fake: bool = True) -> tuple[int, int]:
+    """Bytes that autograd keeps of one ternary layer (λ = 1, a norm everywhere), computing in bf16: at all, and for each token.
 
-    The difference of two layers and one, on fake tensors: without memory or arithmetic.
+    Differences of two layers and one at three lengths, on fake tensors: without memory or arithmetic. What grows as the square
+    of the length is left out: a mask, which transformers makes only where it cannot look at the values.
     """
-    with FakeTensorMode():
-        return (saved_bytes(config, 2, tokens) - saved_bytes(config, 1, tokens)) // tokens
+    n = PROBED_TOKENS
+    one, two, three = (saved_bytes(config, 2, k * n, fake) - saved_bytes(config, 1, k * n, fake) for k in (1, 2, 3))
+    square = (three - 2 * two + one) // 2
+    by_token = (two - one - 3 * square) // n
+    return one - by_token * n - square, by_token
 
 
-def saved_bytes(config: PretrainedConfig, layers: int, tokens: int) -> int:
-    """What autograd keeps of a forward over `tokens` tokens, each piece of memory once, parameters left out."""
+def saved_bytes(config: PretrainedConfig, layers: int, tokens: int, fake: bool = True) -> int:
+    """What autograd keeps of a forward over `tokens` tokens, each piece of memory once, parameters left out. fake: false to
+    compute it, for a check."""
     config = copy.deepcopy(config)
     text = config.get_text_config()
     text.num_hidden_layers, text.vocab_size = layers, 8
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(text, name, None)
-    with quiet_transformers():
+    with quiet_transformers(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    for _, layer in decoder_layers(model):
-        for path, module in list(layer.named_modules()):
-            if type(module) is nn.Linear:
-                layer.set_submodule(path, TernaryLinear.from_linear(module))
+        for _, layer in decoder_layers(model):
+            for path, module in list(layer.named_modules()):
+                if type(module) is nn.Linear:
+                    layer.set_submodule(path, TernaryLinear.from_linear(module))
+    with FakeTensorMode() if fake else nullcontext():
+        return _count_saved(model, tokens)
+
+
+def _count_saved(model: nn.Module, tokens: int) -> int:
+    """`saved_bytes` of a model on meta, whose tensors become those of the mode that is on."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(torch.zeros(parameter.shape))
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
     own = {p.untyped_storage()._cdata for p in model.parameters()}
     kept: dict[int, Any] = {}
 
@@ -146,7 +169,9 @@ def saved_bytes(config: PretrainedConfig, layers: int, tokens: int) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
-        output = model.base_model(input_ids=torch.zeros(1, tokens, dtype=torch.int64), use_cache=False)
+        output: Any = model.base_model(  # pyright: ignore[reportCallIssue]
+            input_ids=torch.zeros(1, tokens, dtype=torch.int64), use_cache=False
+        )
     assert output is not None
     return sum(storage.nbytes() for storage in kept.values())
 
@@ -232,9 +257,9 @@ def memory_of(shape: Shape, arrangement: Arrangement, load: Load) -> dict[str, i
     moments = 8 * total - (4 * shape.muons if load.optimizer == "muon" else 0)
     tokens = load.sequences * load.sequence_length
     if load.recompute:
-        activations = tokens * (shape.layers * 4 * shape.width + shape.layer_bytes)
+        activations = tokens * (shape.layers * 4 * shape.width + shape.layer_bytes) + shape.layer_fixed
     else:
-        activations = tokens * shape.layers * shape.layer_bytes
+        activations = shape.layers * (tokens * shape.layer_bytes + shape.layer_fixed)
     # Between micro-batches that are not exchanged, FSDP2 keeps gradients whole.
     whole = parts > 1 and load.accumulation > 1
     layer = shape.inside // shape.layers
