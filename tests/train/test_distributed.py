@@ -56,11 +56,11 @@ def rows(out: Path) -> list[dict[str, Any]]:
 
 
 def test_commands_on_two_ranks(base: dict[str, Any], tmp_path: Path) -> None:
-    """`tune` with a teacher under FSDP2 and `pretrain` under DDP leave on two ranks what they leave on one: losses, held-out
-    losses, kurtosis and flips to fp32's accuracy, one log, one model that loads; both ranks have the result, one speaks."""
+    """`tune` with a teacher under FSDP2, activations recomputed, and `pretrain` under DDP leave on two ranks what they leave on
+    one: losses, held-out losses, kurtosis and flips, one log, one model that loads; both ranks have the result, one speaks."""
     one = tune.run(TuneConfig(**tuned(base, tmp_path, out=str(tmp_path / "one"))))
     both = {
-        "tuned": tuned(base, tmp_path, out=str(tmp_path / "two"), mesh="fsdp"),
+        "tuned": tuned(base, tmp_path, out=str(tmp_path / "two"), mesh="fsdp", activation_checkpointing=True),
         "pretrained": {
             **base, "architecture": str(tmp_path / "model"), "tokenizer": str(tmp_path / "model"),
             "out": str(tmp_path / "made"), "mesh": "ddp",
@@ -139,7 +139,7 @@ def test_a_silent_rank_is_named_to_all() -> None:
     wait_for(lambda: said)
     assert said == ["rank 1 left: the disk is full"]
     one.close()
-    assert heartbeat.SILENCE + 2 * heartbeat.BEAT <= 60
+    assert heartbeat.SILENCE + 3 * heartbeat.BEAT <= 60
 
 
 def wait_for(condition: Any, seconds: float = 20) -> None:

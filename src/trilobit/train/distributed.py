@@ -231,7 +231,10 @@ def _connection(timeout: timedelta) -> Any:
     """A connection of its own to the store of this run (a thread that waits in one blocks whoever shares it)."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"trilobit/{attempt}", dist.TCPStore(address, port, None, False, timeout, wait_for_workers=False))
+    client = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+        address, port, None, False, timeout, wait_for_workers=False
+    )
+    return dist.PrefixStore(f"trilobit/{attempt}", client)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _close(heartbeat: Heartbeat | None, farewell: str) -> None:

@@ -2,10 +2,10 @@
 
 Every rank counts up a number of its own there, and watches that of the next rank in a ring: three small messages a rank and
 beat, however many ranks there are. A number that stands still for SILENCE seconds is a rank that is dead, stopped or cut off;
-whoever sees it writes the reason down, and every rank that reads it ends its process with that reason, whatever collective
-its main thread is waiting in. A rank that leaves with an error says so itself.
+whoever sees it writes the reason down, and every rank that reads it ends its process with that reason one beat later, whatever
+collective its main thread is waiting in, unless that has ended by itself. A rank that leaves with an error says so itself.
 
-    noticed after at most   SILENCE + 2 · BEAT = 50 s
+    noticed after at most   SILENCE + 3 · BEAT = 55 s
 """
 
 import os
@@ -49,7 +49,7 @@ class Heartbeat:
                 self.store.set("lost", f"rank {self.rank} left: {farewell}")
 
     def _run(self) -> None:
-        count, seen, since = 0, b"", time.monotonic()
+        count, seen, since, reason = 0, b"", time.monotonic(), ""
         while not self._stop.wait(self.beat if count else 0):
             count += 1
             try:
@@ -58,11 +58,12 @@ class Heartbeat:
                 now = time.monotonic()
                 if found != seen:
                     seen, since = found, now
+                if reason:
+                    return self.lost(reason)
                 if found != b"done" and now - since > self.silence:
-                    reason = f"rank {self.watched} has given no sign of life for {now - since:.0f} s"
-                    self.store.set("lost", reason)
+                    self.store.set("lost", f"rank {self.watched} has given no sign of life for {now - since:.0f} s")
                 if self.store.check(["lost"]):
-                    return self.lost(self.store.get("lost").decode())
+                    reason = self.store.get("lost").decode()
             except RuntimeError as error:
                 if not self._stop.is_set():
                     return self.lost(f"the store that all ranks share cannot be reached any more ({first_line(error)})")

@@ -131,6 +131,7 @@ def fit(
             timed_at = time.perf_counter()
             if stopping and not last:
                 checkpoints.settle()
+                team.agree(0)  # nobody leaves while another still asks the store how it went
                 raise Interrupted(number)
     checkpoints.settle()
     progress.seconds = time.perf_counter() - started

@@ -186,13 +186,11 @@ class Shards(Spread):
         gradients = [piece.local.grad for piece in self.pieces if piece.local.grad is not None]
         squares = torch.zeros((), dtype=torch.float64, device=self.pieces[0].local.device)
         if gradients:
-            squares += torch.stack(torch._foreach_norm(gradients)).double().square().sum()
+            squares += nn.utils.get_total_norm(gradients).double().square()
         dist.all_reduce(squares, group=self._group)
-        norm = squares.sqrt()
-        scale = (most / (norm + 1e-6)).clamp(max=1.0)
-        if gradients:
-            torch._foreach_mul_(gradients, scale.to(gradients[0].dtype))
-        return norm.to(self.pieces[0].local.dtype)
+        norm = squares.sqrt().to(self.pieces[0].local.dtype)
+        nn.utils.clip_grads_with_norm_([piece.local for piece in self.pieces], most, norm)
+        return norm
 
     def rest(self) -> None:
         for module in self.model.modules():

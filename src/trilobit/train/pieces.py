@@ -8,6 +8,7 @@ Letters: R rows of a parameter (its first dimension), S ranks that share them.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,8 @@ def sharded_pieces(model: nn.Module, rank: int, size: int) -> list[Piece]:
     found = []
     for name, parameter in model.named_parameters():
         assert isinstance(parameter, DTensor), f"{name} is not sharded"
-        local = nn.Parameter(parameter.detach().to_local(), requires_grad=parameter.requires_grad)
+        held: Any = parameter.detach()
+        local = nn.Parameter(held.to_local(), requires_grad=parameter.requires_grad)
         start = sum(heights(parameter.shape[0], size)[:rank])
         assert local.shape[0] == heights(parameter.shape[0], size)[rank], (name, local.shape, parameter.shape)
         found.append(Piece(name, parameter, local, parameter.shape, start, start + local.shape[0]))  # pyright: ignore[reportArgumentType]
@@ -54,4 +56,5 @@ def heights(rows: int, size: int) -> list[int]:
 
 def whole(tensor: Tensor) -> Tensor:
     """All rows of a parameter, gathered if it is sharded: then every rank has to ask."""
-    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor
+    held: Any = tensor.detach()
+    return held.full_tensor() if isinstance(tensor, DTensor) else tensor
