@@ -113,8 +113,8 @@ def test_checkpoints_of_four_ranks(tmp_path: Path) -> None:
     answers = launch(sharing.interrupted, 4, tmp_path)
     for answer in answers:
         assert answer["same"] and answer["stopped"] == 15
-    assert answers[0]["left"] == ["step-5", "step-7"] and (answers[0]["rows"], answers[0]["more"]) == (20, 13)
-    step = tmp_path / "stopped" / "checkpoints" / "step-7"
+    assert answers[0]["left"] == ["step-4", "step-5"] and (answers[0]["rows"], answers[0]["more"]) == (9, 4)
+    step = tmp_path / "stopped" / "checkpoints" / "step-5"
     names = {"state.json", "manifest.json"} | {shard_name(k, r, 4) for k in ("model", "optimizer") for r in range(4)}
     assert {file.name for file in step.iterdir()} == names
     naive: dict[str, list[Tensor]] = {}
