@@ -74,6 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(name: str, rest: list[str]) -> int:
     command = COMMANDS[name]
     config, as_json = parse(name, rest)
+    rank = int(os.environ.get("RANK", "0"))  # as torchrun sets it
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not hasattr(config, "resume"):
+        raise ConfigError(f"`trilobit {name}` is one process: start it without torchrun.")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     module = import_module(command.module)
     listener = Console(sys.stderr if as_json else sys.stdout)
@@ -83,9 +86,12 @@ def _run(name: str, rest: list[str]) -> int:
         if (code := getattr(error, "exit_code", None)) is None:
             raise
         again = "; once training has begun, the same command and --resume continue it" if hasattr(config, "resume") else ""
-        listener.note(f"stopped by {error}{again}")
+        if rank == 0:
+            listener.note(f"stopped by {error}{again}")
         return code
     listener.finish()
+    if rank > 0:
+        return 0
     if as_json:
         print(json.dumps(asdict(result), ensure_ascii=False))
     else:

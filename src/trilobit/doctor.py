@@ -3,6 +3,7 @@
 import platform
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,6 +13,9 @@ from trilobit.kernels import build, native
 from trilobit.kernels.frozen_linear import layout
 from trilobit.listener import SILENT, Listener
 from trilobit.measure.speed import read_rate
+
+if TYPE_CHECKING:
+    from trilobit.train.plan import Plan
 
 ROOF_BYTES = 512 << 20
 TERNARY_2B = 0.52e9  # bytes a token of a model of two billion parameters, head included
@@ -77,8 +81,18 @@ def advice(sets: list[str], bandwidth: float | None) -> list[str]:
     return found
 
 
-def run(config: DoctorConfig, listener: Listener = SILENT) -> DoctorResult:
-    """`trilobit doctor`."""
+def run(config: DoctorConfig, listener: Listener = SILENT) -> "DoctorResult | Plan":
+    """`trilobit doctor`. With --plan, raises ConfigError where the model cannot fit."""
+    if config.plan is not None:
+        from trilobit.train.plan import Load, plan, read_shape, require_fitting
+
+        load = Load(
+            config.sequence_length, config.sequences, config.accumulation, config.optimizer, config.recompute, config.teacher
+        )
+        shape = read_shape(config.plan, config.sequence_length)
+        found = plan(config.plan, shape, config.gpus, load, round(config.gpu_memory * 1e9), config.mesh)
+        require_fitting(found)
+        return found
     sets, choice, bandwidth = native.instruction_sets(), native.choice(), None
     if sets:
         area = native.huge_pages(ROOF_BYTES).fill_(1)

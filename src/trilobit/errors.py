@@ -35,3 +35,7 @@ class ExportError(TrilobitError):
 
 class UnsupportedError(TrilobitError):
     """Something that no construction or kernel here reaches, such as a Hadamard matrix of this width. Says what does."""
+
+
+class RankError(TrilobitError):
+    """A run of several processes that lost one of them, or that another one stopped."""

@@ -50,10 +50,11 @@ def read_json(path: Path) -> Any:
 
 
 @contextmanager
-def atomic_directory(target: Path) -> Iterator[Path]:
+def atomic_directory(target: Path, known: dict[str, dict[str, Any]] | None = None) -> Iterator[Path]:
     """Give a temporary directory that becomes `target`, with a manifest, when the block ends without an exception.
 
-    An existing `target` is replaced only at that moment. Raises OutputError when the disk refuses.
+    An existing `target` is replaced only at that moment. known: manifest entries (`flushed`) of files that are on disk
+    already, and need not be read again for their sha256. Raises OutputError when the disk refuses.
     """
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     try:
@@ -61,7 +62,7 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         remove_directory(partial)
         partial.mkdir()
         yield partial
-        _seal(partial)
+        _seal(partial, known or {})
         if target.exists():
             _exchange(partial, target)  # what was there is now `partial`, and is removed below
         else:
@@ -82,8 +83,11 @@ def is_whole(directory: Path) -> bool:
         return False
 
 
-def verify_manifest(directory: Path) -> None:
-    """Raise ModelError naming the first file whose size or sha256 differs from the manifest, or a missing manifest."""
+def verify_manifest(directory: Path, part: int = 0, parts: int = 1) -> None:
+    """Raise ModelError naming the first file whose size or sha256 differs from the manifest, or a missing manifest.
+
+    part, parts: read only every `parts`-th file, from the `part`-th on, where others read the rest.
+    """
     path = directory / MANIFEST
     if not path.exists():
         raise ModelError(f"{directory} has no {MANIFEST}: it was not completely written.")
@@ -91,7 +95,7 @@ def verify_manifest(directory: Path) -> None:
         files = [(name, entry["bytes"], entry["sha256"]) for name, entry in read_json(path)["files"].items()]
     except (KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{path} is damaged: it does not list files with their bytes and sha256.") from error
-    for name, size, digest in files:
+    for name, size, digest in files[part::parts]:
         file = directory / name
         if not file.is_file() or file.stat().st_size != size or _sha256(file) != digest:
             raise ModelError(f"{file} is missing or damaged: it does not match {path}.")
@@ -244,14 +248,20 @@ def _exchange(new: Path, old: Path) -> None:
     os.replace(aside, new)
 
 
-def _seal(directory: Path) -> None:
-    files = {}
+def flushed(path: Path) -> dict[str, Any]:
+    """The manifest entry of a file that was just written, once it is on disk."""
     mask = os.umask(0)
     os.umask(mask)
+    path.chmod(0o666 & ~mask)  # safetensors makes files that only their owner may read
+    _fsync(path)
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _seal(directory: Path, known: dict[str, dict[str, Any]]) -> None:
+    files = {}
     for path in sorted(p for p in directory.rglob("*") if p.is_file()):
-        path.chmod(0o666 & ~mask)  # safetensors makes files that only their owner may read
-        _fsync(path)
-        files[path.relative_to(directory).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        name = path.relative_to(directory).as_posix()
+        files[name] = known[name] if name in known else flushed(path)
     write_json(directory / MANIFEST, {"files": files})
     _fsync(directory)
 

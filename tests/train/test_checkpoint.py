@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from trilobit.errors import ModelError, OutputError
@@ -85,7 +86,7 @@ def test_a_tied_parameter_is_stored_once_and_stays_tied(tmp_path: Path) -> None:
     model, optimizer = make(0)
     step(model, optimizer)
     path = save_checkpoint(tmp_path, model, optimizer, Progress(1, 1, 0.0), keep=1)
-    tensors = checkpoint_module.load_file(path / "model.safetensors")
+    tensors = load_file(path / "model.safetensors")
     assert sorted(tensors) == ["embedding.weight", "gain", "middle.bias", "middle.weight"]
     other, other_optimizer = make(1)
     load_checkpoint(path, other, other_optimizer)

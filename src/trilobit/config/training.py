@@ -1,5 +1,6 @@
 """What every training command shares: data, budget, optimizer, precision, logging. One loop reads all of it."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,6 +9,21 @@ from trilobit.errors import ConfigError
 
 LEAST_EVALUATION = 4096  # tokens, unless --eval-tokens says less
 LEAST_STEPS, MOST_BATCH = 1000, 65_536  # unless --batch-tokens says otherwise
+
+
+def mesh_of(text: str) -> tuple[str, int, int]:
+    """--mesh as its kind and, of hsdp, R copies and S parts (else 0, 0). Raises ConfigError for what is none."""
+    if text in ("auto", "ddp", "fsdp"):
+        return text, 0, 0
+    if text in ("fsdp1", "FSDP"):
+        raise ConfigError(
+            f"--mesh {text}: FSDP1 cuts flattened parameters, in which no matrix can be found any more for its scale or for "
+            "Muon; --mesh fsdp is FSDP2, which keeps rows together."
+        )
+    match = re.fullmatch(r"hsdp:([1-9]\d*)x([1-9]\d*)", text)
+    if match is None or int(match[2]) < 2:
+        raise ConfigError(f"--mesh is {text!r}; it must be auto, ddp, fsdp or hsdp:RxS (R copies in S ≥ 2 parts), as hsdp:2x8.")
+    return "hsdp", int(match[1]), int(match[2])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +86,9 @@ class TrainingConfig:
     narrow heads.)"""
     activation_checkpointing: bool = False
     """Recompute activations in the backward: less memory, about a third more time."""
+    mesh: str = "auto"
+    """How several processes (torchrun) share the model: `ddp` (a copy each), `fsdp` (each holds a part), `hsdp:RxS` (R copies
+    in S parts each). auto: a copy each where that fits, else parts. A step has the same samples for any number of ranks."""
     seed: int = 0
     """Seed of the order of the data, and of dropout where a model has it. Equal seeds give equal runs."""
 
@@ -96,6 +115,7 @@ class TrainingConfig:
             if value is not None and not value > 0:
                 raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be above 0.")
         require_seed(self.seed)
+        mesh_of(self.mesh)
         if self.lr is not None and not 0 < self.lr < float("inf"):
             raise ConfigError(f"--lr is {self.lr}; it must be a number above 0.")
         if not 0 <= self.weight_decay < float("inf"):

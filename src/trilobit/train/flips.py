@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from trilobit import quant
 from trilobit.nn.ternary import TernaryLinear
 from trilobit.surgery.roles import decoder_layers
+from trilobit.train.pieces import whole
 
 ROWS = 64  # of each matrix: a sample, at any model's size
 
@@ -42,9 +43,10 @@ def _codes(model: nn.Module) -> list[list[Tensor]]:
 
 
 def _sample(linear: TernaryLinear) -> Tensor:
-    granularity, rows = linear.rule.granularity, linear.weight[:ROWS]
+    weight, granularity = whole(linear.weight), linear.rule.granularity
+    rows = weight[:ROWS]
     if linear.ranges is not None:
-        scale = quant.learned_scale(linear.ranges)[:ROWS]
+        scale = quant.learned_scale(whole(linear.ranges))[:ROWS]
     else:
-        scale = quant.absmean_scale(linear.weight if granularity == "tensor" else rows, granularity)
+        scale = quant.absmean_scale(weight if granularity == "tensor" else rows, granularity)
     return quant.ternary_codes(rows, scale, granularity)

@@ -3,6 +3,7 @@ and in what the MLP's last linear reads (arXiv 2506.19697). `trilobit outliers` 
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from trilobit.errors import ModelError
@@ -24,7 +25,8 @@ def outlier_probes(model: PreTrainedModel) -> list[Probe]:
 
 def site_kurtosis(model: PreTrainedModel, probes: list[Probe], windows: Tensor, sequences: int) -> dict[str, list[float]]:
     """Mean excess kurtosis after the first position, by layer, for each watched site. windows: [N, T + 1], of which the first
-    4,096 tokens' worth are read, `sequences` at a time; the model as it is, uncompiled."""
+    4,096 tokens' worth are read, `sequences` at a time; the model as it is, uncompiled. A sharded one is called as a whole, as
+    its parts cannot be called by themselves."""
     inputs = windows[: max(1, TOKENS // (windows.shape[1] - 1)), :-1].to(next(model.parameters()).device)
     sums = dict.fromkeys(probes, 0.0)
 
@@ -34,7 +36,10 @@ def site_kurtosis(model: PreTrainedModel, probes: list[Probe], windows: Tensor, 
 
     with torch.compiler.set_stance("force_eager"), evaluating(model), watched(model, probes, see):
         for batch in inputs.split(sequences):
-            model.base_model(input_ids=batch, use_cache=False)
+            if isinstance(model, FSDPModule):
+                model(input_ids=batch, use_cache=False, logits_to_keep=1)
+            else:
+                model.base_model(input_ids=batch, use_cache=False)
     count = len(inputs) * (inputs.shape[1] - 1)
     found: dict[str, list[float]] = {}
     for probe in sorted(probes, key=lambda probe: (WATCHED.index(probe.site), probe.layer or 0)):

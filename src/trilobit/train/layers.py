@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from trilobit.config.training import TrainingConfig
 from trilobit.errors import ConfigError
 from trilobit.surgery.roles import decoder_layers
+from trilobit.train.distributed import several
 
 RECOMPILE_LIMIT = 32
 # 6 · parameters · tokens from which compiling pays. CPU: it takes a minute or two and saves a fifth of some 0.4 TFLOP/s.
@@ -24,6 +25,8 @@ def decide_compile(config: TrainingConfig, model: PreTrainedModel, device: torch
     """Whether to compile, and why."""
     if config.compile != "auto":
         return config.compile == "yes", "as asked"
+    if several():
+        return False, "compiled layers have not been tried with several processes"
     if obstacle := _compiler_obstacle(device):
         return False, obstacle
     work = 6 * sum(p.numel() for p in model.parameters()) * config.max_tokens

@@ -1,4 +1,4 @@
-"""The training loop: one for `tune`, one for `pretrain`, on one machine in plain PyTorch.
+"""The training loop: one for `tune` and `pretrain`, in one process or on every rank of several (mesh.py).
 
 A step is: λ and learning rate from the tokens seen → micro-batches forward and backward → clip → refuse what is not
 finite → update → log. Latents and optimizer state are fp32 always (in bf16 latents most updates round to zero); compute
@@ -8,13 +8,10 @@ noticed on the device, which from then on skips every update, and is reported at
 
 import json
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -22,54 +19,19 @@ from torch import Tensor, nn
 
 from trilobit.config.training import TrainingConfig
 from trilobit.errors import NonFiniteError, OutputError
-from trilobit.train.checkpoint import Progress, list_checkpoints, load_checkpoint, save_checkpoint
+from trilobit.train.checkpoint import Progress
 from trilobit.train.distill import Losses
+from trilobit.train.distributed import Ranks, parts_of_step
+from trilobit.train.mesh import Spread
 from trilobit.train.muon import Muon, hidden_matrices
 from trilobit.train.schedule import learning_rate
+from trilobit.train.sharded_checkpoint import Checkpoints
+from trilobit.train.sharded_muon import ShardedMuon
+from trilobit.train.signals import Interrupted, Signals
 from trilobit.train.windows import Windows
 
 BETAS = (0.9, 0.95)
 LOG_SECONDS = 0.5  # on an accelerator, at most this often does a step wait for its numbers
-
-
-class Interrupted(Exception):
-    """SIGTERM or SIGINT arrived; the run was saved at a step boundary."""
-
-    def __init__(self, number: int):
-        super().__init__(signal.Signals(number).name)
-        self.exit_code = 128 + number
-
-
-@dataclass
-class Signals:
-    """Remembers the first SIGTERM or SIGINT, so that long work can stop at a boundary of its own choosing."""
-
-    number: int | None = None
-    say: Callable[[str], None] = lambda text: None
-    """Hears at once that the first one was noticed."""
-
-    def raise_if_set(self) -> None:
-        if self.number is not None:
-            raise Interrupted(self.number)
-
-    @contextmanager
-    def watch(self) -> Iterator["Signals"]:
-        def remember(number: int, frame: FrameType | None) -> None:
-            if self.number is not None:  # a second one means it
-                raise KeyboardInterrupt
-            self.number = number
-            with suppress(OSError, RuntimeError, ValueError):  # nobody may be listening any more; the run is saved all the same
-                self.say(f"{signal.Signals(number).name}: stopping at the next boundary")
-
-        try:
-            before = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
-        except ValueError:  # not in the main thread: signals stay with whoever owns it
-            before = {}
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 class Objective(Protocol):
@@ -92,22 +54,26 @@ class Hooks:
 
 def fit(
     model: nn.Module, windows: Windows, objective: Objective, config: TrainingConfig, peak_lr: float, run: Path,
-    device: torch.device, signals: Signals, hooks: Hooks,
+    device: torch.device, signals: Signals, hooks: Hooks, spread: Spread | None = None,
 ) -> Progress:  # fmt: skip
     """Train `model` in place for config.steps steps, continuing from the newest checkpoint of `run` if there is one.
 
-    Raises NonFiniteError before the update that a non-finite loss or gradient would have spoilt, and Interrupted after
-    saving when a signal arrived. Appends one row a step to log.jsonl (accelerators: one each half second).
+    spread: the model over several ranks, all of which call this; then `objective` calls spread.forward, log.jsonl and the
+    hooks' logs are rank 0's, and a signal to any rank stops all of them after the same step.
+
+    Raises NonFiniteError before the update that a non-finite loss or gradient would have spoilt, and Interrupted after saving
+    when a signal arrived. Appends one row a step to log.jsonl (accelerators: one each half second).
     """
-    optimizer = make_optimizer(model, peak_lr, config)
-    progress = Progress(0, 0, 0.0)
-    saved = list_checkpoints(run)
-    if saved:
-        progress = load_checkpoint(saved[-1], model, optimizer)
-    else:
+    spread = spread or Spread(model)
+    team = spread.team
+    optimizer = make_optimizer(model, peak_lr, config, spread)
+    checkpoints = Checkpoints(run, optimizer, spread, config.keep_checkpoints)
+    progress = checkpoints.load()
+    if progress.step == 0:
         torch.manual_seed(config.seed)  # dropout, where a model has it
     log_path = run / "log.jsonl"
-    _forget_rows_after(log_path, progress.step)
+    if team.first:
+        _forget_rows_after(log_path, progress.step)
 
     guard = _Guard(device)
     eval_every = config.eval_every or max(config.max_tokens // 10, 1)
@@ -126,19 +92,23 @@ def fit(
         lr = learning_rate(config, peak_lr, progress.tokens)
         for group in optimizer.param_groups:
             group["lr"] = lr
+        if team.size > 1:  # dropout again: of this rank's own, and nothing that a checkpoint would have to remember
+            torch.manual_seed(hash((config.seed, progress.step, team.rank)))
         first = progress.step * samples_per_step
-        losses = _accumulate(objective, windows, first, config, device)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        losses = _accumulate(objective, windows, first, config, device, spread)
+        norm = spread.clip(config.clip)
         guard.admit(losses["loss"], norm, progress.step, optimizer)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         progress.step, progress.tokens = progress.step + 1, after
         # What is evaluated or saved was checked first: a checkpoint past a step that was held back would skip its batch.
-        stopping = signals.number is not None
+        now = time.perf_counter()
+        wanted = team.first and now - timed_at > LOG_SECONDS
+        number, wanted = team.agree(signals.number or 0, int(wanted))
+        stopping = number > 0
         due = evaluation_due or checkpoint_due or stopping
 
-        now = time.perf_counter()
-        if device.type == "cpu" or due or now - timed_at > LOG_SECONDS:
+        if device.type == "cpu" or due or wanted:
             if guard.noticed():
                 raise guard.error(windows, config, peak_lr, hooks.before_step)
             now = time.perf_counter()
@@ -151,27 +121,33 @@ def fit(
                 row |= hooks.evaluate() if hooks.evaluate else {}
                 timed_at = time.perf_counter()
             row["seconds"] = round(time.perf_counter() - started, 3)
-            _append(log_path, row)
-            for listen in hooks.log:
-                listen(row)
+            if team.first:
+                _append(log_path, row)
+                for listen in hooks.log:
+                    listen(row)
         if checkpoint_due or stopping:
             progress.seconds = time.perf_counter() - started
-            save_checkpoint(run, model, optimizer, progress, config.keep_checkpoints)
+            checkpoints.save(progress)
             timed_at = time.perf_counter()
             if stopping and not last:
-                signals.raise_if_set()
+                checkpoints.settle()
+                team.agree(0)  # nobody leaves while another still asks the store how it went
+                raise Interrupted(number)
+    checkpoints.settle()
     progress.seconds = time.perf_counter() - started
     return progress
 
 
-def make_optimizer(model: nn.Module, lr: float, config: TrainingConfig) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, lr: float, config: TrainingConfig, spread: Spread | None = None) -> torch.optim.Optimizer:
     """Fused AdamW over every parameter once, or Muon over the decoder's matrices and AdamW over the others; weight decay on
-    matrices only."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    assert all(p.dtype == torch.float32 for p in parameters), "latent weights are fp32, always"
-    matrices = muon_matrices(model, config) if config.optimizer == "muon" else []
-    routed = {id(p) for p in matrices}
-    others = [p for p in parameters if id(p) not in routed]
+    matrices only. Of a model that is spread over ranks it steps the rows that this one keeps."""
+    spread = spread or Spread(model)
+    pieces = [piece for piece in spread.pieces if piece.parameter.requires_grad]
+    assert all(p.local.dtype in (torch.float32, torch.float64) for p in pieces), "latent weights are fp32, always"
+    routed = {id(p) for p in muon_matrices(model, config)} if config.optimizer == "muon" else set()
+    parameters = [piece.local for piece in pieces]
+    matrices = [piece.local for piece in pieces if id(piece.parameter) in routed]
+    others = [piece.local for piece in pieces if id(piece.parameter) not in routed]
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay, "muon": True},
         {"params": [p for p in others if p.ndim >= 2], "weight_decay": config.weight_decay, "muon": False},
@@ -180,7 +156,14 @@ def make_optimizer(model: nn.Module, lr: float, config: TrainingConfig) -> torch
     assert sum(len(group["params"]) for group in groups) == len(parameters)
     groups = [group for group in groups if group["params"]]
     if config.optimizer == "muon":
-        return Muon(groups, lr, BETAS, coefficients=config.muon_coefficients, scale=config.muon_scale, normuon=config.normuon)
+        options: dict[str, Any] = {
+            "coefficients": config.muon_coefficients, "scale": config.muon_scale, "normuon": config.normuon,
+        }  # fmt: skip
+        if parameters[0].dtype == torch.float64:
+            options["compute"] = torch.float64
+        if isinstance(spread.team, Ranks) and spread.shard_group is not None:
+            return ShardedMuon(groups, lr, BETAS, spread.pieces, spread.shard_group, spread.team.control, **options)
+        return Muon(groups, lr, BETAS, **options)
     return torch.optim.AdamW(groups, lr=lr, betas=BETAS, fused=True)
 
 
@@ -200,23 +183,27 @@ def autocast(config_precision: str, device: torch.device) -> torch.autocast:
 
 
 def _accumulate(
-    objective: Objective, windows: Windows, first: int, config: TrainingConfig, device: torch.device
+    objective: Objective, windows: Windows, first: int, config: TrainingConfig, device: torch.device, spread: Spread
 ) -> dict[str, Tensor]:
-    """Forward and backward over one step's micro-batches; gradients are left in place. Returns mean losses, on device."""
+    """Forward and backward over this rank's micro-batches of one step; gradients are left in place. Returns the mean losses
+    over all tokens of the step, whoever read them, on device."""
     totals: dict[str, Tensor] = {}
-    for micro in range(config.accumulation):
-        batch = windows.samples(first + micro * config.micro_batch, config.micro_batch)
+    batches = parts_of_step(config, spread.team.rank, spread.team.size)
+    own = sum(number for _, number in batches)
+    for start, number in batches:
+        batch = windows.samples(first + start, number)
         batch = batch.pin_memory() if device.type == "cuda" else batch  # else the copy would wait
-        with autocast(config.precision, device):
-            losses = objective(batch.to(device, non_blocking=True))
-        (losses.total / config.accumulation).backward()
+        with spread.micro_batch((start, number) == batches[-1]):
+            with autocast(config.precision, device):
+                losses = objective(batch.to(device, non_blocking=True))
+            (losses.total / (own / number)).backward()
         parts = {"loss": losses.total.detach(), "cross_entropy": losses.cross_entropy, "divergence": losses.divergence}
         parts |= {"relations": losses.relations, "hidden": losses.hidden}
         for name, value in parts.items():
             if value is not None:
-                share = value / config.accumulation
+                share = value / (own / number)
                 totals[name] = totals[name] + share if name in totals else share
-    return totals
+    return spread.team.means(totals)
 
 
 class _Guard:

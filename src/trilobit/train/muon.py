@@ -142,7 +142,12 @@ class Muon(torch.optim.AdamW):
         self.iterated = 0
         chosen = [p for group in self.param_groups if group["muon"] for p in group["params"]]
         assert chosen, "no parameter was given to Muon"
-        assert all(p.ndim == 2 and p.numel() for p in chosen), [p.shape for p in chosen if p.ndim != 2 or not p.numel()]
+        shapes = [self._shape(p) for p in chosen]
+        assert all(len(shape) == 2 and shape.numel() for shape in shapes), shapes
+
+    def _shape(self, parameter: nn.Parameter) -> torch.Size:
+        """Of the whole logical matrix."""
+        return parameter.shape
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
@@ -169,24 +174,34 @@ class Muon(torch.optim.AdamW):
         """One step of matrices of one shape. workspace: as many of them, overwritten."""
         updates = workspace[: len(found)]
         for (parameter, gradient), update in zip(found, updates, strict=True):
-            if "momentum" not in self.state[parameter]:
-                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
-            momentum = self.state[parameter]["momentum"].mul_(MOMENTUM).add_(gradient)
-            torch.add(gradient, momentum, alpha=MOMENTUM, out=update)
+            self._accelerate(parameter, gradient, update)
         updates = orthogonalize(updates, self.coefficients, self.compute)
-        keep = 1 - group["lr"] * group["weight_decay"]
         length = group["lr"] * step_scale(workspace.shape[-2:], self.scale)
-        bad = getattr(self, "found_inf", None)
-        held_back = bad is not None and bad.device.type == "cpu" and bool(bad > 0)
         for (parameter, _), update in zip(found, updates, strict=True):
             if self.normuon:
-                if "row_moment" not in self.state[parameter]:
-                    self.state[parameter]["row_moment"] = torch.zeros_like(parameter[:, :1])
-                update = normalize_rows(update, self.state[parameter]["row_moment"])
-            if bad is not None and bad.device.type != "cpu":  # decided there: reading it here would wait
-                new = torch.mul(parameter, keep).sub_(update.to(parameter.dtype), alpha=length)
-                parameter.copy_(torch.where(bad > 0, parameter, new))
-            elif not held_back:
-                parameter.mul_(keep).sub_(update, alpha=length)
-            parameter.grad = None
+                update = normalize_rows(update, self._row_moment(parameter))
+            self._move(group, parameter, update, length)
         self.iterated += len(found)
+
+    def _accelerate(self, parameter: nn.Parameter, gradient: Tensor, out: Tensor) -> None:
+        """Momentum, and into `out` what is to be orthogonalised."""
+        if "momentum" not in self.state[parameter]:
+            self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+        momentum = self.state[parameter]["momentum"].mul_(MOMENTUM).add_(gradient)
+        torch.add(gradient, momentum, alpha=MOMENTUM, out=out)
+
+    def _row_moment(self, parameter: nn.Parameter) -> Tensor:
+        if "row_moment" not in self.state[parameter]:
+            self.state[parameter]["row_moment"] = torch.zeros_like(parameter[:, :1])
+        return self.state[parameter]["row_moment"]
+
+    def _move(self, group: dict[str, Any], parameter: nn.Parameter, update: Tensor, length: float) -> None:
+        """Weight decay and the step, unless a found_inf holds it back; the gradient is done with."""
+        keep = 1 - group["lr"] * group["weight_decay"]
+        bad = getattr(self, "found_inf", None)
+        if bad is not None and bad.device.type != "cpu":  # decided there: reading it here would wait
+            new = torch.mul(parameter, keep).sub_(update.to(parameter.dtype), alpha=length)
+            parameter.copy_(torch.where(bad > 0, parameter, new))
+        elif bad is None or not bool(bad > 0):
+            parameter.mul_(keep).sub_(update, alpha=length)
+        parameter.grad = None

@@ -1,7 +1,9 @@
 """What a step minimises: next-token loss, and where a teacher is given, the distance to it."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,21 +26,27 @@ def frozen_copy(model: PreTrainedModel, precision: str) -> PreTrainedModel:
 
 
 class NextToken:
-    """Cross-entropy of a micro-batch of token windows [B, T + 1], as the loop calls it."""
+    """Cross-entropy of a micro-batch of token windows [B, T + 1], as the loop calls it. forward: the model, or what stands in
+    front of it where several ranks train one."""
 
-    def __init__(self, model: PreTrainedModel):
-        self.model = model
+    def __init__(self, forward: Callable[..., Any]):
+        self.forward = forward
 
     def __call__(self, windows: Tensor, /) -> Losses:
-        logits = self.model(input_ids=windows[:, :-1], use_cache=False).logits
+        logits = self.forward(input_ids=windows[:, :-1], use_cache=False).logits
         return mixed_loss(logits, windows[:, 1:], None, 0.0, 1.0)
 
 
 class TuneObjective:
-    """Losses of a micro-batch of token windows [B, T + 1], as the loop calls it. `close` puts the models back as they were."""
+    """Losses of a micro-batch of token windows [B, T + 1], as the loop calls it. `close` puts the models back as they were.
+    forward: what is called for the model, where several ranks train one."""
 
-    def __init__(self, config: TuneConfig, model: PreTrainedModel, teacher: PreTrainedModel | None):
+    def __init__(
+        self, config: TuneConfig, model: PreTrainedModel, teacher: PreTrainedModel | None,
+        forward: Callable[..., Any] | None = None,
+    ):  # fmt: skip
         self.config, self.model, self.teacher = config, model, teacher
+        self.forward = forward or model
         self.recorders: list[Recorder] = []  # of the student and its teacher
         if teacher is not None and config.distill_attention is not None:
             chosen = config.distill_attention_layer
@@ -48,7 +56,7 @@ class TuneObjective:
 
     def __call__(self, windows: Tensor, /) -> Losses:
         inputs, targets, hidden = windows[:, :-1], windows[:, 1:], self.config.distill_hidden
-        student = self.model(input_ids=inputs, use_cache=False, output_hidden_states=hidden is not None)
+        student = self.forward(input_ids=inputs, use_cache=False, output_hidden_states=hidden is not None)
         teacher = None
         if self.teacher is not None:
             with torch.no_grad():

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from trilobit.config.pretrain import PretrainConfig
@@ -37,7 +38,7 @@ from trilobit.train.plots import plot_kurtosis, plot_loss
 from trilobit.train.record import new_record, weights_fingerprint
 from trilobit.train.run import Run, start
 from trilobit.train.text import read_corpus
-from trilobit.train.tokenizer import train_tokenizer
+from trilobit.train.tokenizer import train_tokenizer, wrap_tokenizer
 
 LR_TIMES_WIDTH, HIGHEST_LR = 0.4, 3e-3
 
@@ -70,6 +71,8 @@ def run(config: PretrainConfig, listener: Listener = SILENT) -> PretrainResult:
 
 class _Pretrain(Run[PretrainConfig, PretrainResult]):
     """A model's way from random weights to a stock checkpoint."""
+
+    result_type = PretrainResult
 
     def load(self, record: dict[str, Any] | None) -> None:
         """The tokenizer, and a model of random weights that depend on the seed alone, with its outlier-safe parts."""
@@ -107,8 +110,13 @@ class _Pretrain(Run[PretrainConfig, PretrainResult]):
         if is_whole(kept):
             return load_tokenizer(kept)
         self.listener.note(f"tokenizer: a byte-level BPE of {config.train_tokenizer:,} entries, made of the text")
-        texts = documents(config.data, text_field=config.text_field)
-        return train_tokenizer(texts, config.train_tokenizer, between=self.signals.raise_if_set)
+
+        def make() -> str:
+            texts = documents(config.data, text_field=config.text_field)
+            made = train_tokenizer(texts, config.train_tokenizer or 0, between=self.signals.raise_if_set)
+            return made.backend_tokenizer.to_str()
+
+        return wrap_tokenizer(Tokenizer.from_str(self.team.shared(make)))
 
     def read_tokens(self) -> Tokens:
         return read_corpus(self.config, self.tokenizer, vocabulary_size(self.model), self.signals)
@@ -131,20 +139,24 @@ class _Pretrain(Run[PretrainConfig, PretrainResult]):
 
     def train(self) -> None:
         config = self.config
-        if config.train_tokenizer is not None and not is_whole(self.out / "tokenizer"):
+        if self.team.first and config.train_tokenizer is not None and not is_whole(self.out / "tokenizer"):
             with atomic_directory(self.out / "tokenizer") as directory:
                 self.tokenizer.save_pretrained(directory)
         hooks = Hooks(evaluate=self.evaluate)
         hooks.log += [self.track, lambda row: self.listener.row(row, config.max_tokens)]
+        spread = self.over_ranks()
         self.progress = fit(
-            self.model, self.windows, NextToken(self.model), config, self.peak_lr, self.out, self.device, self.signals, hooks
+            self.model, self.windows, NextToken(spread.forward), config, self.peak_lr, self.out, self.device, self.signals,
+            hooks, spread,
         )  # fmt: skip
+        self.model = spread.whole_model()  # pyright: ignore[reportAttributeAccessIssue]
 
     def evaluate(self) -> dict[str, Any]:
         found: dict[str, Any] = super().evaluate()
         if self.probes:
             found["kurtosis"] = by_site = site_kurtosis(self.model, self.probes, self.heldout, self.config.sequences)
             found["excess_kurtosis"] = sum(by_site["residual"]) / len(by_site["residual"])
+            self.spread.rest()
         return found
 
     def finish(self) -> PretrainResult:

@@ -2,28 +2,36 @@
 
 A run is a class with stages between which a signal may stop it. It claims its directory before it writes there, and what
 begins it is in run.json before the first step, so that --resume finds everything that was decided (record.py).
+
+Several ranks (distributed.py) go through the same stages: rank 0 decides, writes and finishes; the others load the same
+model and the same text, and train.
 """
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from transformers import PreTrainedModel
 
 from trilobit.config.training import TrainingConfig
-from trilobit.errors import DataError, OutputError
+from trilobit.errors import ConfigError, DataError, ModelError, OutputError
 from trilobit.infer.load import pick_device
-from trilobit.listener import Listener
+from trilobit.listener import SILENT, Listener
 from trilobit.measure.perplexity import nats
 from trilobit.storage import alone_in, read_json, require_free_space, require_new_directory, write_json
 from trilobit.surgery.roles import decoder_layers
 from trilobit.train.checkpoint import BYTES_PER_PARAMETER, list_checkpoints
 from trilobit.train.data import Tokens
-from trilobit.train.loop import Signals, muon_matrices
-from trilobit.train.record import record_to_resume
+from trilobit.train.distributed import Team, launch_name, open_team, require_even_parts, restarted, several
+from trilobit.train.loop import muon_matrices
+from trilobit.train.mesh import Spread, arrange, device_memory, spread_over
+from trilobit.train.record import record_to_resume, weights_fingerprint
+from trilobit.train.signals import Signals
 from trilobit.train.track import Track, tracker
 from trilobit.train.windows import Windows, evaluation_windows
 
@@ -36,30 +44,58 @@ class Run(ABC, Generic[Config, Result]):
 
     model: PreTrainedModel
     record: dict[str, Any]
+    spread: Spread
+    result_type: ClassVar[type]
 
     def __init__(
-        self, config: Config, listener: Listener, signals: Signals, track: Track, out: Path, device: torch.device
+        self, config: Config, listener: Listener, signals: Signals, track: Track, out: Path, device: torch.device, team: Team
     ) -> None:
         self.config, self.listener, self.signals, self.track = config, listener, signals, track
-        self.out, self.device = out, device
+        self.out, self.device, self.team = out, device, team
 
     def whole(self, record: dict[str, Any] | None) -> Result:
         """Everything. `record`: run.json of the run to continue."""
+        team = self.team
         self.load(record)
         self.signals.raise_if_set()
-        self.set_tokens(self.read_tokens())
+        self.set_tokens(team.by_node(self.read_tokens))
         self.signals.raise_if_set()
-        self.record = self.begin() if record is None else self.go_on(record)
+        self.record = team.shared(self.begin) if record is None else self.go_on(record)
+        team.together(self.require_same)
         self.signals.raise_if_set()
-        self.operate()
-        self.make_directory()
-        with alone_in(self.out):
+        team.together(self.operate)
+        with ExitStack() as stack:
+            team.together(lambda: self.claim(record, stack))
+            self.train()
+            kept: list[Result] = []
+            value = team.shared(lambda: self.conclude(kept))
+            return kept[0] if kept else self.result_type(**value)
+
+    def claim(self, record: dict[str, Any] | None, stack: ExitStack) -> None:
+        """The run directory, held until `stack` is left, with run.json in it. Rank 0's alone."""
+        if self.team.first:
+            self.make_directory()
+            stack.enter_context(alone_in(self.out))
             self.require_unchanged(record)
             write_json(self.out / "run.json", self.record)
-            self.train()
-            result = self.finish()
-            write_json(self.out / "run.json", self.record | {"result": asdict(result)})  # pyright: ignore[reportArgumentType]
-            return result
+
+    def conclude(self, kept: list[Result]) -> dict[str, Any]:
+        """The result, put into `kept`, and as JSON into run.json."""
+        kept.append(self.finish())
+        value = asdict(kept[0])  # pyright: ignore[reportArgumentType]
+        write_json(self.out / "run.json", self.record | {"result": value})
+        return value
+
+    def require_same(self) -> None:
+        """Raise ModelError or DataError if this rank has another model or other text than rank 0."""
+        if self.team.size == 1:
+            return
+        if self.record["base"] != weights_fingerprint(self.model):
+            raise ModelError(
+                f"rank {self.team.rank} has loaded other weights than rank 0: is it the same checkpoint everywhere?"
+            )
+        if (self.record["data_key"], self.record["data_sha256"]) != (self.tokens.key, self.tokens.sha256):
+            raise DataError(f"rank {self.team.rank} has other text under --data {self.config.data} than rank 0.")
 
     @abstractmethod
     def load(self, record: dict[str, Any] | None) -> None:
@@ -103,6 +139,16 @@ class Run(ABC, Generic[Config, Result]):
             )
         return record
 
+    def over_ranks(self, teacher: PreTrainedModel | None = None) -> Spread:
+        """The model, spread over the ranks as --mesh says, in place; and said."""
+        team, parameters = self.team, sum(p.numel() for p in self.model.parameters())
+        memory = device_memory(self.device, team.local_size)
+        arrangement = arrange(self.config.mesh, parameters, team.size, team.local_size, memory)
+        if team.size > 1:
+            self.listener.note(f"mesh {arrangement}")
+        self.spread = spread_over(team, arrangement, self.model, teacher)
+        return self.spread
+
     def make_directory(self) -> None:
         there = len(list_checkpoints(self.out)) if self.out.exists() else 0
         more = max(1, self.config.keep_checkpoints + 1 - there)
@@ -120,9 +166,18 @@ class Run(ABC, Generic[Config, Result]):
             raise OutputError(f"{self.out} is not as it was: another process has been working in it.")
 
     def evaluate(self) -> dict[str, float]:
-        """Held-out loss at the run's precision, between steps."""
-        total, count = nats(self.model, self.heldout, self.config.sequences, self.config.precision, self.listener)
-        return {"heldout_nats": total / count}
+        """Held-out loss at the run's precision, between steps. Ranks share the windows; those that are left over, fewer than
+        ranks, are read by all and counted by the first, so that all run the same number of forwards."""
+        config, team = self.config, self.team
+        each = len(self.heldout) // team.size
+        own, rest = self.heldout[team.rank * each : (team.rank + 1) * each], self.heldout[team.size * each :]
+        total, count = nats(self.model, own, config.sequences, config.precision, self.listener) if each else (0.0, 0)
+        if len(rest):
+            more, tokens = nats(self.model, rest, config.sequences, config.precision)
+            total, count = (total + more, count + tokens) if team.first else (total, count)
+        self.spread.rest()
+        total, counted = team.sums(total, count)
+        return {"heldout_nats": total / counted}
 
     def layers(self) -> int:
         return len(decoder_layers(self.model))
@@ -138,13 +193,49 @@ class Run(ABC, Generic[Config, Result]):
 def start(
     kind: Callable[..., Run[Config, Result]], config: Config, name: str, listener: Listener, decided: frozenset[str]
 ) -> Result:
-    """Begin or continue a run in --out, or in out/`name`. decided: what run.json must have for one that is continued."""
-    with Signals(say=listener.note).watch() as signals:
+    """Begin or continue a run in --out, or in out/`name`, on this process or on every rank that torchrun started.
+
+    decided: what run.json must have for one that is continued. torchrun's restarts continue what the first start began.
+    """
+    device = pick_device(config.device)
+    say = listener.note
+    if several():
+        require_several(config)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(device)
+    else:
+        arrange(config.mesh, 0, 1, 1, 0)
+    with Signals(say=say).watch() as signals, open_team(device, signals, say) as team:
+        listener = listener if team.first else SILENT
         out = Path(config.out or f"out/{name}")
-        record = record_to_resume(out, config, decided) if config.resume else None
-        if record is None:
-            require_new_directory(out, f"Continue it with --resume, or choose another name with --out {out}-2.")
-        elif "result" in record:
-            raise OutputError(f"{out} has finished already; its model is in {out / 'model'}.")
-        with tracker(config.track, out, asdict(config)) as track:
-            return kind(config, listener, signals, track, out, pick_device(config.device)).whole(record)
+        require_even_parts(config, team.size)
+        record = team.shared(lambda: _record(out, config, decided))
+        with tracker(config.track if team.first else None, out, asdict(config)) as track:
+            return kind(config, listener, signals, track, out, device, team).whole(record)
+
+
+def _record(out: Path, config: TrainingConfig, decided: frozenset[str]) -> dict[str, Any] | None:
+    """run.json of the run to continue; None for one that begins."""
+    again = restarted() and (out / "run.json").exists() and read_json(out / "run.json").get("launch") == launch_name()
+    record = record_to_resume(out, config, decided) if config.resume or again else None
+    if record is None:
+        require_new_directory(out, f"Continue it with --resume, or choose another name with --out {out}-2.")
+    elif "result" in record:
+        raise OutputError(f"{out} has finished already; its model is in {out / 'model'}.")
+    return record
+
+
+def require_several(config: TrainingConfig) -> None:
+    """Raise ConfigError for what one process can do and several cannot."""
+    schedules = (getattr(config, "schedule", ""), getattr(config, "activation_schedule", ""))
+    refused = {
+        "--data self": config.data == "self",
+        "--compile yes": config.compile == "yes",
+        "--reconstruct-tokens": getattr(config, "reconstruct_tokens", None) is not None,
+        "the schedule sensitivity": "sensitivity" in schedules,
+        "--distill-attention": getattr(config, "distill_attention", None) is not None,
+    }
+    for what, asked in refused.items():
+        if asked:
+            raise ConfigError(f"{what} is for one process: start it without torchrun, or drop it.")

@@ -41,6 +41,11 @@ def train_tokenizer(
     tokenizer.train_from_iterator(texts(), trainer)
     if (found := tokenizer.get_vocab_size()) < vocab_size:
         raise DataError(f"the text gives a tokenizer of {found:,} entries, not {vocab_size:,}: lower --train-tokenizer.")
+    return wrap_tokenizer(tokenizer)
+
+
+def wrap_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """A tokenizer of ours, as transformers has them."""
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT, clean_up_tokenization_spaces=False
     )

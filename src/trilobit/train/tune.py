@@ -9,6 +9,7 @@ out/loss.png, out/lambda.png, out/flips.png
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,7 @@ def run(config: TuneConfig, listener: Listener = SILENT) -> TuneResult:
 class _Tune(Run[TuneConfig, TuneResult]):
     """A checkpoint's way to a ternary model."""
 
+    result_type = TuneResult
     teacher: PreTrainedModel | None = None
     ternary_parameters = 0
     own_attention: Any = None
@@ -178,8 +180,9 @@ class _Tune(Run[TuneConfig, TuneResult]):
         prepare_layers(self.model, config, self.record["compiled"])
         self.objective().close()  # what it refuses is refused before anything is written
 
-    def objective(self) -> TuneObjective:
-        return TuneObjective(self.config, self.model, self.teacher if self.config.learns_from_original else None)
+    def objective(self, forward: Callable[..., Any] | None = None) -> TuneObjective:
+        teacher = self.teacher if self.config.learns_from_original else None
+        return TuneObjective(self.config, self.model, teacher, forward)
 
     def train(self) -> None:
         """The warm start, if there is one and no checkpoint follows it, and all steps."""
@@ -187,16 +190,18 @@ class _Tune(Run[TuneConfig, TuneResult]):
         if config.reconstruct_tokens is not None and not list_checkpoints(self.out):
             torch.manual_seed(config.seed)  # dropout, where a model has it
             self.reconstruct(config.reconstruct_tokens)
-        objective = self.objective()
+        spread = self.over_ranks(self.teacher)
+        objective = self.objective(spread.forward)
         self.teacher = None
         hooks = Hooks(self.before_step, self.evaluate, (lambda: watch_flips(self.model)) if self.plan else None)
         hooks.log += [self.track, lambda row: self.listener.row(row, config.max_tokens)]
         try:
             self.progress = fit(
-                self.model, self.windows, objective, config, self.peak_lr, self.out, self.device, self.signals, hooks
+                self.model, self.windows, objective, config, self.peak_lr, self.out, self.device, self.signals, hooks, spread
             )  # fmt: skip
         finally:
             objective.close()
+        self.model = spread.whole_model()  # pyright: ignore[reportAttributeAccessIssue]
 
     def reconstruct(self, tokens: int) -> None:
         """On the first windows of the training order."""

@@ -1,0 +1,233 @@
+"""One model over several ranks: a copy each (DDP), a part each (FSDP2), or copies in parts (HSDP); and one process, unchanged.
+
+FSDP2 (torch's fully_shard, DTensor) keeps a part of every parameter's rows on each rank and gathers a decoder layer's rows
+just before the layer runs: inside a forward every parameter is whole, so that a ternary scale is mean|W| over the full logical
+matrix without a further word. Outside a forward no rank has more than its rows. FSDP1 is refused: its flat parameters cut
+through matrices. Parameters stay fp32 when gathered and autocast rounds activations alone; gathering bf16 would round latents
+before they are quantised.
+"""
+
+import copy
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
+
+from trilobit.config.training import mesh_of
+from trilobit.errors import ConfigError
+from trilobit.surgery.roles import decoder_layers
+from trilobit.train.distributed import ALONE, Ranks, Team
+from trilobit.train.pieces import Piece, sharded_pieces, whole_pieces
+
+STATE_BYTES = 16  # of a parameter that trains: latent, gradient and two moments in fp32
+SHARE_FOR_STATE = 0.5  # of a device's memory; the rest is for activations
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """R copies of a model in S parts each, R · S ranks in all; and why."""
+
+    kind: str  # "one", "ddp", "fsdp" or "hsdp"
+    replicas: int
+    shards: int
+    reason: str
+
+    def __str__(self) -> str:
+        what = {
+            "one": "one process",
+            "ddp": f"ddp: a copy on each of {self.replicas} ranks",
+            "fsdp": f"fsdp: one copy in {self.shards} parts",
+            "hsdp": f"hsdp: {self.replicas} copies in {self.shards} parts each",
+        }
+        return f"{what[self.kind]} ({self.reason})"
+
+
+def arrange(wanted: str, parameters: int, size: int, local_size: int, memory: int) -> Arrangement:
+    """How `size` ranks, `local_size` of them on each machine, share a model. memory: bytes of a rank's device.
+
+    Raises ConfigError where --mesh does not fit the ranks.
+    """
+    kind, replicas, shards = mesh_of(wanted)
+    if size == 1:
+        if kind != "auto":
+            raise ConfigError(f"--mesh {wanted} needs several processes: torchrun --nproc-per-node N -m trilobit …")
+        return Arrangement("one", 1, 1, "no launcher started others")
+    if kind == "hsdp":
+        if replicas * shards != size:
+            raise ConfigError(f"--mesh {wanted} is {replicas * shards} ranks, but {size} were started.")
+        return Arrangement("hsdp", replicas, shards, "as asked")
+    if kind != "auto":
+        return Arrangement(kind, size if kind == "ddp" else 1, 1 if kind == "ddp" else size, "as asked")
+    need, room = STATE_BYTES * parameters, SHARE_FOR_STATE * memory
+    state = f"weights, gradients and moments are {need / 1e9:.3g} GB"
+    if need <= room:
+        return Arrangement("ddp", size, 1, f"{state}, and half of a rank's {memory / 1e9:.3g} GB hold them")
+    nodes = size // local_size
+    if nodes > 1 and local_size > 1 and need / local_size <= room:
+        return Arrangement(
+            "hsdp", nodes, local_size, f"{state}: too many for one rank, but one machine's {local_size} hold them"
+        )
+    return Arrangement("fsdp", 1, size, f"{state}: too many for half of a rank's {memory / 1e9:.3g} GB")
+
+
+def device_memory(device: torch.device, local_size: int) -> int:
+    """Bytes that one of `local_size` ranks on this machine can have."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local_size
+
+
+class Spread:
+    """A model over the ranks of a team, as the training loop sees it. This one is a model in one process.
+
+    forward: what an objective calls instead of the model. pieces: the rows that this rank steps and saves.
+    """
+
+    def __init__(self, model: nn.Module, team: Team = ALONE, arrangement: Arrangement | None = None):
+        self.model, self.team = model, team
+        self.arrangement = arrangement or Arrangement("one", 1, 1, "")
+        self.forward: Callable[..., Any] = model
+        self.pieces: list[Piece] = whole_pieces(model)
+
+    @property
+    def shard_group(self) -> Any:
+        """The ranks that share one copy's rows; None where every rank has all of them."""
+        return None
+
+    @property
+    def writes(self) -> bool:
+        """Whether this rank's pieces belong in a checkpoint: each row once."""
+        return self.team.first
+
+    @contextmanager
+    def micro_batch(self, last: bool) -> Iterator[None]:
+        """Around forward and backward of a micro-batch: gradients are exchanged after the last one of a step alone."""
+        yield
+
+    def clip(self, most: float) -> Tensor:
+        """Scale the gradients down to a global norm of `most`; returns the norm they had. Afterwards `pieces` have them."""
+        return nn.utils.clip_grad_norm_(self.model.parameters(), most)
+
+    def rest(self) -> None:
+        """After a forward without backward: hold no more than what this rank keeps."""
+
+    def whole_model(self) -> nn.Module:
+        """The trained model in plain parameters: on rank 0, for everything that follows training. Every rank has to ask."""
+        return self.model
+
+
+class Copies(Spread):
+    """A copy on each rank (DDP): gradients are averaged while the last backward runs."""
+
+    def __init__(self, model: nn.Module, team: Team, arrangement: Arrangement):
+        super().__init__(model, team, arrangement)
+        device = next(model.parameters()).device
+        devices = [device.index] if device.type == "cuda" else None
+        with warnings.catch_warnings():  # torch 2.13 has another name for broadcast_buffers, which older ones do not know
+            warnings.simplefilter("ignore", FutureWarning)
+            self.wrapped = DistributedDataParallel(
+                model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+            )  # fmt: skip
+        self.forward = self.wrapped
+
+    @contextmanager
+    def micro_batch(self, last: bool) -> Iterator[None]:
+        if last:
+            yield
+        else:
+            with self.wrapped.no_sync():
+                yield
+
+
+class Shards(Spread):
+    """Rows of every parameter on each rank (FSDP2), all of them once in each of the mesh's copies."""
+
+    def __init__(self, model: nn.Module, team: Team, arrangement: Arrangement):
+        # What the trained rows will be put into: the model without its parameters' memory, ties kept.
+        memo: dict[int, Any] = {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in model.parameters()}
+        self._skeleton = copy.deepcopy(model, memo)
+        mesh = make_mesh(arrangement, next(model.parameters()).device.type)
+        shard(model, mesh)
+        super().__init__(model, team, arrangement)
+        self._group = mesh.get_group("shard")
+        self.copy_index = mesh.get_local_rank("copy") if mesh.ndim > 1 else 0
+        self.pieces = sharded_pieces(model, self._group.rank(), self._group.size())
+
+    @property
+    def shard_group(self) -> Any:
+        return self._group
+
+    @property
+    def writes(self) -> bool:
+        return self.copy_index == 0
+
+    @contextmanager
+    def micro_batch(self, last: bool) -> Iterator[None]:
+        assert isinstance(self.model, FSDPModule)
+        self.model.set_requires_gradient_sync(last)
+        self.model.set_is_last_backward(last)
+        yield
+
+    def clip(self, most: float) -> Tensor:
+        for piece in self.pieces:
+            gradient: Any = piece.parameter.grad
+            piece.local.grad = None if gradient is None else gradient.to_local()
+            piece.parameter.grad = None
+        gradients = [piece.local.grad for piece in self.pieces if piece.local.grad is not None]
+        squares = torch.zeros((), dtype=torch.float64, device=self.pieces[0].local.device)
+        if gradients:
+            squares += nn.utils.get_total_norm(gradients).double().square()
+        dist.all_reduce(squares, group=self._group)
+        norm = squares.sqrt().to(self.pieces[0].local.dtype)
+        nn.utils.clip_grads_with_norm_([piece.local for piece in self.pieces], most, norm)
+        return norm
+
+    def rest(self) -> None:
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    @torch.no_grad()
+    def whole_model(self) -> nn.Module:
+        self.rest()
+        targets = dict(self._skeleton.named_parameters())
+        for piece in self.pieces:
+            full = piece.parameter.full_tensor()  # pyright: ignore[reportAttributeAccessIssue]
+            if self.team.first:
+                torch.utils.swap_tensors(targets[piece.name], nn.Parameter(full, piece.parameter.requires_grad))
+        return self._skeleton
+
+
+def make_mesh(arrangement: Arrangement, device_type: str) -> DeviceMesh:
+    """The ranks as a row of parts, or as rows of copies."""
+    if arrangement.kind == "hsdp":
+        return init_device_mesh(device_type, (arrangement.replicas, arrangement.shards), mesh_dim_names=("copy", "shard"))
+    return init_device_mesh(device_type, (arrangement.shards,), mesh_dim_names=("shard",))
+
+
+def shard(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Shard every decoder layer by itself, and what is outside them (embeddings, last norm, head) together."""
+    for _, layer in decoder_layers(model):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def spread_over(team: Team, arrangement: Arrangement, model: PreTrainedModel, teacher: PreTrainedModel | None = None) -> Spread:
+    """The model over the ranks, in place; a teacher is cut into parts where its student is."""
+    if not isinstance(team, Ranks):
+        return Spread(model)
+    if arrangement.kind == "ddp":
+        return Copies(model, team, arrangement)
+    if teacher is not None:
+        shard(teacher, make_mesh(arrangement, next(teacher.parameters()).device.type))
+    return Shards(model, team, arrangement)

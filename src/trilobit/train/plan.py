@@ -1,0 +1,327 @@
+"""What training a model on many GPUs takes, before any is rented: memory, arithmetic and communication of a rank, counted.
+
+    memory   latents 4·P/S + gradients 4·P/S + moments (AdamW 8, Muon 4 a matrix' number) /S + what is gathered for a while
+             + activations (measured on fake tensors: what autograd saves of one layer, and of the head) + teacher 2·P/S
+    compute  6·(P − embeddings) + 6·L·T·D of causal attention, a token; + a forward where activations are computed again
+             or where there is a teacher; Muon's iteration, 5·(4·R²C + 2·R³) a matrix, over its S owners
+    network  ddp 2·4·P · fsdp 4·P twice a micro-batch and once a step · hsdp that within S, and 2·4·P/S over the copies
+             · Muon (4 + 2)·P/S between owners
+
+A step takes as long as the longer of computing and communicating, which overlap, plus Muon's part, which does not. So what is
+predicted is an upper bound of speed under the rates below, which are assumptions (Rates); counts and bytes are exact up to
+what allocators and NCCL keep for themselves, for which a tenth of the memory is left. docs/scale.md says what was checked.
+
+Letters: P parameters, L layers, D width, V vocabulary, T tokens of a sequence, B sequences of a micro-batch, R copies, S parts.
+"""
+
+import copy
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
+
+from trilobit.errors import ConfigError
+from trilobit.infer.load import quiet_transformers
+from trilobit.nn.ternary import TernaryLinear
+from trilobit.surgery.roles import decoder_layers
+from trilobit.train.architecture import LLAMAS, read_architecture
+from trilobit.train.mesh import Arrangement, arrange
+from trilobit.train.muon import CHUNK_BYTES, ITERATION, hidden_matrices
+
+FULL_SIZE: dict[str, dict[str, Any]] = {
+    "llama-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+                 "num_key_value_heads": 8, "vocab_size": 128_256},
+    "llama-70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+                  "num_key_value_heads": 8, "vocab_size": 128_256},
+}  # fmt: skip
+VOCABULARY = 49_152  # of a Llama of ours, whose own is its tokenizer's
+LEFT_FREE = 0.1
+PROBED_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a GPU and its links give: assumptions, those of an H100 in machines of eight with a 400 Gb/s card each."""
+
+    flops: float = 989e12
+    """Dense bf16 operations a second, on paper."""
+    used: float = 0.40
+    """Share of that which training reaches."""
+    muon_used: float = 0.50
+    nvlink: float = 300e9
+    """Bytes a second that a GPU sends to others of its machine, as collectives reach it."""
+    card: float = 40e9
+    """Bytes a second of its network card, likewise."""
+    latency: float = 10e-6
+    """Seconds for each machine that a collective goes through."""
+    per_machine: int = 8
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is counted of a model. Parameters: all, of the decoder layers, of Muon's matrices, as matrices [R, C]."""
+
+    parameters: int
+    inside: int
+    matrices: tuple[tuple[int, int], ...]
+    layers: int
+    width: int
+    vocabulary: int
+    embedding: int
+    layer_bytes: int
+    """What autograd keeps of one layer for one token, computing in bf16."""
+    layer_fixed: int
+    """What it keeps of one layer whatever the tokens: ternary codes, a byte a weight."""
+
+    @property
+    def muons(self) -> int:
+        return sum(rows * columns for rows, columns in self.matrices)
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one training step asks for, of every rank."""
+
+    sequence_length: int
+    sequences: int = 1
+    accumulation: int = 1
+    optimizer: str = "muon"
+    recompute: bool = True
+    teacher: bool = True
+
+
+def read_shape(model: str, sequence_length: int) -> Shape:
+    """Count a model by building it without memory. model: as of `pretrain`, or llama-8b, llama-70b. Raises ModelError."""
+    config = shape_config(model, sequence_length)
+    with torch.device("meta"), quiet_transformers():
+        built = AutoModelForCausalLM.from_config(config)
+    text = config.get_text_config()
+    layers = decoder_layers(built)
+    embedding = built.get_input_embeddings().weight.numel()
+    fixed, by_token = saved_by_a_layer(config)
+    return Shape(
+        parameters=sum(p.numel() for p in built.parameters()),
+        inside=sum(p.numel() for _, layer in layers for p in layer.parameters()),
+        matrices=tuple(tuple(p.shape) for p in hidden_matrices(built)),  # pyright: ignore[reportArgumentType]
+        layers=len(layers), width=text.hidden_size, vocabulary=text.vocab_size, embedding=embedding,
+        layer_bytes=by_token, layer_fixed=fixed,
+    )  # fmt: skip
+
+
+def shape_config(model: str, sequence_length: int) -> PretrainedConfig:
+    if model in FULL_SIZE or model in LLAMAS:
+        sizes = {"vocab_size": VOCABULARY, **(FULL_SIZE.get(model) or LLAMAS[model])}
+        return LlamaConfig(**sizes, max_position_embeddings=max(2048, sequence_length), tie_word_embeddings=False)
+    return read_architecture(model, sequence_length)
+
+
+def saved_by_a_layer(config: PretrainedConfig, fake: bool = True) -> tuple[int, int]:
+    """Bytes that autograd keeps of one ternary layer (λ = 1, a norm everywhere), computing in bf16: at all, and for each token.
+
+    Differences of two layers and one at three lengths, on fake tensors: without memory or arithmetic. What grows as the square
+    of the length is left out: a mask, which transformers makes only where it cannot look at the values.
+    """
+    n = PROBED_TOKENS
+    one, two, three = (saved_bytes(config, 2, k * n, fake) - saved_bytes(config, 1, k * n, fake) for k in (1, 2, 3))
+    square = (three - 2 * two + one) // 2
+    by_token = (two - one - 3 * square) // n
+    return one - by_token * n - square, by_token
+
+
+def saved_bytes(config: PretrainedConfig, layers: int, tokens: int, fake: bool = True) -> int:
+    """What autograd keeps of a forward over `tokens` tokens, each piece of memory once, parameters left out. fake: false to
+    compute it, for a check."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    text.num_hidden_layers, text.vocab_size = layers, 8
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(text, name, None)
+    with quiet_transformers(), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        for _, layer in decoder_layers(model):
+            for path, module in list(layer.named_modules()):
+                if type(module) is nn.Linear:
+                    layer.set_submodule(path, TernaryLinear.from_linear(module))
+    with FakeTensorMode() if fake else nullcontext():
+        return _count_saved(model, tokens)
+
+
+def _count_saved(model: nn.Module, tokens: int) -> int:
+    """`saved_bytes` of a model on meta, whose tensors become those of the mode that is on."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(torch.zeros(parameter.shape))
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept: dict[int, Any] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        output: Any = model.base_model(  # pyright: ignore[reportCallIssue]
+            input_ids=torch.zeros(1, tokens, dtype=torch.int64), use_cache=False
+        )
+    assert output is not None
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A rank's memory in bytes by what it is for, and a step's seconds by what they go to; tokens a second of all GPUs."""
+
+    model: str
+    gpus: int
+    arrangement: Arrangement
+    load: Load
+    memory: dict[str, int]
+    available: int
+    seconds: dict[str, float]
+    tokens_per_step: int
+
+    @property
+    def needed(self) -> int:
+        return sum(self.memory.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.needed <= (1 - LEFT_FREE) * self.available
+
+    @property
+    def step_seconds(self) -> float:
+        return max(self.seconds["compute"], self.seconds["network"]) + self.seconds["muon"]
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens_per_step / self.step_seconds
+
+    def summary(self) -> str:
+        """For people."""
+        load = self.load
+        lines = [
+            f"{self.model} on {self.gpus} GPUs of {self.available / 1e9:.0f} GB",
+            f"mesh          {self.arrangement}",
+            f"step          {self.tokens_per_step:,} tokens: {load.sequences} × {load.sequence_length} a rank, "
+            f"{load.accumulation} times; {load.optimizer}"
+            + (", activations computed again" if load.recompute else "")
+            + (", a teacher" if load.teacher else ""),
+        ]
+        lines += [f"{name:<13} {size / 1e9:9.2f} GB a rank" for name, size in self.memory.items()]
+        lines.append(
+            f"{'together':<13} {self.needed / 1e9:9.2f} GB a rank, of {(1 - LEFT_FREE) * self.available / 1e9:.0f} usable"
+        )
+        lines += [f"{name:<13} {value:9.3f} s a step" for name, value in self.seconds.items()]
+        lines.append(
+            f"at most       {self.tokens_per_second:,.0f} tokens/s, {self.step_seconds:.2f} s a step (docs/scale.md: limits)"
+        )
+        return "\n".join(lines)
+
+
+def plan(
+    model: str, shape: Shape, gpus: int, load: Load, memory: int = 80 * 10**9, mesh: str = "auto", rates: Rates | None = None
+) -> Plan:
+    """What `load` on `gpus` GPUs of `memory` bytes takes. Raises ConfigError where --mesh does not fit the GPUs."""
+    rates = rates or Rates()
+    local = min(gpus, rates.per_machine)
+    arrangement = arrange(mesh, shape.parameters, gpus, local, memory)
+    held, seconds = memory_of(shape, arrangement, load), seconds_of(shape, arrangement, load, rates)
+    return Plan(
+        model, gpus, arrangement, load, held, memory, seconds,
+        gpus * load.sequences * load.sequence_length * load.accumulation,
+    )  # fmt: skip
+
+
+def require_fitting(found: Plan) -> None:
+    """Raise ConfigError, with what could be done, if a plan's memory is not there."""
+    if not found.fits:
+        raise ConfigError(
+            f"{found.summary()}\nThis does not fit. Less: more --gpus, --mesh fsdp, --sequences 1, --accumulation 1, a shorter "
+            "--sequence-length, --no-teacher, --recompute, or --optimizer muon (one moment instead of two)."
+        )
+
+
+def memory_of(shape: Shape, arrangement: Arrangement, load: Load) -> dict[str, int]:
+    """Bytes that a rank holds at the fullest moment of a step, by what for."""
+    total, parts = shape.parameters, arrangement.shards
+    outside = total - shape.inside
+    moments = 8 * total - (4 * shape.muons if load.optimizer == "muon" else 0)
+    tokens = load.sequences * load.sequence_length
+    if load.recompute:
+        activations = tokens * (shape.layers * 4 * shape.width + shape.layer_bytes) + shape.layer_fixed
+    else:
+        activations = shape.layers * (tokens * shape.layer_bytes + shape.layer_fixed)
+    # Between micro-batches that are not exchanged, FSDP2 keeps gradients whole.
+    whole = parts > 1 and load.accumulation > 1
+    layer = shape.inside // shape.layers
+    found = {
+        "latents": 4 * total // parts,
+        "gradients": 4 * total if whole else 4 * total // parts,
+        "moments": moments // parts,
+        # Of two layers the parameters (one is fetched ahead), of one the gradient; of what is outside them, both.
+        "gathered": 4 * (3 * layer + 2 * outside) if parts > 1 else 0,
+        "activations": activations,
+        "logits": tokens * shape.vocabulary * (3 if load.teacher else 2) * 2,
+    }
+    if load.teacher:
+        found["teacher"] = 2 * total // parts + (2 * (2 * layer + outside) if parts > 1 else 0)
+    if load.optimizer == "muon":
+        largest = max(rows * columns for rows, columns in shape.matrices)
+        found["muon"] = 10 * max(largest, CHUNK_BYTES[False] // 4)  # an update in fp32, three matrices in bf16
+    return found
+
+
+def flops_of(shape: Shape, load: Load) -> float:
+    """Operations of a token, forward and backward."""
+    products = 2 * (shape.parameters - shape.embedding)
+    attention = 2 * shape.layers * load.sequence_length * shape.width
+    forward = products + attention
+    return forward * (3 + load.recompute + load.teacher)
+
+
+def seconds_of(shape: Shape, arrangement: Arrangement, load: Load, rates: Rates) -> dict[str, float]:
+    """Seconds of a step by what they go to: `compute` and `network` overlap, `muon` comes after both."""
+    tokens = load.sequences * load.sequence_length * load.accumulation
+    parts, copies, total = arrangement.shards, arrangement.replicas, shape.parameters
+    network = 0.0
+    collectives = 2 * shape.layers + 2
+    if parts > 1:
+        gather = travel(4 * total, parts, rates, collectives // 2)
+        network += 2 * load.accumulation * gather + travel(4 * total, parts, rates, collectives // 2)
+    if copies > 1:  # one of each machine, or all of them
+        inside = rates.per_machine if parts == 1 else 1
+        network += 2 * travel(4 * total // parts, copies, rates, collectives // 2, inside)
+    result = {"compute": tokens * flops_of(shape, load) / (rates.flops * rates.used), "network": network, "muon": 0.0}
+    if load.optimizer == "muon":
+        work = sum(muon_flops(*matrix) for matrix in shape.matrices) / parts / (rates.flops * rates.muon_used)
+        sent = travel(6 * shape.muons // parts, parts, rates, 2) if parts > 1 else 0.0
+        result["muon"] = work + sent
+    return result
+
+
+def travel(size: int, ranks: int, rates: Rates, times: int, inside: int | None = None) -> float:
+    """Seconds to gather `size` bytes at each of `ranks` ranks (or to reduce and scatter them), in `times` collectives.
+
+    A machine's cards bring it, together, what the others hold; its GPUs pass it on among themselves. inside: how many of the
+    ranks are on one machine; by default as many as there are GPUs.
+    """
+    inside = min(ranks, rates.per_machine) if inside is None else min(inside, ranks)
+    machines = -(-ranks // inside)
+    through_cards = size * (machines - 1) / machines / (inside * rates.card)
+    through_links = size * (inside - 1) / inside / rates.nvlink
+    return max(through_cards, through_links) + times * rates.latency * machines
+
+
+def muon_flops(rows: int, columns: int) -> float:
+    """Operations of the iteration of one matrix."""
+    short, long = sorted((rows, columns))
+    return len(ITERATION["quintic"]) * (4 * short**2 * long + 2 * short**3)

@@ -1,0 +1,48 @@
+"""SIGTERM and SIGINT, remembered until work is at a boundary where it can be saved."""
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from types import FrameType
+
+
+class Interrupted(Exception):
+    """SIGTERM or SIGINT arrived; the run was saved at a step boundary."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+        self.exit_code = 128 + number
+
+
+@dataclass
+class Signals:
+    """Remembers the first SIGTERM or SIGINT, so that long work can stop at a boundary of its own choosing."""
+
+    number: int | None = None
+    say: Callable[[str], None] = lambda text: None
+    """Hears at once that the first one was noticed."""
+
+    def raise_if_set(self) -> None:
+        if self.number is not None:
+            raise Interrupted(self.number)
+
+    @contextmanager
+    def watch(self) -> Iterator["Signals"]:
+        def remember(number: int, frame: FrameType | None) -> None:
+            if self.number is not None:  # a second one means it
+                raise KeyboardInterrupt
+            self.number = number
+            with suppress(OSError, RuntimeError, ValueError):  # nobody may be listening any more; the run is saved all the same
+                self.say(f"{signal.Signals(number).name}: stopping at the next boundary")
+
+        try:
+            before = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
+        except ValueError:  # not in the main thread: signals stay with whoever owns it
+            before = {}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

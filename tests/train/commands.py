@@ -1,0 +1,65 @@
+"""Whole commands on several ranks, and what ranks agree on: jobs for tests/train/test_distributed.py."""
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trilobit.config.pretrain import PretrainConfig
+from trilobit.config.tune import TuneConfig
+from trilobit.errors import ConfigError, RankError
+from trilobit.listener import Listener
+from trilobit.train import pretrain, tune
+from trilobit.train.distributed import open_team
+from trilobit.train.signals import Signals
+
+
+class Notes(Listener):
+    """Keeps what it hears."""
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.heard.append(text)
+
+
+def commands(folder: Path, tuned: dict[str, Any], pretrained: dict[str, Any]) -> list[dict[str, Any]]:
+    """`tune` and `pretrain`; the result of each and the notes that this rank gave."""
+    found = []
+    for module, config in ((tune, TuneConfig(**tuned)), (pretrain, PretrainConfig(**pretrained))):
+        notes = Notes()
+        found.append({"result": asdict(module.run(config, notes)), "notes": notes.heard})  # pyright: ignore
+    return found
+
+
+def agreements(folder: Path) -> dict[str, Any]:
+    """Every way in which ranks come to one mind, errors included."""
+
+    def fail(here: bool) -> str:
+        if here:
+            raise ConfigError("this cannot be.")
+        return "fine"
+
+    with open_team(torch.device("cpu"), Signals(), print) as team:
+        last = team.rank == team.size - 1
+        found: dict[str, Any] = {"shared": team.shared(lambda: {"rank": team.rank, "none": None})}
+        for what, do in {
+            "shared-error": lambda: team.shared(lambda: fail(True)),
+            "together": lambda: team.together(lambda: fail(last)),
+            "node-error": lambda: team.by_node(lambda: fail(team.local_rank == 0)),
+        }.items():
+            try:
+                found[what] = do()
+            except (ConfigError, RankError) as error:
+                found[what] = f"{type(error).__name__}: {error}"
+        found["agree"] = team.agree(team.rank, 3 - team.rank)
+        found["sums"] = team.sums(1, 0.5 * team.rank)
+        means = team.means({"a": torch.tensor(1.0 + team.rank), "b": torch.tensor(2.0, dtype=torch.float64)})
+        found["means"] = [means["a"].item(), str(means["a"].dtype), means["b"].item()]
+        if team.rank == 0:
+            time.sleep(0.5)
+        found["node"] = team.by_node(time.monotonic)
+    return found

@@ -1,0 +1,270 @@
+"""What the ranks of tests/train/test_mesh.py do: a small ternary Llama of odd shapes, trained by the loop on every mesh."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from families import build
+from trilobit import quant
+from trilobit.config.training import TrainingConfig
+from trilobit.surgery.outlier_safe import outlier_safe
+from trilobit.surgery.ternary import TernarySpec, set_strengths, ternarize
+from trilobit.train.distributed import ALONE, Team, open_team
+from trilobit.train.loop import Hooks, fit, make_optimizer
+from trilobit.train.mesh import Arrangement, Spread, arrange, spread_over
+from trilobit.train.objective import NextToken
+from trilobit.train.pieces import Piece, heights
+from trilobit.train.sharded_muon import ShardedMuon, gathered, owned
+from trilobit.train.signals import Interrupted, Signals
+from trilobit.train.windows import Windows
+
+CPU = torch.device("cpu")
+LENGTH, SAMPLES, STEPS = 7, 4, 20
+SHAPES = {  # rows 18, 6, 27, 37 and 1 over 2 and 4 ranks: uneven parts, and empty ones
+    "vocab_size": 37, "hidden_size": 18, "intermediate_size": 27, "num_hidden_layers": 2, "num_attention_heads": 3,
+    "num_key_value_heads": 1, "head_dim": 6,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to train: an optimizer, a precision, a number of steps."""
+
+    name: str
+    optimizer: Any
+    dtype: torch.dtype
+    normuon: bool = False
+    tied: bool = False
+    steps: int = STEPS
+    dropout: float = 0.0
+
+
+CASES = [
+    Case("muon", "muon", torch.float64),
+    Case("normuon-tied", "muon", torch.float64, normuon=True, tied=True, steps=10),
+    Case("adamw", "adamw", torch.float64, steps=10),
+    Case("adamw-fp32", "adamw", torch.float32, steps=10),
+]
+TRIED = {  # on so many ranks: two accumulate two micro-batches a step
+    2: [("fsdp", 0), ("ddp", 0), ("fsdp", 1)],
+    4: [("fsdp", 0), ("hsdp:2x2", 0), ("ddp", 2), ("fsdp", 3)],
+}
+
+
+def settings(case: Case, **changes: Any) -> TrainingConfig:
+    config = TrainingConfig(
+        data="d", max_tokens=STEPS * SAMPLES * LENGTH, batch_tokens=SAMPLES * LENGTH, sequence_length=LENGTH,
+        sequences=1, optimizer=case.optimizer, normuon=case.normuon, weight_decay=0.1, clip=0.5,
+        precision="fp32", device="cpu", seed=5,
+        eval_every=10**9, checkpoint_every=10**9, warmup_fraction=0.0,
+    )  # fmt: skip
+    return replace(config, **changes)
+
+
+def model_of(case: Case) -> Any:
+    model = build("llama", tied=case.tied, attention_dropout=case.dropout, **SHAPES).train()
+    # Norms of transformers compute in fp32 whatever they are given and magnify last bits of fp64; single-scale ones do not.
+    for gain in (p for p in model.parameters() if p.ndim == 1):
+        nn.init.ones_(gain)
+    outlier_safe(model, ssnorm=True, embproj=not case.tied)
+    # A norm behind a norm of one scale would leave that scale a gradient of nothing but rounding.
+    ternarize(model, TernarySpec(placement="output", gain="scalar" if case.tied else "vector"))
+    generator = torch.Generator().manual_seed(9)  # an orthogonal matrix may have other last bits in another process
+    for matrix in (p for p in model.parameters() if p.ndim == 2):
+        nn.init.normal_(matrix, std=0.15, generator=generator)
+    return model.to(case.dtype)
+
+
+def windows() -> Windows:
+    tokens = np.random.default_rng(1).integers(0, SHAPES["vocab_size"], 4001).astype(np.uint16)
+    return Windows(tokens, LENGTH, seed=5)
+
+
+def train(
+    case: Case, run: Path, team: Team = ALONE, mesh: str = "auto", signals: Signals | None = None, stop_at: int | None = None,
+    before: Callable[[int], None] = lambda step: None, **changes: Any,
+) -> tuple[Spread, Any, Any]:  # fmt: skip
+    """λ from 0 over 0.5 to 1, everything as in a run. Returns the spread, the whole model and the rows of the log."""
+    model, signals, rows = model_of(case), signals or Signals(), []
+    config = settings(case, max_tokens=case.steps * SAMPLES * LENGTH, **changes)
+    arrangement = Arrangement("one", 1, 1, "") if team.size == 1 else arrange(mesh, 0, team.size, team.size, 0)
+    spread = spread_over(team, arrangement, model)
+
+    def before_step(tokens: int) -> dict[str, float]:
+        step = tokens // config.tokens_per_step
+        before(step)
+        strength = min(1.0, 0.5 * (5 * step // case.steps))
+        set_strengths(model, [strength] * 2, [strength] * 2)
+        if step + 1 == stop_at and team.rank == team.size - 1:
+            signals.number = 15
+        return {"lambda": strength}
+
+    run.mkdir(parents=True, exist_ok=True)
+    hooks = Hooks(before_step, log=[rows.append])
+    fit(model, windows(), NextToken(spread.forward), config, 0.02, run, CPU, signals, hooks, spread)
+    return spread, spread.whole_model(), rows
+
+
+def parameters(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def all_meshes(folder: Path) -> list[str]:
+    """What is tried with so many ranks; what rank 0 has in the end is saved as MESH-CASE.safetensors."""
+    said: list[str] = []
+    with open_team(CPU, Signals(), said.append) as team:
+        for mesh, index in TRIED[team.size]:
+            case = CASES[index]
+            _, model, rows = train(case, folder / f"{mesh}-{case.name}", team, mesh)
+            if team.first:
+                save_file(parameters(model), folder / f"{mesh}-{case.name}.safetensors")
+            assert len(rows) == (case.steps if team.first else 0)
+    return said
+
+
+def faults(folder: Path) -> None:
+    """Two mistakes that sharding invites, planted: an iteration of this rank's rows alone, and a scale of them alone."""
+
+    def local(rows: list[Tensor], shape: torch.Size, first: int, group: Any, iterate: Any) -> list[Tensor]:
+        return [iterate(part[None])[0] if part.numel() else part for part in rows]
+
+    plain = quant.absmean_scale
+    with open_team(CPU, Signals(), print) as team:
+
+        def of_the_shard(weight: Tensor, granularity: Any = "tensor") -> Tensor:
+            part = weight.split(heights(len(weight), team.size))
+            return plain(part[min(team.rank, len(part) - 1)], granularity)
+
+        for fault in ("none", "local-iteration", "shard-scale"):
+            ShardedMuon.exchange = staticmethod(local if fault == "local-iteration" else owned)
+            quant.absmean_scale = of_the_shard if fault == "shard-scale" else plain
+            case = replace(CASES[0], steps=6)
+            _, model, _ = train(case, folder / fault, team, "fsdp")
+            if team.first:
+                save_file(parameters(model), folder / f"{fault}.safetensors")
+
+
+MATRICES = [(6, 8), (6, 8), (6, 8), (9, 4), (1, 5), (3, 7), (5, 3), (2, 2), (6, 8)]
+NOBODYS, SOMEONES = 1, 2  # matrices without a gradient anywhere, and on the last rank
+
+
+def matrices(dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(shape, generator=generator, dtype=dtype) for shape in MATRICES]
+
+
+def gradients(step: int, ranks: int) -> list[Tensor | None]:
+    """Of whole matrices. The rows of the last of so many ranks have none of SOMEONES: zero."""
+    generator = torch.Generator().manual_seed(100 + step)
+    found: list[Tensor | None] = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in MATRICES]
+    found[NOBODYS] = None
+    some = found[SOMEONES]
+    assert some is not None
+    if last := heights(len(some), ranks)[-1]:
+        some[-last:] = 0
+    return found
+
+
+def sharded_steps(folder: Path) -> dict[str, Any]:
+    """Three steps of rows, by owners and by gathering; the rows afterwards are saved as HOW-RANK.safetensors."""
+    counts: dict[str, Any] = {}
+    with open_team(CPU, Signals(), print) as team:
+        for how, exchange in {"owned": owned, "gathered": gathered}.items():
+            pieces = []
+            for index, matrix in enumerate(matrices()):
+                high = heights(len(matrix), team.size)
+                start = sum(high[: team.rank])
+                local = nn.Parameter(matrix[start : start + high[team.rank]].clone())
+                pieces.append(Piece(str(index), local, local, matrix.shape, start, start + len(local)))
+            group: Any = torch.distributed.group.WORLD
+            optimizer = ShardedMuon(
+                [{"params": [piece.local for piece in pieces], "muon": True}], 0.1, (0.9, 0.95), pieces=pieces, group=group,
+                control=group, weight_decay=0.1, normuon=True, compute=torch.float64,
+            )  # fmt: skip
+            optimizer.exchange = exchange
+            for step in range(3):
+                for piece, gradient in zip(pieces, gradients(step, team.size), strict=True):
+                    absent = gradient is None or (int(piece.name) == SOMEONES and team.rank == team.size - 1)
+                    piece.local.grad = None if absent or gradient is None else gradient[piece.start : piece.stop].clone()
+                optimizer.step()
+            counts[how] = optimizer.iterated
+            save_file({p.name: p.local.detach() for p in pieces}, folder / f"{how}-{team.rank}.safetensors")
+    return counts
+
+
+DROPPING = Case("muon", "muon", torch.float64, steps=9, dropout=0.2)
+
+
+def interrupted(folder: Path) -> dict[str, Any]:
+    """A run to its end; one that the last rank is told to stop after five steps, and its second half."""
+    same = True
+    with open_team(CPU, Signals(), print) as team:
+        every = {"checkpoint_every": 4 * SAMPLES * LENGTH, "keep_checkpoints": 9}
+        straight, _, rows = train(DROPPING, folder / "straight", team, "fsdp", **every)
+        signals, stopped = Signals(), 0
+        try:
+            train(DROPPING, folder / "stopped", team, "fsdp", signals, stop_at=5, **every)
+        except Interrupted as error:
+            stopped = error.number
+        left = sorted(path.name for path in (folder / "stopped" / "checkpoints").iterdir())
+        team.agree(0)
+        again, _, more = train(DROPPING, folder / "stopped", team, "fsdp", **every)
+        for a, b in zip(straight.pieces, again.pieces, strict=True):
+            same = same and torch.equal(a.local, b.local)
+    return {"same": same, "stopped": stopped, "left": left, "rows": len(rows), "more": len(more)}
+
+
+def loaded(folder: Path, checkpoint: str) -> None:
+    """What this many ranks read from a checkpoint, each its rows, is saved as read-RANK.safetensors."""
+    from trilobit.train.checkpoint import load_checkpoint, optimizer_tensors
+
+    with open_team(CPU, Signals(), print) as team:
+        model = model_of(DROPPING)
+        spread = spread_over(team, arrange("fsdp", 0, team.size, team.size, 0), model)
+        optimizer = make_optimizer(model, 0.02, settings(DROPPING), spread)
+        load_checkpoint(Path(checkpoint), model, optimizer, spread.pieces, team.rank, team.size)
+        read = {piece.name: piece.local.detach() for piece in spread.pieces} | optimizer_tensors(spread.pieces, optimizer)
+        save_file({name: tensor.clone() for name, tensor in read.items()}, folder / f"read-{team.rank}.safetensors")
+
+
+def one_dies(folder: Path, how: str) -> str:
+    """The last rank dies, or stops, before its fourth step; what the others say."""
+    import os
+    import signal
+
+    from trilobit.errors import RankError
+    from trilobit.train import heartbeat
+
+    heartbeat.BEAT, heartbeat.SILENCE = 0.1, 1.0
+    rank = int(os.environ["RANK"])
+
+    def before(step: int) -> None:
+        if step == 3 and rank == int(os.environ["WORLD_SIZE"]) - 1:
+            os.kill(os.getpid(), getattr(signal, how))
+
+    def say(text: str) -> None:
+        (folder / f"said-{rank}").write_text(text)
+
+    try:
+        with open_team(CPU, Signals(), say) as team:
+            train(CASES[2], folder / "run", team, "fsdp", before=before)
+    except RankError as error:
+        return str(error)
+    return "nothing was noticed"
+
+
+def whole_state(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What one process reads from a checkpoint: parameters and the optimizer's state."""
+    from trilobit.train.checkpoint import load_checkpoint, optimizer_tensors
+    from trilobit.train.pieces import whole_pieces
+
+    model = model_of(DROPPING)
+    optimizer = make_optimizer(model, 0.02, settings(DROPPING))
+    load_checkpoint(checkpoint, model, optimizer)
+    return parameters(model), optimizer_tensors(whole_pieces(model), optimizer)

@@ -1,0 +1,183 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from train import sharing
+from train.ranks import launch
+from train.sharing import CASES, Case
+from trilobit.errors import ConfigError
+from trilobit.train.checkpoint import shard_name
+from trilobit.train.mesh import arrange
+from trilobit.train.muon import Muon
+from trilobit.train.pieces import heights
+
+FP64, FP32 = 1e-10, 1e-3
+"""Largest difference from one process: in fp64 of any parameter, relative to the way it has gone; in fp32 of all parameters
+together. There another order of addition moves latents by last bits, and one that crosses a threshold changes a code."""
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
+    """What one process makes of every case; and, as NAME-start, what all begin with."""
+    found = {}
+    for case in CASES:
+        folder = tmp_path_factory.mktemp("alone")
+        found[f"{case.name}-start"] = sharing.parameters(sharing.model_of(case))
+        found[case.name] = sharing.parameters(sharing.train(case, folder)[1])
+    return found
+
+
+def together(found: dict[str, Tensor], expected: dict[str, Tensor], start: dict[str, Tensor]) -> float:
+    """‖found − expected‖ / ‖expected − start‖ over all parameters at once."""
+    squares = [((found[n] - expected[n]).square().sum(), (expected[n] - start[n]).square().sum()) for n in expected]
+    return (sum(a.item() for a, _ in squares) / sum(b.item() for _, b in squares)) ** 0.5
+
+
+def farthest(found: dict[str, Tensor], expected: dict[str, Tensor], start: dict[str, Tensor]) -> float:
+    """The largest ‖found − expected‖ / ‖expected − start‖ of all parameters."""
+    assert found.keys() == expected.keys()
+    parts = [(found[n] - expected[n]).norm() / (expected[n] - start[n]).norm() for n in expected if expected[n].numel()]
+    return torch.stack(parts).max().item()
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_every_mesh_trains_as_one_process(size: int, alone: dict[str, dict[str, Tensor]], tmp_path: Path) -> None:
+    """Twenty steps by DDP, FSDP2 and HSDP, with gradient accumulation, λ rising, rows that do not divide: the parameters of one
+    process to 1e-10 of the way they went in fp64, and to the stated bound in fp32."""
+    launch(sharing.all_meshes, size, tmp_path)
+    for mesh, index in sharing.TRIED[size]:
+        case = CASES[index]
+        found = load_file(tmp_path / f"{mesh}-{case.name}.safetensors")
+        measure, bound = (farthest, FP64) if case.dtype == torch.float64 else (together, FP32)
+        distance = measure(found, alone[case.name], alone[f"{case.name}-start"])
+        print(mesh, case.name, distance)
+        assert distance <= bound, (mesh, case.name)
+
+
+def test_planted_faults_are_caught(alone: dict[str, dict[str, Tensor]], tmp_path: Path) -> None:
+    """An iteration of a rank's rows alone, and a scale of them alone, are far outside of what the right ones keep."""
+    launch(sharing.faults, 2, tmp_path)
+    right, start = load_file(tmp_path / "none.safetensors"), alone["muon-start"]
+    for fault in ("local-iteration", "shard-scale"):
+        assert farthest(load_file(tmp_path / f"{fault}.safetensors"), right, start) > 0.05, fault
+
+
+def test_the_samples_of_a_step_are_the_same_for_any_ranks() -> None:
+    """The parts of a step's samples are equally many micro-batches on every rank, and together the step, each sample once."""
+    from trilobit.train.distributed import parts_of_step, require_even_parts
+
+    for sequences in (1, 3, 8, 24):
+        config = sharing.settings(CASES[0], batch_tokens=24 * sharing.LENGTH, sequences=sequences, max_tokens=10**6)
+        for size in (1, 2, 3, 4, 6, 8, 12, 24):
+            require_even_parts(config, size)
+            parts = [parts_of_step(config, rank, size) for rank in range(size)]
+            assert len({len(part) for part in parts}) == 1
+            assert all(number <= sequences for part in parts for _, number in part)
+            assert [s for part in parts for first, number in part for s in range(first, first + number)] == list(range(24))
+        with pytest.raises(ConfigError, match=r"24 sequences cannot be shared equally by 5 ranks: .*140 or 175"):
+            require_even_parts(config, 5)
+
+
+def test_rows_by_owners_are_whole_matrices(tmp_path: Path) -> None:
+    """Three steps of NorMuon on rows equal those on whole matrices, by owners as by gathering, with uneven and empty parts and
+    gradients that one rank or all lack; each matrix is iterated once by its owner, and by everyone where all is gathered."""
+    for size in (2, 4):
+        counts = launch(sharing.sharded_steps, size, tmp_path / str(size))
+        whole = [torch.nn.Parameter(matrix) for matrix in sharing.matrices()]
+        optimizer = Muon(
+            [{"params": whole, "muon": True}], 0.1, (0.9, 0.95), weight_decay=0.1, normuon=True, compute=torch.float64
+        )
+        for step in range(3):
+            for parameter, gradient in zip(whole, sharing.gradients(step, size), strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+        number = len(sharing.MATRICES) - 1
+        assert sum(count["owned"] for count in counts) == number
+        assert max(count["owned"] for count in counts) <= -(-number // size) + 1
+        assert [count["gathered"] for count in counts] == [number] * size
+        for how in ("owned", "gathered"):
+            files = [load_file(tmp_path / str(size) / f"{how}-{rank}.safetensors") for rank in range(size)]
+            for index, parameter in enumerate(whole):
+                rows = [file[str(index)] for file in files]
+                assert [len(part) for part in rows] == heights(len(parameter), size)
+                assert torch.allclose(torch.cat(rows), parameter, rtol=0, atol=1e-10), (how, index)
+
+
+def test_checkpoints_of_four_ranks(tmp_path: Path) -> None:
+    """A signal to one of four ranks stops all after the same step; resumed by four, the run is bit for bit the one that was not
+    stopped, dropout included; and the checkpoint gives two ranks and one process exactly the rows that four files hold."""
+    answers = launch(sharing.interrupted, 4, tmp_path)
+    for answer in answers:
+        assert answer["same"] and answer["stopped"] == 15
+    assert answers[0]["left"] == ["step-4", "step-5"] and (answers[0]["rows"], answers[0]["more"]) == (9, 4)
+    step = tmp_path / "stopped" / "checkpoints" / "step-5"
+    names = {"state.json", "manifest.json"} | {shard_name(k, r, 4) for k in ("model", "optimizer") for r in range(4)}
+    assert {file.name for file in step.iterdir()} == names
+    naive: dict[str, list[Tensor]] = {}
+    for rank in range(4):
+        for kind in ("model", "optimizer"):
+            for name, rows in load_file(step / shard_name(kind, rank, 4)).items():
+                naive.setdefault(name, []).append(rows)
+    launch(sharing.loaded, 2, tmp_path / "two", checkpoint=str(step))
+    read: list[dict[str, Any]] = [load_file(tmp_path / "two" / f"read-{rank}.safetensors") for rank in range(2)]
+    model, optimizer = sharing.whole_state(step)
+    for name, rows in naive.items():
+        expected = torch.cat(rows) if rows[0].ndim else rows[0]
+        two = torch.cat([part[name] for part in read if name in part]) if rows[0].ndim else read[0][name]
+        assert torch.equal(two, expected), name
+        assert torch.equal((model | optimizer)[name], expected), name
+
+
+def test_a_dead_rank_is_noticed(tmp_path: Path) -> None:
+    """A rank that is killed ends the others with an error that says so, and one that is stopped, whose connections stay open,
+    ends them by its silence."""
+    first, _ = launch(sharing.one_dies, 2, tmp_path / "killed", dead=(1,), how="SIGKILL")
+    assert "lost touch with another rank" in first and "--max-restarts" in first
+    codes = launch(sharing.one_dies, 2, tmp_path / "stopped", dead=(1,), ends=(0,), how="SIGSTOP")
+    assert codes[0] == 75
+    assert "rank 1 has given no sign of life" in (tmp_path / "stopped" / "said-0").read_text()
+
+
+GB = 10**9
+
+
+@pytest.mark.parametrize(
+    ("wanted", "parameters", "size", "local", "memory", "kind", "replicas", "shards"),
+    [
+        ("auto", 10**9, 1, 1, 80 * GB, "one", 1, 1),
+        ("auto", 10**9, 8, 8, 80 * GB, "ddp", 8, 1),
+        ("auto", 8 * 10**9, 8, 8, 80 * GB, "fsdp", 1, 8),
+        ("auto", 8 * 10**9, 32, 8, 80 * GB, "hsdp", 4, 8),
+        ("auto", 70 * 10**9, 64, 8, 80 * GB, "fsdp", 1, 64),
+        ("fsdp", 1, 4, 4, GB, "fsdp", 1, 4),
+        ("hsdp:2x2", 1, 4, 4, GB, "hsdp", 2, 2),
+    ],
+)
+def test_the_mesh_is_chosen_by_memory(
+    wanted: str, parameters: int, size: int, local: int, memory: int, kind: str, replicas: int, shards: int
+) -> None:
+    """A copy each where it fits, a copy per machine where that does, else one copy; and as asked. The reason is said."""
+    found = arrange(wanted, parameters, size, local, memory)
+    assert (found.kind, found.replicas, found.shards) == (kind, replicas, shards)
+    assert found.reason in str(found) and found.reason
+
+
+@pytest.mark.parametrize(
+    ("wanted", "size", "message"),
+    [("hsdp:2x4", 4, "is 8 ranks, but 4 were started"), ("fsdp", 1, "needs several processes: torchrun")],
+)
+def test_a_mesh_that_does_not_fit_is_refused(wanted: str, size: int, message: str) -> None:
+    """--mesh that is not the number of ranks, or that wants several in one process, is a ConfigError."""
+    with pytest.raises(ConfigError, match=message):
+        arrange(wanted, 1, size, size, GB)
+
+
+def test_fsdp1_and_nonsense_are_refused() -> None:
+    """FSDP1 is refused with its reason; so is what is no mesh."""
+    for text, message in {"fsdp1": "flattened parameters", "hsdp": "must be auto", "hsdp:2x1": "S ≥ 2"}.items():
+        with pytest.raises(ConfigError, match=message):
+            sharing.settings(Case("a", "adamw", torch.float64), mesh=text)
