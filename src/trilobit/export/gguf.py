@@ -23,6 +23,7 @@ from trilobit.export.gguf_graph import TERNARY, WRITERS, Adjustments, adjustment
 from trilobit.export.gguf_vocabulary import add_vocabulary
 from trilobit.export.source import Source
 from trilobit.infer.gguf_header import BLOCK_NORMS, GEMMA_NORMS, HEAD_NORMS, LINEARS
+from trilobit.infer.gguf_header import SUB_NORMS as OWN_SUB_NORMS
 from trilobit.listener import SILENT, Listener
 
 SUB_NORMS = {"attn_output": "attn_sub_norm", "ffn_down": "ffn_sub_norm"}  # bitnet's, in front of these
@@ -93,17 +94,18 @@ def plan_file(source: Source, kind: str, head: str, name: str = "model") -> Cont
     head = choose_head(source, head, contents.kind)
     _add_ends(source, contents, head, adjust)
     parameters = set(source.kept_names)
+    normed = {path for path, linear in source.plan.linears.items() if linear.normed} if source.plan is not None else set()
     norms = GEMMA_NORMS if graph == "gemma3" else BLOCK_NORMS
     for index in range(source.config.num_hidden_layers):
         layer, at = f"model.layers.{index}", f"blk.{index}"
         for name, path in norms.items():
             _add_norm(source, contents, f"{layer}.{path}", f"{at}.{name}", adjust)
-        for name, path in HEAD_NORMS.items():
+        for name, path in (HEAD_NORMS | OWN_SUB_NORMS).items():
             if f"{layer}.{path}.weight" in parameters:
                 _add_norm(source, contents, f"{layer}.{path}", f"{at}.{name}", adjust)
         for name, path in LINEARS.items():
             _add_linear(source, contents, f"{layer}.{path}", f"{at}.{name}", adjust)
-            if graph == "bitnet" and name in SUB_NORMS:
+            if graph == "bitnet" and name in SUB_NORMS and f"{layer}.{path}" in normed:
                 _add_sub_norm(source, contents, f"{layer}.{path}", f"{at}.{SUB_NORMS[name]}")
     return contents
 
@@ -169,12 +171,15 @@ def _add_matrix(source: Source, contents: Contents, path: str, name: str, kind: 
     rows = _row_order(source, contents.graph, path)
     if path in source.ternary and kind not in TERNARY and contents.kind in TERNARY:
         kind = contents.kind  # a ternary embedding or head
+    elif path not in source.ternary and kind in TERNARY:
+        kind = "f16"  # a projection that was left as it was
     if path in source.ternary and kind in TERNARY and not TERNARY[kind].fits(shape[1]):
         raise ExportError(f"--type {kind} cannot hold {path}, which is {shape[1]} wide. Use --type f16.")
 
     def read() -> np.ndarray:
         if path not in source.ternary:
-            weight = source.kept(f"{path}.weight") * factor
+            weight = source.kept(f"{path}.weight")
+            weight = weight if factor == 1 else weight * factor
             return encode(weight if rows is None else weight[rows], kind)
         packed = source.packed(path)
         codes, scale = packed.codes, packed.scale.float() * abs(factor)
