@@ -121,7 +121,7 @@ class Source:
         module: Any = self.ternary[path]
         if isinstance(module, PackedLinear | PackedEmbedding):
             return module
-        return freeze_module(module)
+        return freeze_module(module, path)
 
 
 class StoredSource(Source):
@@ -257,7 +257,7 @@ class StoredSource(Source):
             value = self.tensor(stored).float()
             assert value.shape == parameter.shape, (path, name, value.shape, parameter.shape)
             setattr(module.get_submodule(owner), last, nn.Parameter(value, requires_grad=False))
-        return freeze_module(module)
+        return freeze_module(module, path)
 
     def _from_dense(self, module: Any, path: str) -> PackedLinear | PackedEmbedding:
         """Each granule of a dense weight holds one magnitude."""
@@ -271,8 +271,11 @@ class StoredSource(Source):
         return PackedLinear(codes, scale, bias, None, granularity, module.rule.int8_activations)
 
 
-def freeze_module(module: TernaryLinear | TernaryEmbedding) -> PackedLinear | PackedEmbedding:
-    """The frozen form of a trained ternary module."""
+def freeze_module(module: TernaryLinear | TernaryEmbedding, path: str) -> PackedLinear | PackedEmbedding:
+    """The frozen form of a trained ternary module. Raises ModelError if it is not quantised all the way yet."""
+    for strength in (module.weight_strength, module.activation_strength):
+        if isinstance(strength, Tensor) or strength != 1:
+            raise ModelError(f"{path} is still fading in (λ = {float(strength):.3g}): only a finished model is written.")
     return PackedLinear.from_ternary(module) if isinstance(module, TernaryLinear) else PackedEmbedding.from_ternary(module)
 
 
