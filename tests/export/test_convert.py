@@ -7,7 +7,7 @@ import pytest
 
 from export.ggufs import stored
 from trilobit.config.export import ExportConfig
-from trilobit.errors import ConfigError, ExportError, ModelError, OutputError, VerificationError
+from trilobit.errors import ConfigError, ExportError, OutputError, VerificationError
 from trilobit.export import convert, llama_cpp, push
 from trilobit.export.card import licence_of, write_card
 from trilobit.export.verification import Check
@@ -122,18 +122,6 @@ def test_the_card_says_whose_licence_applies(tmp_path: Path) -> None:
         assert says in card
         assert ("licence of the base model" in card) == (says == "could not be read here")
         (tmp_path / "README.md").unlink()
-
-
-def test_what_trilobit_did_not_write_is_for_the_engine_alone(tmp_path: Path) -> None:
-    """A GGUF file or another's quantised directory is refused by the streaming exports, with what takes it."""
-    (tmp_path / "m.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ModelError, match="--to native takes GGUF files"):
-        convert.run(ExportConfig(model=str(tmp_path / "m.gguf"), out=str(tmp_path / "out"), to="gguf"))
-    exported(tmp_path, "hf", placement="none")
-    (tmp_path / "out" / "trilobit.json").unlink()
-    with pytest.raises(ModelError, match="quantised, and not by trilobit: of exports --to native takes it"):
-        convert.run(ExportConfig(model=str(tmp_path / "out"), out=str(tmp_path / "again"), to="hf"))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.gguf", "out", "run"]
 
 
 def test_settings_of_another_target_are_refused() -> None:
