@@ -164,10 +164,9 @@ def matrices() -> Iterator[tuple[Tensor, Granularity]]:
 
 def block_scales(scale: Tensor, shape: torch.Size, layout: type[GgufBlocks], granularity: Granularity) -> Tensor:
     """A scale for each block, as the exporter spreads them."""
-    group = quant.group_size(granularity)
-    return (scale.repeat_interleave(group // layout.BLOCK, dim=1) if group else scale).expand(
-        shape[0], shape[1] // layout.BLOCK
-    )
+    group, blocks = quant.group_size(granularity), shape[1] // layout.BLOCK
+    spread = scale.repeat_interleave(group // layout.BLOCK, dim=1)[:, :blocks] if group else scale
+    return spread.expand(shape[0], blocks)
 
 
 def test_a_thousand_matrices_in_every_layout() -> None:
