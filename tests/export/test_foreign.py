@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from families import build, logits
-from infer.bitnets import BITNET, FORMS, stock, write_bitnet
+from infer.bitnets import BITNET, FORMS, write_bitnet
 from infer.checkpoints import byte_tokenizer, save
 from infer.ggufs import MERGES, VOCABULARY, write_gguf
 from infer.test_foreign import CASES
@@ -127,7 +127,7 @@ def test_from_one_convention_to_the_other(
     result = exported(place, tmp_path / "out", "hf", form=other)
     assert result.form == other
     assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["linear_class"] == other
-    agreement = compare(stock(place), load_stock(tmp_path / "out"), windows(4, 65).clamp_max(250))
+    agreement = compare(load(place).model, load_stock(tmp_path / "out"), windows(4, 65).clamp_max(250))
     assert agreement.top1 >= 0.985
     assert agreement.kl < 1e-4
 

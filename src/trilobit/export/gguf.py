@@ -6,6 +6,7 @@ Which graph and types: gguf_graph.py; the tokenizer: gguf_vocabulary.py. Scales 
 
 import math
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,25 +60,28 @@ def write(source: Source, target: Path, kind: str = "auto", head: str = "auto", 
     """Write `source` as one GGUF file. kind: of ternary matrices, `auto` or a name in TERNARY or DENSE; of a model that is not
     ternary, one of DENSE. head: of embedding and head. Raises ExportError if no graph or type can hold it, with what can."""
     contents = plan_file(source, kind, head, target.stem)
-    writer = gguf.GGUFWriter(target, contents.graph)
-    for key, value in contents.metadata.items():
-        _add(writer, key, value)
-    add_vocabulary(writer, source.tokenizer, vocabulary_size(source))
-    for entry in contents.entries:
-        block, size, number = KINDS[entry.kind]
-        if number not in gguf.GGML_QUANT_SIZES:  # the package's own table, which Q2_0 is newer than
-            gguf.GGML_QUANT_SIZES[number] = (block, size)  # pyright: ignore[reportArgumentType]
-        stored = (*entry.shape[:-1], entry.shape[-1] // block * size)
-        writer.add_tensor_info(entry.name, stored, np.dtype(np.uint8), entry.bytes, number)  # pyright: ignore[reportArgumentType]
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for index, entry in enumerate(contents.entries):
-        data = entry.read()
-        assert data.nbytes == entry.bytes, (entry.name, data.nbytes, entry.bytes)
-        writer.write_tensor_data(np.ascontiguousarray(data).view(np.uint8))
-        listener.progress("writing", index + 1, len(contents.entries), 0.0)
-    writer.close()
+    with closing(gguf.GGUFWriter(target, contents.graph)) as writer:
+        for key, value in contents.metadata.items():
+            _add(writer, key, value)
+        add_vocabulary(writer, source.tokenizer, vocabulary_size(source))
+        for entry in contents.entries:
+            block, size, number = KINDS[entry.kind]
+            if number not in gguf.GGML_QUANT_SIZES:  # the package's own table, which Q2_0 is newer than
+                gguf.GGML_QUANT_SIZES[number] = (block, size)  # pyright: ignore[reportArgumentType]
+            stored = (*entry.shape[:-1], entry.shape[-1] // block * size)
+            writer.add_tensor_info(entry.name, stored, np.dtype(np.uint8), entry.bytes, number)  # pyright: ignore[reportArgumentType]
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+    # The package would write the data by numpy's tofile, which does not notice that the disk is full for the last bytes.
+    with target.open("ab") as file:
+        for index, entry in enumerate(contents.entries):
+            file.write(b"\0" * (-file.tell() % writer.data_alignment))
+            data = np.ascontiguousarray(entry.read()).view(np.uint8)
+            assert data.nbytes == entry.bytes, (entry.name, data.nbytes, entry.bytes)
+            file.write(data.data)
+            listener.progress("writing", index + 1, len(contents.entries), 0.0)
+        file.write(b"\0" * (-file.tell() % writer.data_alignment))
     return contents
 
 
