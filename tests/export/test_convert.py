@@ -124,6 +124,25 @@ def test_the_card_says_whose_licence_applies(tmp_path: Path) -> None:
         (tmp_path / "README.md").unlink()
 
 
+def test_the_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a hub id's licence is looked up there, with a limit of seconds (old code: a name that is none, or a hub that cannot
+    be reached, was tried for half a minute)."""
+    asked: list[tuple[str, float]] = []
+
+    class Api:
+        def model_info(self, name: str, timeout: float) -> Any:
+            asked.append((name, timeout))
+            if name == "no/network":
+                raise OSError("no network")
+            return type("Info", (), {"card_data": type("Card", (), {"license": "mit"}) if name == "some/one" else None})
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    found = [licence_of(name) for name in ("some/one", "no/card", "no/network", "a name", "out/run")]
+    assert found == ["mit", None, None, None, None]
+    assert [name for name, _ in asked] == ["some/one", "no/card", "no/network"]
+    assert max(seconds for _, seconds in asked) <= 10
+
+
 def test_settings_of_another_target_are_refused() -> None:
     """A choice that the target does not have is an error that names whose it is."""
     for to, choice in (("native", {"type": "q2_0"}), ("gguf", {"layout": "base-3"}), ("bf16", {"form": "dense"})):
