@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from export.checks import check_here
 from families import build
 from infer.checkpoints import BYTES, byte_model, byte_tokenizer, save
 from infer.natives import latent
@@ -35,12 +36,6 @@ def checked_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     """The check in this process, where the engine can be made to lie, but for tests that ask for the real one."""
     if "process_of_its_own" not in request.node.name:
         monkeypatch.setattr(convert, "verify", check_here)
-
-
-def check_here(model: Path, artefact: Path, to: str, data: str | None, listener: Any) -> verification.Check:
-    loaded = load(model)
-    freeze(loaded.model)
-    return verification.check(loaded, artefact, to, data)
 
 
 @pytest.fixture(scope="module")
