@@ -10,11 +10,13 @@ from tokenizers import pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from export.ggufs import stored
 from families import build, logits
 from infer.bitnets import BITNET, FORMS, write_bitnet
 from infer.checkpoints import byte_tokenizer, save
 from infer.ggufs import MERGES, VOCABULARY, write_gguf
 from infer.test_foreign import CASES
+from trilobit import quant
 from trilobit.config.export import ExportConfig
 from trilobit.errors import ExportError, ModelError
 from trilobit.export import convert, gguf, gguf_graph, llama_cpp, verification
@@ -183,6 +185,38 @@ def _with_tokenizer(place: Path) -> None:
     tokenizer: Any = byte_tokenizer(merges=MERGES)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.save_pretrained(place)
+
+
+@pytest.mark.parametrize("kind", ["tq1_0", "tq2_0", "q2_0"])
+@pytest.mark.parametrize(
+    ("family", "model"),
+    [
+        ("llama", {"scale": "row", "settings": {"tie_word_embeddings": True}}),
+        ("qwen2", {"scale": "group-256", "activations": "none"}),  # biases
+        ("qwen3", {"settings": {"head_dim": 64}, "cover": "+embeddings", "activations": "none"}),  # q/k norms
+        ("gemma3_text", {"activations": "none"}),
+    ],
+)
+def test_what_was_written_as_gguf_is_read_bit_for_bit(kind: str, family: str, model: dict[str, Any], tmp_path: Path) -> None:
+    """Codes, scales to fp16, biases, block norms, q/k norms: through a file of every ternary type they stay as they were,
+    though `llama` has its rows in another order and `gemma3` its norms plus one."""
+    source = open_source(stored(tmp_path / "model", family, placement="none", **model))
+    gguf.write(source, tmp_path / "m.gguf", kind, "f32")
+    again = open_source(tmp_path / "m.gguf")
+    assert again.ternary.keys() == source.ternary.keys()
+    for path in source.ternary:
+        ours, theirs = again.packed(path), source.packed(path)
+        assert torch.equal(ours.codes, theirs.codes), path
+        width = ours.codes.shape[1]
+        spread = (quant.spread_scale(p.scale, width, p.granularity).expand(ours.codes.shape) for p in (ours, theirs))
+        here, there = (scale[theirs.codes != 0] for scale in spread)
+        assert torch.equal(here, there.half().float()), path
+        bias = getattr(theirs, "bias", None)
+        assert bias is None or torch.equal(ours.bias, bias)  # pyright: ignore
+    assert sorted(again.kept_names) == sorted(source.kept_names)
+    for name in source.kept_names:
+        plus = 1 if family == "gemma3_text" and name.endswith("norm.weight") else 0
+        assert torch.equal(again.kept(name), source.kept(name) + plus - plus), name
 
 
 @pytest.mark.usefixtures("unchecked")

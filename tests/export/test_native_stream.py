@@ -108,6 +108,39 @@ def test_of_gguf_files(architecture: str, kind: str, settings: dict[str, Any], t
     require_equal(write_gguf(tmp_path / "m.gguf", architecture, kind, **settings).path, tmp_path)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("family", "spec"),
+    [
+        ("qwen3", {"scale": "row", "tied": True, "settings": {"intermediate_size": 150}}),  # q/k norms
+        ("qwen2", {"placement": "output", "scale": "group-64"}),  # biases
+        ("llama", {"cover": "+embeddings", "settings": {"attention_bias": True, "mlp_bias": True}}),
+    ],
+)
+def test_codes_scales_biases_and_norms_come_back(family: str, spec: dict[str, Any], layout: Any, tmp_path: Path) -> None:
+    """What is read from the file is what was stored, bit for bit, whatever its layout: codes, scales, biases, gains, norms."""
+    source = StoredSource(ours(tmp_path / "model", "latent", family, spec))
+    streamed(source, layout, tmp_path / "out")
+    graph = native_file.read(tmp_path / "out" / native_file.NAME)
+    places = {f"layers.{i}.{n}": f"model.layers.{i}.{p}" for i in range(2) for n, p in compiler.MODULES.items()}
+    if spec.get("cover"):
+        places |= {"embedding": source.embedding_path, "head": source.head_path}
+    for name, path in places.items():
+        packed = source.packed(path)
+        matrix = kernels.PackedMatrix(graph.tensors[f"{name}.codes"], *packed.codes.shape, graph.header.group, layout)
+        assert torch.equal(kernels.unpack(matrix), packed.codes), name
+        assert torch.equal(graph.tensors[f"{name}.scales"], packed.scale.T if graph.header.group else packed.scale[:, 0]), name
+        bias = getattr(packed, "bias", None)
+        assert (f"{name}.bias" in graph.tensors) == (bias is not None) and (
+            bias is None or torch.equal(graph.tensors[f"{name}.bias"], bias)
+        )
+        if source.plan is not None and path in source.plan.linears and source.plan.linears[path].normed:
+            assert torch.equal(graph.tensors[f"{name}.gain"], source.gain(path)), name
+    if family == "qwen3":
+        assert torch.equal(graph.tensors["layers.1.k_norm"], source.kept("model.layers.1.self_attn.k_norm.weight"))
+    assert torch.equal(graph.tensors["layers.1.mlp_norm"], source.kept("model.layers.1.post_attention_layernorm.weight"))
+
+
 def test_each_module_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A matrix is frozen once for its codes, scales and bias together, though they lie far apart in the file."""
     source = StoredSource(ours(tmp_path / "model", "latent", "qwen2", {"placement": "every"}))

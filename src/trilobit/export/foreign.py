@@ -15,6 +15,7 @@ from trilobit.infer.gguf_model import common_granularity, open_model, regrouped
 from trilobit.infer.load import CARD, GGUF, check_tokenizer
 from trilobit.infer.quiet import clear_errors
 from trilobit.nn.packed import PackedEmbedding, PackedLinear
+from trilobit.quant import Granularity
 from trilobit.storage import read_json
 from trilobit.surgery.ternary import Plan, apply_plan
 
@@ -58,7 +59,7 @@ class GgufSource(Source):
         self.tensors = tensors
         plan = None
         if tensors.ternary:
-            self.granularity = common_granularity(map(tensors.blocks, tensors.ternary))
+            self.granularity: Granularity = common_granularity(map(tensors.blocks, tensors.ternary))
             tied = model.config.get_text_config().tie_word_embeddings
             shared = ["lm_head"] if tied and "model.embed_tokens" in tensors.ternary else []
             with clear_errors(str(path)):

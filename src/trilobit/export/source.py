@@ -208,19 +208,22 @@ class StoredSource(Source):
 
     def _require_shapes(self) -> None:
         """Raise ModelError unless the files hold what the configuration asks for, in the shapes it asks for."""
-        wanted = {name: tuple(self.model.get_parameter(name).shape) for name in self.kept_names}
+        wanted: dict[str, tuple[int, ...]] = {n: tuple(self.model.get_parameter(n).shape) for n in self.kept_names}
         for path, module in self.ternary.items():
+            owner: Any = module
             shared = self.plan is not None and path == self.plan.head and self.plan.tied
             table = isinstance(module, TernaryEmbedding)
-            rows, columns = (module.num_embeddings, module.embedding_dim) if table else module.weight.shape  # pyright: ignore
+            rows, columns = (owner.num_embeddings, owner.embedding_dim) if table else owner.weight.shape
             if self.form.endswith("bitlinear"):
                 wanted |= {f"{path}.weight": (rows // 4, columns), f"{path}.weight_scale": (1,)}
             elif self.form == "packed" and not shared:
                 wanted[f"{path}.codes"] = (rows, -(-columns // 4))
             elif not shared:
                 wanted[f"{path}.weight"] = (rows, columns)
+            if getattr(owner, "bias", None) is not None:
+                wanted[f"{path}.bias"] = (rows,)
             norm = f"{path}.rms_norm.weight"
-            if getattr(module, "rms_norm", None) is not None and self._shapes.get(norm) != (1,):
+            if getattr(owner, "rms_norm", None) is not None and self._shapes.get(norm) != (1,):
                 wanted[norm] = (columns,)
         for name, shape in wanted.items():
             if name not in self._shapes:

@@ -30,7 +30,7 @@ from trilobit.surgery.ternary import NORM_EPS, Plan, PlannedLinear, TernarySpec
 Form = Literal["bitlinear", "autobitlinear", "online"]
 TERNARY = (PackedLinear, TernaryLinear)
 MODULES = (*TERNARY, PackedEmbedding, TernaryEmbedding)
-PROBE_VOCABULARY = 16
+PROBE_VOCABULARY, PROBE_HIDDEN = 16, 64
 
 
 def bitnet_form(source: str, config: PretrainedConfig) -> Form | None:
@@ -117,6 +117,8 @@ def unpack(
     packed: Tensor, stored: Tensor, bias: Tensor | None, norm: InputRMSNorm | None, form: Form, where: str
 ) -> PackedLinear:  # fmt: skip
     """The frozen linear of stored codes [O/4, K], weight_scale [1], bias [O]. Raises ModelError where they cannot be such."""
+    if packed.dtype != torch.uint8:
+        raise ModelError(f"{where} is said to be packed, and holds {packed.dtype}: its config is mistaken, or it is damaged.")
     codes = Bitnet.unpack(packed)
     if codes.max() > 1:  # two bits have four symbols
         raise ModelError(f"{where} holds a code that is none of −1, 0, 1: it is damaged, or packed in another way.")
@@ -148,7 +150,7 @@ def plan_of(model: PreTrainedModel, spec: TernarySpec, source: str) -> Plan:
 
 def plan_for(model: PreTrainedModel, spec: TernarySpec, sites: tuple[Site, ...], normed: dict[str, bool], source: str) -> Plan:
     """The same where only the structure is there. normed: the ternary modules by path, and whether each has a norm in front."""
-    paths: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
+    paths: dict[Any, str] = {module: name for name, module in model.named_modules()}
     head, embedding = (paths[module] for module in (model.get_output_embeddings(), model.get_input_embeddings()))
     linears = {site.path: PlannedLinear(normed[site.path], site.role, site.norm) for site in sites if site.path in normed}
     ternary_head, ternary_embedding = head in normed, embedding in normed
@@ -174,6 +176,8 @@ def sites_of(model: PreTrainedModel) -> tuple[Site, ...]:
         if isinstance(value, list) and len(value) == text.num_hidden_layers:
             setattr(text, name, value[:1])
     text.num_hidden_layers, text.vocab_size = 1, PROBE_VOCABULARY
+    if hasattr(text, "intermediate_size"):
+        text.intermediate_size = PROBE_HIDDEN
     text.pad_token_id = text.bos_token_id = text.eos_token_id = None
     with torch.random.fork_rng(), quiet_transformers():
         one: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -192,7 +196,7 @@ def sites_of(model: PreTrainedModel) -> tuple[Site, ...]:
 def skeleton(config: Any, form: Form, source: str) -> tuple[PreTrainedModel, Plan]:
     """What adopt() makes, without storage: an ordinary model, and which of its linears transformers takes to be ternary."""
     from transformers.integrations.bitnet import AutoBitLinear, BitLinear
-    from transformers.quantizers import AutoHfQuantizer
+    from transformers.quantizers.auto import AutoHfQuantizer
 
     settings = config.quantization_config
     delattr(config, "quantization_config")
