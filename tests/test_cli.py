@@ -268,7 +268,9 @@ def test_exported_models_run(cli: Any, tmp_path: Path, monkeypatch: pytest.Monke
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}|{% endfor %}"
     latent(tmp_path / "latent", tokenizer=tokenizer)
     out = str(tmp_path / "out")
-    result = json.loads(cli("export", str(tmp_path / "latent"), "--out", out, "--json").out)
+    outcome = cli("export", str(tmp_path / "latent"), "--out", out, "--json")
+    assert outcome.code == 0, outcome.err
+    result = json.loads(outcome.out)
     assert {"path", "form", "bytes", "seconds"} <= set(result)
     assert {"layout", "bits_per_ternary_weight"} <= set(result["details"])
     assert {"kl", "perplexity_ratio"} <= set(result["check"]["rows"][0]["agreement"])

@@ -1,13 +1,18 @@
 """The byte layouts: every bit where the docstrings say, and nothing lost on the way back."""
 
+from collections.abc import Iterator
+from typing import get_args
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from trilobit import quant
 from trilobit.errors import ModelError
-from trilobit.formats import Q2_0, TQ1_0, TQ2_0, Bitnet, GgufBlocks, Q2_0Of128, TwoBit
+from trilobit.formats import Q2_0, TQ1_0, TQ2_0, Bitnet, GgufBlocks, PanelBase3, PanelTwoBit, Q2_0Of128, TwoBit
+from trilobit.quant import Granularity
 
 SIZES = st.integers(1, 23)
 
@@ -132,3 +137,77 @@ def test_gguf_blocks_refuse_what_they_cannot_hold(layout: type[GgufBlocks]) -> N
     for scale in (1e6, 1e-9):
         with pytest.raises(ModelError, match="fp16 scales"):
             layout.pack(codes, torch.full((2, 1), scale))
+
+
+SHAPES = 1000
+
+
+def matrices() -> Iterator[tuple[Tensor, Granularity]]:
+    """Weights of 1,000 shapes with each granule in turn, as training could leave them and as it would not: in steps of half
+    their scale (ties), rows and groups of zeros, nothing but zeros, one column, one row."""
+    generator = torch.Generator().manual_seed(0)
+
+    def whole(least: int, most: int) -> int:
+        return int(torch.randint(least, most, (), generator=generator))
+
+    for index in range(SHAPES):
+        rows, columns = whole(1, 13), whole(1, 600) if index % 3 else 64 * whole(1, 9)
+        weight = torch.randn(rows, columns, generator=generator) * 10.0 ** whole(-4, 3)
+        if index % 4 == 1:
+            weight = torch.randint(-3, 4, (rows, columns), generator=generator) / 2.0 ** whole(1, 9)
+        if index % 5 == 1:
+            weight[:, : columns // 2] = 0
+        if index % 7 == 1:
+            weight[::2] = 0
+        yield weight * (index % 50 != 49), get_args(Granularity)[index % len(get_args(Granularity))]
+
+
+def block_scales(scale: Tensor, shape: torch.Size, layout: type[GgufBlocks], granularity: Granularity) -> Tensor:
+    """A scale for each block, as the exporter spreads them."""
+    group, blocks = quant.group_size(granularity), shape[1] // layout.BLOCK
+    spread = scale.repeat_interleave(group // layout.BLOCK, dim=1)[:, :blocks] if group else scale
+    return spread.expand(shape[0], blocks)
+
+
+def test_a_thousand_matrices_in_every_layout() -> None:
+    """Codes, and in GGUF's blocks scales to their last fp16 bit, come back from every layout that has the shape; every other
+    layout refuses it. Where the gguf package has a codec, bytes and numbers are its own."""
+    import gguf
+
+    held = dict.fromkeys((Bitnet, TwoBit, PanelTwoBit, PanelBase3, Q2_0, Q2_0Of128, TQ1_0, TQ2_0), 0)
+    for weight, granularity in matrices():
+        scale = quant.absmean_scale(weight, granularity)
+        codes = quant.ternary_codes(weight, scale, granularity)
+        (rows, columns), group = codes.shape, quant.group_size(granularity)
+        assert torch.equal(TwoBit.unpack(TwoBit.pack(codes), columns), codes)
+        for panel in (PanelTwoBit, PanelBase3):
+            assert torch.equal(panel.unpack(panel.pack(codes, group or 0), rows, columns, group or 0), codes)
+            held[panel] += 1
+        held[TwoBit] += 1
+        if rows % 4 == 0:
+            assert torch.equal(Bitnet.unpack(Bitnet.pack(codes)), codes)
+            held[Bitnet] += 1
+        else:
+            with pytest.raises(ModelError, match="not a multiple of 4"):
+                Bitnet.pack(codes)
+        for layout in (Q2_0, Q2_0Of128, TQ1_0, TQ2_0):
+            if columns % layout.BLOCK:
+                with pytest.raises(ModelError, match=f"not a multiple of {layout.BLOCK}"):
+                    layout.pack(codes, torch.ones(rows, -(-columns // layout.BLOCK)))
+                continue
+            if group and group % layout.BLOCK:
+                continue
+            scales = block_scales(scale, codes.shape, layout, granularity)
+            packed = layout.pack(codes, scales)
+            back, halves = layout.unpack(packed)
+            assert torch.equal(back, codes) and torch.equal(halves, scales.half())
+            held[layout] += 1
+            if layout in (TQ1_0, TQ2_0):
+                kind = gguf.GGMLQuantizationType(layout.TYPE)
+                dense = codes.float() * halves.float().repeat_interleave(layout.BLOCK, dim=1)
+                assert torch.equal(torch.from_numpy(gguf.quants.dequantize(packed.numpy(), kind)), dense)
+                used = codes.unflatten(1, (-1, layout.BLOCK)).any(dim=2).repeat_interleave(layout.SIZE, dim=1)
+                theirs = torch.from_numpy(gguf.quants.quantize(dense.numpy(), kind))
+                assert torch.equal(packed[used], theirs[used])  # of a block of zeros the package keeps no scale
+    assert held[TwoBit] == held[PanelTwoBit] == held[PanelBase3] == SHAPES
+    assert min(held.values()) >= 50, held

@@ -10,6 +10,7 @@ from torch import Tensor
 from trilobit.errors import ModelError
 
 PER_BYTE = 4
+CHUNK = 1 << 18  # codes that are packed at a time
 
 
 class Bitnet:
@@ -148,8 +149,12 @@ class GgufBlocks:
         halves = scales.to(torch.float16)
         if not bool(torch.isfinite(halves).all()) or bool(((halves == 0) & (scales != 0)).any()):
             raise ModelError(f"{cls.__name__} has fp16 scales, and this matrix needs one of {scales.abs().max().item():.3g}.")
-        symbols = (codes + 1).to(torch.uint8).reshape(-1, cls.BLOCK)
-        return cls._join(symbols, halves.reshape(-1, 1).contiguous().view(torch.uint8)).reshape(outputs, -1)
+        blocks, ends = codes.reshape(-1, cls.BLOCK), halves.reshape(-1, 1).contiguous().view(torch.uint8)
+        packed = torch.empty(len(blocks), cls.SIZE, dtype=torch.uint8, device=codes.device)
+        for start in range(0, len(blocks), CHUNK // cls.BLOCK):  # what lies between stays in the cache
+            part = slice(start, start + CHUNK // cls.BLOCK)
+            packed[part] = cls._join((blocks[part] + 1).to(torch.uint8), ends[part])
+        return packed.reshape(outputs, -1)
 
     @classmethod
     def unpack(cls, packed: Tensor) -> tuple[Tensor, Tensor]:

@@ -223,7 +223,7 @@ def stream_tensors(
                     tensor = entry.read().detach().to("cpu", entry.dtype).contiguous()
                     assert tensor.shape == entry.shape, (entry.name, tensor.shape, entry.shape)
                     data: Any = tensor.view(-1).view(torch.uint8).numpy()
-                    data.tofile(file)
+                    file.write(data.data)  # not tofile, which does not notice that the disk is full for the last bytes
                     written += 1
                     each(written, len(entries))
         except OSError as error:

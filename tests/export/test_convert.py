@@ -7,7 +7,7 @@ import pytest
 
 from export.ggufs import stored
 from trilobit.config.export import ExportConfig
-from trilobit.errors import ConfigError, ExportError, ModelError, OutputError, VerificationError
+from trilobit.errors import ConfigError, ExportError, OutputError, VerificationError
 from trilobit.export import convert, llama_cpp, push
 from trilobit.export.card import licence_of, write_card
 from trilobit.export.verification import Check
@@ -124,16 +124,23 @@ def test_the_card_says_whose_licence_applies(tmp_path: Path) -> None:
         (tmp_path / "README.md").unlink()
 
 
-def test_what_trilobit_did_not_write_is_for_the_engine_alone(tmp_path: Path) -> None:
-    """A GGUF file or another's quantised directory is refused by the streaming exports, with what takes it."""
-    (tmp_path / "m.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ModelError, match="--to native takes GGUF files"):
-        convert.run(ExportConfig(model=str(tmp_path / "m.gguf"), out=str(tmp_path / "out"), to="gguf"))
-    exported(tmp_path, "hf", placement="none")
-    (tmp_path / "out" / "trilobit.json").unlink()
-    with pytest.raises(ModelError, match="quantised, and not by trilobit: of exports --to native takes it"):
-        convert.run(ExportConfig(model=str(tmp_path / "out"), out=str(tmp_path / "again"), to="hf"))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.gguf", "out", "run"]
+def test_the_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a hub id's licence is looked up there, with a limit of seconds (old code: a name that is none, or a hub that cannot
+    be reached, was tried for half a minute)."""
+    asked: list[tuple[str, float]] = []
+
+    class Api:
+        def model_info(self, name: str, timeout: float) -> Any:
+            asked.append((name, timeout))
+            if name == "no/network":
+                raise OSError("no network")
+            return type("Info", (), {"card_data": type("Card", (), {"license": "mit"}) if name == "some/one" else None})
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    found = [licence_of(name) for name in ("some/one", "no/card", "no/network", "a name", "out/run")]
+    assert found == ["mit", None, None, None, None]
+    assert [name for name, _ in asked] == ["some/one", "no/card", "no/network"]
+    assert max(seconds for _, seconds in asked) <= 10
 
 
 def test_settings_of_another_target_are_refused() -> None:

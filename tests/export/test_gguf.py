@@ -104,6 +104,18 @@ def test_heads_are_the_gguf_packages(kind: str) -> None:
     assert back[1, :16].abs().max() == 0
 
 
+def test_q8_0_has_the_gguf_packages_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit, halves, zeros, tiny and large numbers among them, also where it is made in several pieces."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(300, 96, generator=generator) * 10.0 ** torch.randint(-6, 4, (300, 1), generator=generator)
+    values[::3] = torch.randint(-254, 255, (100, 96), generator=generator) / 2
+    values[7], values[8, :32] = 0, 1e-30
+    for chunk in (gguf_blocks.CHUNK, 64):
+        monkeypatch.setattr(gguf_blocks, "CHUNK", chunk)
+        theirs = package.quants.quantize(values.numpy(), package.GGMLQuantizationType.Q8_0)
+        assert gguf_blocks.encode(values, "q8_0").tobytes() == theirs.tobytes()
+
+
 FAULTS = ("scale inverted", "rows not permuted", "norm dropped", "gain forgotten", "codes shifted")
 
 

@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 
+from export.checks import check_here
 from families import build
 from infer.checkpoints import BYTES, byte_model, byte_tokenizer, save
 from infer.natives import latent
 from trilobit.config.export import ExportConfig
 from trilobit.errors import ModelError, OutputError, TrilobitError, VerificationError
+from trilobit.export import convert, verification
 from trilobit.export import native as export
 from trilobit.export.convert import ExportResult, run
 from trilobit.export.hf import write_latent
@@ -19,13 +21,21 @@ from trilobit.export.verify import Agreement
 from trilobit.infer import compiler, native_file
 from trilobit.infer.compiler import NotNative
 from trilobit.infer.engine import Engine, open_engine, open_native
-from trilobit.infer.load import load
+from trilobit.infer.load import freeze, load
 from trilobit.kernels import native
 from trilobit.kernels.engine import Sampling
+from trilobit.listener import SILENT
 from trilobit.storage import verify_manifest
 from trilobit.surgery.ternary import TernarySpec, ternarize
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no C++ compiler has built the kernels")
+
+
+@pytest.fixture(autouse=True)
+def checked_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check in this process, where the engine can be made to lie, but for tests that ask for the real one."""
+    if "process_of_its_own" not in request.node.name:
+        monkeypatch.setattr(convert, "verify", check_here)
 
 
 @pytest.fixture(scope="module")
@@ -63,14 +73,26 @@ def test_the_written_model_is_the_model(trained: Path, tmp_path: Path, layout: A
     assert list(opened.stream([5], 3, Sampling())) == list(source.stream([5], 3, Sampling()))
 
 
+def test_the_check_is_a_process_of_its_own(trained: Path, tmp_path: Path) -> None:
+    """Without a stand-in the engine's reading comes from another process, with its table; a wrong one is refused there."""
+    result = run(ExportConfig(model=str(trained), out=str(tmp_path / "out")))
+    assert agreed(result).positions == 8 * 127
+    assert 0 <= agreed(result).kl < 0.005
+    loaded = load(trained)
+    with torch.no_grad():
+        loaded.model.model.layers[0].mlp.up_proj.weight.neg_()  # pyright: ignore
+    assert loaded.plan is not None
+    write_latent(loaded.model, loaded.plan, loaded.tokenizer, tmp_path / "other")
+    with pytest.raises(VerificationError, match="the engine reads another model"):
+        verification.verify(tmp_path / "other", tmp_path / "out", "native", None, SILENT)
+
+
 def test_bits_a_weight(trained: Path) -> None:
     """Bits are those of the packed bytes and scales over the weights of the layers: 2 and 1.6 where shapes need no padding,
     more where they do."""
     settings = {"hidden_size": 320, "intermediate_size": 640, "num_attention_heads": 10, "num_key_value_heads": 10}
     model = build("llama", num_hidden_layers=1, **settings)
     ternarize(model)
-    from trilobit.infer.load import freeze
-
     freeze(model)
     assert export.bits_per_weight(compiler.compile(model, "two-bit")) == pytest.approx(2, rel=1e-3)
     assert export.bits_per_weight(compiler.compile(model, "base-3")) == pytest.approx(1.6, rel=1e-3)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from export.checks import check_here
 from families import logits
 from infer.checkpoints import byte_tokenizer
 from infer.ggufs import MERGES, VOCABULARY, write_gguf
@@ -105,9 +106,12 @@ def test_a_file_without_ternary_matrices_is_an_ordinary_model(tmp_path: Path, ki
 
 @pytest.mark.skipif(not native.available(), reason="no C++ compiler has built the kernels")
 @pytest.mark.parametrize(("architecture", "kind", "granule"), [("bitnet", "tq2_0", 0), ("qwen3", "q2_0", None)])
-def test_the_native_engine_runs_it(tmp_path: Path, architecture: str, kind: str, granule: int | None) -> None:
+def test_the_native_engine_runs_it(
+    tmp_path: Path, architecture: str, kind: str, granule: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`export FILE.gguf --to native` passes its own verification."""
     written = write_gguf(tmp_path / "model.gguf", architecture, kind, granule=granule)
+    monkeypatch.setattr(export, "verify", check_here)
     result = export.run(ExportConfig(model=str(written.path), out=str(tmp_path / "native")))
     assert result.check.rows[0].agreement.kl < 0.01
 

@@ -13,6 +13,7 @@ RUN = {
     "hf": "AutoModelForCausalLM.from_pretrained('{name}')",
     "bf16": "AutoModelForCausalLM.from_pretrained('{name}')",
 }
+HUB_SECONDS = 10.0
 LIBRARY = {"native": "trilobit", "gguf": "gguf", "hf": "transformers", "bf16": "transformers"}
 
 
@@ -46,13 +47,17 @@ def is_hub_id(base: str) -> bool:
 
 def licence_of(base: str | None) -> str | None:
     """What the base model's own card says its licence is; None if it has no card, or the hub cannot be reached."""
-    from huggingface_hub import ModelCard
+    from huggingface_hub import HfApi, ModelCard
 
     if base is None:
         return None
     try:
-        card = ModelCard.load(Path(base) / "README.md" if Path(base).is_dir() else base)
-        return card.data.license  # pyright: ignore[reportAttributeAccessIssue]
+        if Path(base).is_dir():
+            return ModelCard.load(Path(base) / "README.md").data.license  # pyright: ignore[reportAttributeAccessIssue]
+        if not is_hub_id(base):
+            return None
+        card = HfApi().model_info(base, timeout=HUB_SECONDS).card_data  # one question: downloads are tried for half a minute
+        return None if card is None else card.license
     except Exception:  # the hub client raises nearly every kind there is
         return None
 

@@ -17,10 +17,11 @@ from trilobit.config.export import ExportConfig
 from trilobit.errors import ExportError
 from trilobit.export import native
 from trilobit.export.card import write_card
+from trilobit.export.foreign import open_source
 from trilobit.export.forms import bitnet_obstacle, choose_form, dense_entries
 from trilobit.export.hf import write_companions, write_form
 from trilobit.export.push import push
-from trilobit.export.source import Source, StoredSource
+from trilobit.export.source import Source
 from trilobit.export.verification import Check, verify
 from trilobit.infer.engine import require_library
 from trilobit.infer.load import locate
@@ -60,12 +61,12 @@ def run(config: ExportConfig, listener: Listener = SILENT) -> ExportResult:
         raise ExportError("--to gguf needs the package gguf: pip install 'trilobit[gguf]'.")
     place = locate(config.model)
     with atomic_directory(target) as directory:
+        source = open_source(place, as_stored=config.to == "native")
         if config.to == "native":
-            form, reason, details, check = native.write(config, directory)
+            form, reason, details = native.write(source, directory, config.layout, listener)
         else:
-            source = StoredSource(place)
-            form, reason = _write(config, source, directory, target.name, listener)
-            check, details = verify(place, directory, config.to, config.data, listener), {}
+            (form, reason), details = _write(config, source, directory, target.name, listener), {}
+        check = verify(place, directory, config.to, config.data, listener)
         size = sum(f.stat().st_size for f in directory.iterdir() if f.suffix in (".safetensors", ".gguf"))
         write_card(directory, place, target.name, config.to, form, check)
     url = push(target, config.push) if config.push is not None else None

@@ -6,6 +6,7 @@ Which graph and types: gguf_graph.py; the tokenizer: gguf_vocabulary.py. Scales 
 
 import math
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from trilobit.export.gguf_graph import TERNARY, WRITERS, Adjustments, adjustment
 from trilobit.export.gguf_vocabulary import add_vocabulary
 from trilobit.export.source import Source
 from trilobit.infer.gguf_header import BLOCK_NORMS, GEMMA_NORMS, HEAD_NORMS, LINEARS
+from trilobit.infer.gguf_header import SUB_NORMS as OWN_SUB_NORMS
 from trilobit.listener import SILENT, Listener
 
 SUB_NORMS = {"attn_output": "attn_sub_norm", "ffn_down": "ffn_sub_norm"}  # bitnet's, in front of these
@@ -58,25 +60,28 @@ def write(source: Source, target: Path, kind: str = "auto", head: str = "auto", 
     """Write `source` as one GGUF file. kind: of ternary matrices, `auto` or a name in TERNARY or DENSE; of a model that is not
     ternary, one of DENSE. head: of embedding and head. Raises ExportError if no graph or type can hold it, with what can."""
     contents = plan_file(source, kind, head, target.stem)
-    writer = gguf.GGUFWriter(target, contents.graph)
-    for key, value in contents.metadata.items():
-        _add(writer, key, value)
-    add_vocabulary(writer, source.tokenizer, vocabulary_size(source))
-    for entry in contents.entries:
-        block, size, number = KINDS[entry.kind]
-        if number not in gguf.GGML_QUANT_SIZES:  # the package's own table, which Q2_0 is newer than
-            gguf.GGML_QUANT_SIZES[number] = (block, size)  # pyright: ignore[reportArgumentType]
-        stored = (*entry.shape[:-1], entry.shape[-1] // block * size)
-        writer.add_tensor_info(entry.name, stored, np.dtype(np.uint8), entry.bytes, number)  # pyright: ignore[reportArgumentType]
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for index, entry in enumerate(contents.entries):
-        data = entry.read()
-        assert data.nbytes == entry.bytes, (entry.name, data.nbytes, entry.bytes)
-        writer.write_tensor_data(np.ascontiguousarray(data).view(np.uint8))
-        listener.progress("writing", index + 1, len(contents.entries), 0.0)
-    writer.close()
+    with closing(gguf.GGUFWriter(target, contents.graph)) as writer:
+        for key, value in contents.metadata.items():
+            _add(writer, key, value)
+        add_vocabulary(writer, source.tokenizer, vocabulary_size(source))
+        for entry in contents.entries:
+            block, size, number = KINDS[entry.kind]
+            if number not in gguf.GGML_QUANT_SIZES:  # the package's own table, which Q2_0 is newer than
+                gguf.GGML_QUANT_SIZES[number] = (block, size)  # pyright: ignore[reportArgumentType]
+            stored = (*entry.shape[:-1], entry.shape[-1] // block * size)
+            writer.add_tensor_info(entry.name, stored, np.dtype(np.uint8), entry.bytes, number)  # pyright: ignore[reportArgumentType]
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+    # The package would write the data by numpy's tofile, which does not notice that the disk is full for the last bytes.
+    with target.open("ab") as file:
+        for index, entry in enumerate(contents.entries):
+            file.write(b"\0" * (-file.tell() % writer.data_alignment))
+            data = np.ascontiguousarray(entry.read()).view(np.uint8)
+            assert data.nbytes == entry.bytes, (entry.name, data.nbytes, entry.bytes)
+            file.write(data.data)
+            listener.progress("writing", index + 1, len(contents.entries), 0.0)
+        file.write(b"\0" * (-file.tell() % writer.data_alignment))
     return contents
 
 
@@ -93,17 +98,18 @@ def plan_file(source: Source, kind: str, head: str, name: str = "model") -> Cont
     head = choose_head(source, head, contents.kind)
     _add_ends(source, contents, head, adjust)
     parameters = set(source.kept_names)
+    normed = {path for path, linear in source.plan.linears.items() if linear.normed} if source.plan is not None else set()
     norms = GEMMA_NORMS if graph == "gemma3" else BLOCK_NORMS
     for index in range(source.config.num_hidden_layers):
         layer, at = f"model.layers.{index}", f"blk.{index}"
         for name, path in norms.items():
             _add_norm(source, contents, f"{layer}.{path}", f"{at}.{name}", adjust)
-        for name, path in HEAD_NORMS.items():
+        for name, path in (HEAD_NORMS | OWN_SUB_NORMS).items():
             if f"{layer}.{path}.weight" in parameters:
                 _add_norm(source, contents, f"{layer}.{path}", f"{at}.{name}", adjust)
         for name, path in LINEARS.items():
             _add_linear(source, contents, f"{layer}.{path}", f"{at}.{name}", adjust)
-            if graph == "bitnet" and name in SUB_NORMS:
+            if graph == "bitnet" and name in SUB_NORMS and f"{layer}.{path}" in normed:
                 _add_sub_norm(source, contents, f"{layer}.{path}", f"{at}.{SUB_NORMS[name]}")
     return contents
 
@@ -169,12 +175,15 @@ def _add_matrix(source: Source, contents: Contents, path: str, name: str, kind: 
     rows = _row_order(source, contents.graph, path)
     if path in source.ternary and kind not in TERNARY and contents.kind in TERNARY:
         kind = contents.kind  # a ternary embedding or head
+    elif path not in source.ternary and kind in TERNARY:
+        kind = "f16"  # a projection that was left as it was
     if path in source.ternary and kind in TERNARY and not TERNARY[kind].fits(shape[1]):
         raise ExportError(f"--type {kind} cannot hold {path}, which is {shape[1]} wide. Use --type f16.")
 
     def read() -> np.ndarray:
         if path not in source.ternary:
-            weight = source.kept(f"{path}.weight") * factor
+            weight = source.kept(f"{path}.weight")
+            weight = weight if factor == 1 else weight * factor
             return encode(weight if rows is None else weight[rows], kind)
         packed = source.packed(path)
         codes, scale = packed.codes, packed.scale.float() * abs(factor)

@@ -1,6 +1,6 @@
 """ggml's types for what is not ternary, and the sizes of all that are written: numbers in, bytes out.
 
-F32, F16, BF16 and Q8_0 as the gguf package writes them; Q6_K, which it only reads, rounded to the nearest here.
+F32, F16, BF16 and Q8_0 as the gguf package writes them, bit for bit; Q6_K, which it only reads, rounded to the nearest here.
 """
 
 import gguf
@@ -19,6 +19,9 @@ KINDS: dict[str, tuple[int, int, int]] = {
 """Columns of a block, its bytes, and ggml's number of the type."""
 
 
+CHUNK = 1 << 20  # weights that are rounded at a time
+
+
 def encode(tensor: Tensor, kind: str) -> np.ndarray:
     """[..., K] as the bytes of a type that is not ternary. K must be a multiple of its block."""
     values = tensor.detach().float().cpu().contiguous()
@@ -28,19 +31,31 @@ def encode(tensor: Tensor, kind: str) -> np.ndarray:
         return values.half().numpy()
     if kind == "bf16":
         return values.bfloat16().view(torch.int16).numpy()
-    if kind == "q6_k":
-        return _q6_k(values).numpy()
-    assert kind == "q8_0", kind
-    return gguf.quants.quantize(values.numpy(), _TYPE.Q8_0)
+    block, size, _ = KINDS[kind]
+    blocks, rounded = values.view(-1, block), {"q8_0": _q8_0, "q6_k": _q6_k}[kind]
+    packed = torch.empty(len(blocks), size, dtype=torch.uint8)
+    for start in range(0, len(blocks), CHUNK // block):
+        part = slice(start, start + CHUNK // block)
+        packed[part] = rounded(blocks[part])
+    return packed.view(*values.shape[:-1], -1).numpy()
 
 
-def _q6_k(values: Tensor) -> Tensor:
-    """Blocks of 256: an fp16 scale, sixteen int8 scales of 16 columns each, and 6 bits a column (−32 … 31).
+def _q8_0(blocks: Tensor) -> Tensor:
+    """[N, 32] fp32 → [N, 34]: d = absmax / 127 as fp16, and columns over d before that, halves away from zero, as ggml does."""
+    step = blocks.abs().amax(dim=1, keepdim=True) / 127
+    codes = blocks * torch.where(step == 0, 0, 1 / step)
+    whole = codes.trunc()
+    codes = whole + (2 * (codes - whole)).trunc_()
+    return torch.cat([step.half().view(torch.uint8), codes.to(torch.int8).view(torch.uint8)], dim=1)
+
+
+def _q6_k(blocks: Tensor) -> Tensor:
+    """[N, 256] fp32 → [N, 210]: an fp16 scale, sixteen int8 scales of 16 columns each, and 6 bits a column (−32 … 31).
 
     Byte m of half h of `low` holds the low four bits of columns 128h + m and 128h + 64 + m (m < 64); byte m of half h of
     `high` the upper two bits of columns 128h + m, + 32, + 64 and + 96 (m < 32).
     """
-    parts = values.reshape(-1, 16, 16)
+    parts = blocks.reshape(-1, 16, 16)
     extreme = parts.gather(2, parts.abs().argmax(dim=2, keepdim=True))[..., 0] / -32  # [N, 16]; its code is −32
     whole = (extreme.abs().amax(dim=1, keepdim=True) / 127).half()  # [N, 1]
     step = torch.where(whole == 0, torch.zeros(()), 1 / whole.float())
@@ -51,5 +66,4 @@ def _q6_k(values: Tensor) -> Tensor:
     quarters = codes.reshape(-1, 2, 4, 32)
     low = (codes[..., :64] & 15) | (codes[..., 64:] & 15) << 4
     high = quarters[:, :, 0] >> 4 | quarters[:, :, 1] >> 4 << 2 | quarters[:, :, 2] >> 4 << 4 | quarters[:, :, 3] >> 4 << 6
-    blocks = [low.flatten(1), high.flatten(1), scales.to(torch.int8).view(torch.uint8), whole.view(torch.uint8)]
-    return torch.cat(blocks, dim=1).reshape(*values.shape[:-1], -1)
+    return torch.cat([low.flatten(1), high.flatten(1), scales.to(torch.int8).view(torch.uint8), whole.view(torch.uint8)], dim=1)

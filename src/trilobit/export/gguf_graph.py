@@ -4,7 +4,11 @@
     bitnet     norms at attention output and MLP output (placement output);  Llama-like, tied head, no biases,
                norms everywhere, if their gains are scalar and block gains    no q/k norms, SiLU
                constant: those in front of q, k, v, gate, up become factors
+               BitNet's own layers
     llama …    no inserted norms; and models that are not ternary             Llama, Mistral, Qwen2, Qwen3, Gemma 3
+
+The gate of `bitnet` is silu in every released llama.cpp, also where a file names another: relu² (BitNet-b1.58-2B-4T's) is
+refused, because it would run, as another model.
 
 A graph has one ε for all its norms. Where a model has two, the inputs of some are scaled so that the one ε means the other to
 them (docs/math.md, "One ε for two"), which costs nothing: what is scaled are ternary scales.
@@ -20,7 +24,10 @@ from trilobit.export.source import Source
 from trilobit.formats import Q2_0, TQ1_0, TQ2_0, GgufBlocks
 from trilobit.infer.gguf_header import GEMMA_LOCAL_THETA
 
-GRAPHS = {"Llama": "llama", "Mistral": "llama", "Qwen2": "qwen2", "Qwen3": "qwen3", "Gemma3": "gemma3"}
+GRAPHS = {
+    "Llama": "llama", "Mistral": "llama", "Qwen2": "qwen2", "Qwen3": "qwen3", "Gemma3": "gemma3",
+    "BitNet": "bitnet",
+}  # fmt: skip
 TERNARY: dict[str, type[GgufBlocks]] = {"tq1_0": TQ1_0, "tq2_0": TQ2_0, "q2_0": Q2_0}
 DENSE = ("f16", "f32", "bf16")
 WRITERS = ("self_attn.o_proj", "mlp.down_proj")  # into the residual stream
@@ -36,6 +43,10 @@ def choose_graph(source: Source) -> tuple[str, str]:
         )
     if reason := _unlike_its_graph(source, GRAPHS[name]):
         raise ExportError(f"llama.cpp's {GRAPHS[name]} graph cannot hold this model: {reason}. Use --to hf.")
+    if name == "BitNet":
+        if reason := _unlike_bitnet(source, name):
+            raise ExportError(f"llama.cpp's bitnet graph cannot hold this model: {reason}. Use --to native or --to hf.")
+        return "bitnet", "its own graph"
     if source.plan is None:
         return GRAPHS[name], "an ordinary model"
     if not any(linear.normed for linear in source.plan.linears.values()):
@@ -72,13 +83,14 @@ def _unlike_its_graph(source: Source, graph: str) -> str | None:
         return f"rotary positions of the kind {', '.join(sorted(odd))}"
     gate = getattr(config, "hidden_act", None) or config.hidden_activation
     wanted = ("gelu_pytorch_tanh",) if graph == "gemma3" else ("silu", "swish")
+    if graph == "bitnet" and gate not in wanted:
+        return f"released versions of llama.cpp run it with silu, whatever a file says, and this model's gate is {gate}"
     return None if gate in wanted else f"its gate is {wanted[0]}, this model's {gate}"
 
 
 def _unlike_bitnet(source: Source, name: str) -> str | None:
     plan, config = source.plan, source.config
-    assert plan is not None
-    if name not in ("Llama", "Mistral", "Qwen2"):
+    if name not in ("Llama", "Mistral", "Qwen2", "BitNet"):
         return f"it has none of the further norms of {name}"
     if config.rope_parameters.get("rope_type", "default") != "default":
         return f"rotary positions of the kind {config.rope_parameters['rope_type']}"
@@ -88,8 +100,18 @@ def _unlike_bitnet(source: Source, name: str) -> str | None:
         config.hidden_size
     ):
         return "its heads fill the width"
+    if any(name.endswith("proj.bias") for name in source.kept_names):
+        return "it has no biases"
+    if plan is None:
+        return None
     if any(source.has_bias(path) for path in plan.linears):
         return "it has no biases"
+    if name == "BitNet":
+        more = next((path for path, linear in plan.linears.items() if linear.normed), None)
+        return None if more is None else f"its layers have norms of their own, {more} has one more"
+    writers = [f"model.layers.{index}.{path}" for index in range(config.num_hidden_layers) for path in WRITERS]
+    if bare := [path for path in writers if path not in plan.linears]:
+        return f"{bare[0]} is not ternary and has no norm"
     for path, linear in plan.linears.items():
         if linear.normed and linear.fed_by is not None:
             if plan.spec.gain != "scalar":
@@ -160,10 +182,9 @@ class Adjustments:
 def adjustments(source: Source, graph: str) -> Adjustments:
     """The numbers that make a graph's one ε do."""
     block: float = source.config.rms_norm_eps
-    if graph != "bitnet":
-        return Adjustments(block)
     plan = source.plan
-    assert plan is not None
+    if graph != "bitnet" or plan is None or type(source.model).__name__.startswith("BitNet"):  # whose norms have one ε
+        return Adjustments(block)
     inserted = plan.spec.eps
     fed = {path: linear.fed_by for path, linear in plan.linears.items() if linear.normed and linear.fed_by is not None}
     if not fed:  # a norm of k·x with ε is one of x with ε / k²

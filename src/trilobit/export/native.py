@@ -1,8 +1,9 @@
 """`trilobit export --to native`: a ternary model as one file that the CPU engine maps, checked by running it.
 
-What was written is read back by the engine and compared, position by position, with the model that transformers runs
-(verify.py). A model that was trained with full-precision activations is another one with int8 activations: how far off is
-said, and refused only where too much is lost.
+Written is what compiler.compile would make of the model, without having it in memory. It is read back by the engine and
+compared, position by position, with the model that transformers runs (verify.py), in a process of its own. A model that was
+trained with full-precision activations is another one with int8 activations: how far off is said, and refused only where too
+much is lost.
 """
 
 import math
@@ -12,15 +13,16 @@ from typing import Any
 
 from torch import Tensor
 
-from trilobit.config.export import ExportConfig
 from trilobit.errors import VerificationError
 from trilobit.export.hf import write_companions
+from trilobit.export.source import Source
 from trilobit.export.verification import Check, Row, probe_windows
 from trilobit.export.verify import Agreement, compare, noise_floor
 from trilobit.infer import compiler, native_file
 from trilobit.infer.engine import Engine, open_native
-from trilobit.infer.graph import Graph
-from trilobit.infer.load import freeze, load
+from trilobit.infer.graph import DTYPES, Graph, Planned
+from trilobit.infer.load import Loaded
+from trilobit.listener import SILENT, Listener
 
 PROBE_WINDOWS, PROBE_LENGTH = 8, 256
 MOST_KL, MOST_CHANGE, ERRORS = 0.005, 0.001, 3.0  # nats a position; of the loss, beyond so many standard errors
@@ -41,29 +43,40 @@ class _Reading:
         return type("Output", (), {"logits": self.engine.logits(input_ids[0])[None]})
 
 
-def write(config: ExportConfig, directory: Path) -> tuple[str, str, dict[str, Any], Check]:
-    """The native file into an existing directory, checked by running it: its form, why that one, what a weight takes, and the
-    check. Raises NotNative where the engine has no graph, VerificationError where it reads another model."""
-    loaded = load(config.model)
-    freeze(loaded.model)
-    model = compiler.compile(loaded.model, None if config.layout == "auto" else config.layout)
-    probe = probe_windows(loaded, config.data, PROBE_WINDOWS, PROBE_LENGTH)
-    native_file.write(model, directory / native_file.NAME)
-    write_companions(directory, loaded.model, loaded.plan, loaded.tokenizer, "native", {})
-    reading = Engine(*open_native(directory, complete=False), capacity=probe.shape[1])
-    agreement = compare(loaded.model, _Reading(reading), probe)
-    _require_same(agreement, model.header.activations, lambda: noise_floor(loaded.model, probe))
+def write(source: Source, directory: Path, layout: str, listener: Listener = SILENT) -> tuple[str, str, dict[str, Any]]:
+    """The native file into an existing directory, a matrix at a time: its form, why that one, and what a weight takes. Raises
+    NotNative where the engine has no graph."""
+    form: Any = None if layout == "auto" else layout
+    planned = compiler.plan(source.model, source, form)
+    native_file.write(planned, directory / native_file.NAME, lambda n, total: listener.progress("writing", n, total, 0.0))
+    write_companions(directory, source.model, source.plan, source.tokenizer, "native", {})
+    form = planned.header.layout
+    reason = "as asked" if layout != "auto" else "the fastest here"
+    return form, reason, {"layout": form, "bits_per_ternary_weight": bits_per_weight(planned)}
+
+
+def check(loaded: Loaded, artefact: Path, data: str | None) -> Check:
+    """The engine's reading of what was written, compared with the model it was made from (its ternary modules frozen). Raises
+    VerificationError where it is another one."""
+    probe = probe_windows(loaded, data, PROBE_WINDOWS, PROBE_LENGTH)
+    graph, tokenizer, ends = open_native(artefact, complete=False)
+    agreement = compare(loaded.model, _Reading(Engine(graph, tokenizer, ends, capacity=probe.shape[1])), probe)
+    activations = graph.header.activations
+    _require_same(agreement, activations, lambda: noise_floor(loaded.model, probe))
     limits = f"KL {MOST_KL} or twice the model's own noise, perplexity within 0.1 % and three standard errors"
-    if model.header.activations != "token":
+    if activations != "token":
         limits = f"{LOST} nats of loss: the engine's int8 activations make a weights-only model another one"
-    reason = "as asked" if config.layout != "auto" else "the fastest here"
-    details = {"layout": model.header.layout, "bits_per_ternary_weight": bits_per_weight(model)}
-    return model.header.layout, reason, details, Check([Row("the engine", "the model", agreement)], limits)
+    return Check([Row("the engine", "the model", agreement)], limits)
 
 
-def bits_per_weight(model: Graph) -> float:
+def bits_per_weight(model: Graph | Planned) -> float:
     """Bits that a weight of the layers' matrices takes, with its part of padding and scales."""
-    stored = sum(t.nbytes for n, t in model.tensors.items() if n.startswith("layers.") and n.endswith((".codes", ".scales")))
+    parts = {name: spec for name, spec in model.specs.items() if name.startswith("layers.")}
+    stored = sum(
+        math.prod(shape) * DTYPES[dtype].itemsize
+        for name, (dtype, shape) in parts.items()
+        if name.endswith((".codes", ".scales"))
+    )
     weights = model.header.layers * sum(rows * columns for rows, columns in model.header.matrices().values())
     return 8 * stored / weights
 

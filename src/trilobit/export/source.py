@@ -26,7 +26,10 @@ from trilobit.infer.load import (
     quiet_transformers,
     read_tensor,
     tensor_files,
+    tensor_shapes,
+    with_every_norm,
 )  # fmt: skip
+from trilobit.infer.parts import Kind, kind_of
 from trilobit.nn.packed import PackedEmbedding, PackedLinear
 from trilobit.nn.ternary import TernaryEmbedding, TernaryLinear
 from trilobit.storage import read_json, verify_manifest
@@ -94,43 +97,72 @@ class Source:
         module: Any = self.model.get_submodule(path)
         return module.bias is not None or bool(getattr(module, "dead_zone_bias", 0))
 
+    def kind(self, path: str) -> Kind | None:
+        """What a ternary module is; None if it is not ternary."""
+        module: Any = self.ternary.get(path)
+        if module is None or isinstance(module, PackedLinear | PackedEmbedding):
+            return None if module is None else kind_of(module)
+        if isinstance(module, TernaryEmbedding):
+            return Kind(module.granularity)
+        rule, norm = module.rule, module.rms_norm
+        eps, gain = (None, 0) if norm is None else (norm.eps, self.gain_length(path))
+        return Kind(rule.granularity, rule.int8_activations, self.has_bias(path), eps, gain)
+
+    def gain_length(self, path: str) -> int:
+        """Of the gain of the norm in front of a ternary linear: 1 or K."""
+        return len(self.model.get_parameter(f"{path}.rms_norm.weight"))
+
+    def shares_table(self) -> bool:
+        """Whether a ternary head has the codes and scales of a ternary embedding."""
+        return self.tied
+
     @torch.no_grad()
     def _freeze(self, path: str) -> PackedLinear | PackedEmbedding:
         module: Any = self.ternary[path]
         if isinstance(module, PackedLinear | PackedEmbedding):
             return module
-        return freeze_module(module)
+        return freeze_module(module, path)
 
 
 class StoredSource(Source):
-    """A directory that trilobit wrote, or an ordinary checkpoint: nothing is read before it is asked for."""
+    """A directory that trilobit wrote, or an ordinary checkpoint: nothing is read before it is asked for.
 
-    def __init__(self, directory: Path):
-        self.directory = _stored(directory)
+    as_stored: leave block gains that a form moved into the linears where they are, as load() does.
+    """
+
+    def __init__(self, directory: Path, as_stored: bool = False):
+        self.directory = directory = _stored(directory)
+        self.gains_moved = False
+        model, plan = self._structure(as_stored)
+        if plan is not None:
+            apply_plan(model, plan)
+        super().__init__(model, plan, load_tokenizer(directory))
+        if (directory / "generation_config.json").exists():
+            with clear_errors(str(directory)):
+                model.generation_config = GenerationConfig.from_pretrained(directory)
+        self._require_shapes()
+
+    def _structure(self, as_stored: bool) -> tuple[PreTrainedModel, Plan | None]:
+        """The model without storage, before surgery, and its plan; form and gains_moved are set."""
         card = {"form": "full precision", "plan": None}
         if (self.directory / CARD).exists():
             verify_manifest(self.directory)
             card = read_json(self.directory / CARD)
-        if card["form"] == "native":
-            raise ModelError(f"{directory} is written for the native engine: take the run it came from.")
+        self.form = card["form"]
+        if self.form == "native":
+            raise ModelError(f"{self.directory} is written for the native engine: take the run it came from.")
         plan = Plan.from_json(card["plan"]) if card["plan"] else None
-        with clear_errors(str(directory)):
+        with clear_errors(str(self.directory)):
             config: Any = AutoConfig.from_pretrained(self.directory)
             if hasattr(config, "quantization_config"):
-                if plan is None:
-                    raise ModelError(f"{directory} is quantised, and not by trilobit: of exports --to native takes it.")
                 delattr(config, "quantization_config")
             with torch.device("meta"), quiet_transformers():
                 model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
             model.tie_weights()
-        if plan is not None:
-            apply_plan(model, plan)
-        super().__init__(model, plan, load_tokenizer(self.directory))
-        if (self.directory / "generation_config.json").exists():
-            with clear_errors(str(directory)):
-                model.generation_config = GenerationConfig.from_pretrained(self.directory)
-        self.form = card["form"]
         self.gains_moved = card.get("norms") == "everywhere"
+        if as_stored and self.gains_moved and plan is not None:
+            self.gains_moved, plan = False, with_every_norm(plan)
+        return model, plan
 
     def kept(self, name: str) -> Tensor:
         value = self.tensor(name).float()
@@ -154,8 +186,11 @@ class StoredSource(Source):
         return self.tensor(f"{path}.rms_norm.weight").float()
 
     def has_bias(self, path: str) -> bool:
-        dead_zone = self.plan is not None and self.plan.spec.dead_zone_bias and path in self.ternary
+        dead_zone = self.form == "latent" and self.plan is not None and self.plan.spec.dead_zone_bias and path in self.ternary
         return f"{path}.bias" in self._files or bool(dead_zone)
+
+    def gain_length(self, path: str) -> int:
+        return math.prod(self._shapes.get(f"{path}.rms_norm.weight", (0,)))
 
     def tensor(self, name: str) -> Tensor:
         """A stored tensor. Raises ModelError if there is none of that name."""
@@ -167,13 +202,45 @@ class StoredSource(Source):
     def _files(self) -> dict[str, str]:
         return tensor_files(self.directory, self.form)
 
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {n: s for file in set(self._files.values()) for n, s in tensor_shapes(self.directory / file).items()}
+
+    def _require_shapes(self) -> None:
+        """Raise ModelError unless the files hold what the configuration asks for, in the shapes it asks for."""
+        wanted: dict[str, tuple[int, ...]] = {n: tuple(self.model.get_parameter(n).shape) for n in self.kept_names}
+        for path, module in self.ternary.items():
+            owner: Any = module
+            shared = self.plan is not None and path == self.plan.head and self.plan.tied
+            table = isinstance(module, TernaryEmbedding)
+            rows, columns = (owner.num_embeddings, owner.embedding_dim) if table else owner.weight.shape
+            if self.form.endswith("bitlinear"):
+                wanted |= {f"{path}.weight": (rows // 4, columns), f"{path}.weight_scale": (1,)}
+            elif self.form == "packed" and not shared:
+                wanted[f"{path}.codes"] = (rows, -(-columns // 4))
+            elif not shared:
+                wanted[f"{path}.weight"] = (rows, columns)
+            if getattr(owner, "bias", None) is not None:
+                wanted[f"{path}.bias"] = (rows,)
+            norm = f"{path}.rms_norm.weight"
+            if getattr(owner, "rms_norm", None) is not None and self._shapes.get(norm) != (1,):
+                wanted[norm] = (columns,)
+        for name, shape in wanted.items():
+            if name not in self._shapes:
+                raise ModelError(f"{self.directory} does not hold the tensors its files promise: {name} is missing.")
+            if self._shapes[name] != shape:
+                raise ModelError(
+                    f"the weights of {self.directory} do not fit its config.json: {name} is {self._shapes[name]}, not {shape}."
+                )
+
     @torch.no_grad()
     def _freeze(self, path: str) -> PackedLinear | PackedEmbedding:
-        module: Any = self.ternary[path]
+        module: Any = copy.deepcopy(self.ternary[path])  # what becomes of it is not kept
         assert self.plan is not None
-        if self.plan.tied and path == self.plan.head and self.plan.embedding is not None:
+        if self.plan.tied and path == self.plan.head and self.plan.embedding is not None and self.form != "latent":
             shared = self._freeze(self.plan.embedding)
-            return PackedLinear(shared.codes, shared.scale, None, None, shared.granularity, module.rule.int8_activations)
+            bias = self.tensor(f"{path}.bias").float() if self.has_bias(path) else None
+            return PackedLinear(shared.codes, shared.scale, bias, None, shared.granularity, module.rule.int8_activations)
         if self.form == "latent":
             return self._from_latent(module, path)
         if self.form == "dense":
@@ -185,13 +252,15 @@ class StoredSource(Source):
             raise ModelError(f"{self.directory} does not hold the tensors its {CARD} promises: {error} is missing.") from error
 
     def _from_latent(self, module: Any, path: str) -> PackedLinear | PackedEmbedding:
-        module = copy.deepcopy(module)
         for name, parameter in list(module.named_parameters()):
             owner, _, last = name.rpartition(".")
-            value = self.tensor(f"{path}.{name}").float()
+            stored = f"{path}.{name}"
+            if stored not in self._files and self.plan is not None and path == self.plan.head:  # tied: stored once
+                stored = f"{self.plan.embedding}.{name}"
+            value = self.tensor(stored).float()
             assert value.shape == parameter.shape, (path, name, value.shape, parameter.shape)
             setattr(module.get_submodule(owner), last, nn.Parameter(value, requires_grad=False))
-        return freeze_module(module)
+        return freeze_module(module, path)
 
     def _from_dense(self, module: Any, path: str) -> PackedLinear | PackedEmbedding:
         """Each granule of a dense weight holds one magnitude."""
@@ -205,8 +274,11 @@ class StoredSource(Source):
         return PackedLinear(codes, scale, bias, None, granularity, module.rule.int8_activations)
 
 
-def freeze_module(module: TernaryLinear | TernaryEmbedding) -> PackedLinear | PackedEmbedding:
-    """The frozen form of a trained ternary module."""
+def freeze_module(module: TernaryLinear | TernaryEmbedding, path: str) -> PackedLinear | PackedEmbedding:
+    """The frozen form of a trained ternary module. Raises ModelError if it is not quantised all the way yet."""
+    for strength in (module.weight_strength, module.activation_strength):
+        if isinstance(strength, Tensor) or strength != 1:
+            raise ModelError(f"{path} is still fading in (λ = {float(strength):.3g}): only a finished model is written.")
     return PackedLinear.from_ternary(module) if isinstance(module, TernaryLinear) else PackedEmbedding.from_ternary(module)
 
 
@@ -223,8 +295,8 @@ def _stored(directory: Path) -> Path:
     """Where in `directory`, a run or a model, the weights are. Dense weights are rounded to bf16: the latents say more."""
     if not (directory / "run.json").exists():
         if not (directory / "config.json").exists():
-            hint = ": --to native takes GGUF files" if directory.suffix == ".gguf" else ": it has no config.json"
-            raise ModelError(f"{directory} is not a checkpoint directory{hint}.")
+            what = "is not a checkpoint directory: it has no config.json" if directory.exists() else "is not there"
+            raise ModelError(f"{directory} {what}.")
         return directory
     if "result" not in read_json(directory / "run.json"):
         raise ModelError(f"{directory} is a run that has not finished: continue it with --resume.")

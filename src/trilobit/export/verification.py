@@ -3,6 +3,7 @@
     hf      transformers                against the model                                   verify.py's limits
     bf16    transformers                against the model without activation quantisation   KL ≤ 0.001, perplexity 0.1 %
     gguf    llama.cpp (xllamacpp)       against the model                                   see below
+    native  the engine                  against the model                                   native.py's
 
 llama.cpp quantises activations in blocks of its own, or not at all, so it is not the same model to the last digit. How far
 int8 activations take this very model from none is the measure: KL(ours ‖ llama.cpp) ≤ 2 × KL(int8 ‖ none), and the loss the
@@ -14,7 +15,7 @@ import math
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -24,8 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trilobit import errors
 from trilobit.corpus import documents
-from trilobit.errors import ModelError, VerificationError
+from trilobit.errors import ModelError, TrilobitError, VerificationError
 from trilobit.export.verify import MAX_PERPLEXITY_CHANGE, Agreement, compare, load_stock, noise_floor
 from trilobit.infer.hf import continue_tokens
 from trilobit.infer.load import Loaded, freeze, load
@@ -95,7 +97,7 @@ def verify(model: Path, artefact: Path, to: str, data: str | None, listener: Lis
             raise VerificationError(f"the check did not end: {done.stderr[-400:]} Nothing was left behind.")
         answer = read_json(folder / "answer.json")
     if "error" in answer:
-        raise (ModelError if answer["kind"] == "ModelError" else VerificationError)(answer["error"])
+        raise getattr(errors, answer["kind"], VerificationError)(answer["error"])
     rows = [Row(row["reader"], row["against"], Agreement(**row["agreement"])) for row in answer.pop("rows")]
     return Check(rows, **answer)
 
@@ -195,20 +197,25 @@ def _own_distance(model: torch.nn.Module, windows: Tensor) -> Agreement:
         return compare(model, model, windows, other_context=plain)
 
 
+def check(loaded: Loaded, artefact: Path, to: str, data: str | None) -> Check:
+    """Whether the consumer of a form reads what was written to a directory as the model it was made from (frozen)."""
+    if to == "native":
+        from trilobit.export import native
+
+        return native.check(loaded, artefact, data)
+    windows = probe_windows(loaded, data, PROBE_WINDOWS[to])
+    if to == "gguf":
+        return check_llama_cpp(loaded, next(artefact.glob("*.gguf")), windows)
+    return check_stock(loaded, artefact, windows)
+
+
 def main(folder: Path) -> None:
     request = read_json(folder / "request.json")
     try:
         loaded = load(request["model"])
         freeze(loaded.model)
-        windows = probe_windows(loaded, request["data"], PROBE_WINDOWS[request["to"]])
-        artefact = Path(request["artefact"])
-        checks: dict[str, Callable[[], Check]] = {
-            "gguf": lambda: check_llama_cpp(loaded, next(artefact.glob("*.gguf")), windows),
-            "hf": lambda: check_stock(loaded, artefact, windows),
-            "bf16": lambda: check_stock(loaded, artefact, windows),
-        }
-        answer = asdict(checks[request["to"]]())
-    except (VerificationError, ModelError) as error:
+        answer = asdict(check(loaded, Path(request["artefact"]), request["to"], request["data"]))
+    except TrilobitError as error:
         answer = {"error": str(error), "kind": type(error).__name__}
     (folder / "answer.json").write_text(json.dumps(answer))
 

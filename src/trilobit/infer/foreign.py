@@ -11,22 +11,26 @@ whichever class they are of, because that class keeps them packed: `autobitlinea
 norms and head are the checkpoint's own, also the norms inside BitNet's attention and MLP; its quantiser is quant.py's.
 """
 
+import copy
 from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
-from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from trilobit.errors import ModelError
 from trilobit.formats import Bitnet
+from trilobit.infer.quiet import quiet_transformers
 from trilobit.nn.packed import PackedEmbedding, PackedLinear
 from trilobit.nn.ternary import InputRMSNorm, TernaryEmbedding, TernaryLinear
-from trilobit.surgery.roles import find_sites
+from trilobit.surgery.roles import Site, decoder_layers, find_sites
 from trilobit.surgery.ternary import NORM_EPS, Plan, PlannedLinear, TernarySpec
 
 Form = Literal["bitlinear", "autobitlinear", "online"]
 TERNARY = (PackedLinear, TernaryLinear)
+MODULES = (*TERNARY, PackedEmbedding, TernaryEmbedding)
+PROBE_VOCABULARY, PROBE_HIDDEN = 16, 64
 
 
 def bitnet_form(source: str, config: PretrainedConfig) -> Form | None:
@@ -66,17 +70,24 @@ def adopt(model: PreTrainedModel, form: Form, source: str) -> Plan:
         for name, module in list(model.named_modules())
         if isinstance(module, BitLinear | AutoBitLinear)
     ]
-    if not eps:
-        raise ModelError(f"{source} says that it is ternary, but none of its linears is.")
+    tied = isinstance(head, BitLinear | AutoBitLinear) and model.config.get_text_config().tie_word_embeddings
+    _require_ternary(source, eps, tied)
     _forget_quantizer(model)
-    if isinstance(head, BitLinear | AutoBitLinear) and model.config.get_text_config().tie_word_embeddings:
+    return plan_of(model, _spec(eps[0]), source)
+
+
+def _require_ternary(source: str, linears: list[Any], tied_head: bool) -> None:
+    if not linears:
+        raise ModelError(f"{source} says that it is ternary, but none of its linears is.")
+    if tied_head:
         raise ModelError(
             f"{source} has a ternary head that shares its weights with a full-precision embedding, which is not read: to have "
             "it in full precision, too, add lm_head to modules_to_not_convert in its config.json."
         )
-    normed = eps[0] is not None
-    spec = TernarySpec(placement="every" if normed else "none", **({"eps": eps[0]} if normed else {}))  # pyright: ignore
-    return plan_of(model, spec, source)
+
+
+def _spec(eps: float | None) -> TernarySpec:
+    return TernarySpec(placement="none") if eps is None else TernarySpec(placement="every", eps=eps)
 
 
 def _adopt_linear(model: PreTrainedModel, name: str, module: nn.Module, form: Form, source: str) -> float | None:
@@ -99,6 +110,15 @@ def _adopt_linear(model: PreTrainedModel, name: str, module: nn.Module, form: Fo
 
 def _unpacked(module: nn.Module, norm: InputRMSNorm | None, form: Form, where: str) -> PackedLinear:
     packed, stored, bias = (cast(Any, getattr(module, name)) for name in ("weight", "weight_scale", "bias"))
+    return unpack(packed, stored, bias, norm, form, where)
+
+
+def unpack(
+    packed: Tensor, stored: Tensor, bias: Tensor | None, norm: InputRMSNorm | None, form: Form, where: str
+) -> PackedLinear:  # fmt: skip
+    """The frozen linear of stored codes [O/4, K], weight_scale [1], bias [O]. Raises ModelError where they cannot be such."""
+    if packed.dtype != torch.uint8:
+        raise ModelError(f"{where} is said to be packed, and holds {packed.dtype}: its config is mistaken, or it is damaged.")
     codes = Bitnet.unpack(packed)
     if codes.max() > 1:  # two bits have four symbols
         raise ModelError(f"{where} holds a code that is none of −1, 0, 1: it is damaged, or packed in another way.")
@@ -124,28 +144,73 @@ def _forget_quantizer(model: PreTrainedModel) -> None:
 def plan_of(model: PreTrainedModel, spec: TernarySpec, source: str) -> Plan:
     """The plan that describes a model which has its ternary modules already. Raises ModelError for ternary modules in
     places where `tune` makes none."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    paths: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
-    sites = find_sites(model, (nn.Linear, *TERNARY))
-    linears = {
-        site.path: PlannedLinear(module.rms_norm is not None, site.role, site.norm)
-        for site in sites
-        if isinstance(module := model.get_submodule(site.path), TERNARY)
-    }
-    ternary_head = isinstance(head, TERNARY)
-    if isinstance(head, TERNARY) and head.rms_norm is not None:  # a plan's head has no norm; any other linear may
-        linears[paths[head]] = PlannedLinear(True, "input", None)
+    normed = {n: getattr(m, "rms_norm", None) is not None for n, m in model.named_modules() if isinstance(m, MODULES)}
+    return plan_for(model, spec, find_sites(model, (nn.Linear, *TERNARY)), normed, source)
+
+
+def plan_for(model: PreTrainedModel, spec: TernarySpec, sites: tuple[Site, ...], normed: dict[str, bool], source: str) -> Plan:
+    """The same where only the structure is there. normed: the ternary modules by path, and whether each has a norm in front."""
+    paths: dict[Any, str] = {module: name for name, module in model.named_modules()}
+    head, embedding = (paths[module] for module in (model.get_output_embeddings(), model.get_input_embeddings()))
+    linears = {site.path: PlannedLinear(normed[site.path], site.role, site.norm) for site in sites if site.path in normed}
+    ternary_head, ternary_embedding = head in normed, embedding in normed
+    if normed.get(head):  # a plan's head has no norm; any other linear may
+        linears[head] = PlannedLinear(True, "input", None)
         ternary_head = False
-    ternary_embedding = isinstance(embedding, PackedEmbedding | TernaryEmbedding)
-    missed = [n for m, n in paths.items() if isinstance(m, TERNARY) and n not in linears and m is not head]
-    if missed:
+    if missed := [path for path in normed if path not in linears and path not in (head, embedding)]:
         raise ModelError(
             f"{source} has a ternary linear outside its decoder layers, {missed[0]}: none is known to belong there."
         )
     if ternary_head:
         spec = replace(spec, cover="+embeddings" if ternary_embedding else "+lm_head")
     tied = bool(model.config.get_text_config().tie_word_embeddings)
-    return Plan(spec, linears, paths[embedding] if ternary_embedding else None, paths[head] if ternary_head else None, tied)  # pyright: ignore[reportArgumentType]
+    return Plan(spec, linears, embedding if ternary_embedding else None, head if ternary_head else None, tied)
+
+
+def sites_of(model: PreTrainedModel) -> tuple[Site, ...]:
+    """find_sites of a model without storage: a single layer of its kind, with random weights, is watched for all of them.
+    Raises ModelError if its layers are not alike."""
+    config: Any = copy.deepcopy(model.config)
+    text = config.get_text_config()
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == text.num_hidden_layers:
+            setattr(text, name, value[:1])
+    text.num_hidden_layers, text.vocab_size = 1, PROBE_VOCABULARY
+    if hasattr(text, "intermediate_size"):
+        text.intermediate_size = PROBE_HIDDEN
+    text.pad_token_id = text.bos_token_id = text.eos_token_id = None
+    with torch.random.fork_rng(), quiet_transformers():
+        one: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    ((first, _),) = decoder_layers(one)
+    found = []
+    for site in find_sites(one):
+        for index, (path, _) in enumerate(decoder_layers(model)):
+            norm = None if site.norm is None else site.norm.replace(first, path, 1)
+            found.append(replace(site, path=site.path.replace(first, path, 1), layer=index, norm=norm))
+    linears = {f"{path}.{n}" for path, layer in decoder_layers(model) for n, m in layer.named_modules() if type(m) is nn.Linear}
+    if linears != {site.path for site in found}:
+        raise ModelError(f"the layers of {type(model).__name__} differ in the linears they have: that is not known here.")
+    return tuple(found)
+
+
+def skeleton(config: Any, form: Form, source: str) -> tuple[PreTrainedModel, Plan]:
+    """What adopt() makes, without storage: an ordinary model, and which of its linears transformers takes to be ternary."""
+    from transformers.integrations.bitnet import AutoBitLinear, BitLinear
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    settings = config.quantization_config
+    delattr(config, "quantization_config")
+    with torch.device("meta"), quiet_transformers():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        quantised: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        AutoHfQuantizer.from_config(settings, pre_quantized=True).preprocess_model(quantised)
+    model.tie_weights()
+    found: dict[str, Any] = {n: m for n, m in quantised.named_modules() if isinstance(m, BitLinear | AutoBitLinear)}
+    head = quantised.get_output_embeddings()
+    _require_ternary(source, list(found.values()), head in found.values() and config.get_text_config().tie_word_embeddings)
+    eps = [None if m.rms_norm is None else m.rms_norm.variance_epsilon for m in found.values()]
+    normed = {name: norm is not None for name, norm in zip(found, eps, strict=True)}
+    return model, plan_for(model, _spec(eps[0]), sites_of(model), normed, source)
 
 
 def thaw(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:

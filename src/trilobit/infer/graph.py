@@ -3,11 +3,13 @@
     Header                    sizes and choices that the tensors do not say
     check(header, found)      names, dtypes and shapes against expected_tensors(header)
     Graph.decoder()           ──▶ what kernels/engine.py runs
+    Planned                   a graph whose tensors are made when their turn comes, so that it need not be in memory
 
 infer/compiler.py makes a Graph of a model, infer/native_file.py reads and writes one. docs/formats.md lists the tensors.
 Letters: V vocabulary, D width, F hidden width, O rows, K columns, G groups.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, get_args, get_origin
 
@@ -21,6 +23,8 @@ from trilobit.kernels.native import Format, PackedMatrix
 
 LEAST_TENSORS = 2 + 2 * len(PROJECTIONS)  # of a layer: norms, and codes and scales of each matrix
 DTYPES = {"U8": torch.uint8, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+Specs = dict[str, tuple[str, tuple[int, ...]]]
+"""Dtype (a key of DTYPES) and shape of tensors, by name."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,7 @@ def _head(h: Header) -> dict[str, Expected]:
     return _matrix("head", "int8", h.vocabulary, h.width, h.head_group)
 
 
-def check(header: Header, found: dict[str, tuple[str, tuple[int, ...]]]) -> None:
+def check(header: Header, found: Specs) -> None:
     """Raise ModelError unless names, dtypes and shapes are those of a model with this header."""
     if len(found) < header.layers * LEAST_TENSORS:  # before a million layers are listed
         raise ModelError(f"it holds {len(found)} tensors, too few for {header.layers} layers.")
@@ -165,6 +169,10 @@ class Graph:
 
     header: Header
     tensors: dict[str, Tensor]
+
+    @property
+    def specs(self) -> Specs:
+        return specs_of(self.tensors)
 
     def decoder(self) -> Decoder:
         """The engine's description of it, which shares the tensors."""
@@ -195,3 +203,39 @@ class Graph:
             h.width, h.hidden, h.heads, h.kv_heads, h.head_size, h.vocabulary, h.eps, h.attention_scale, h.rotary_scale,
             t["rope.frequencies"], h.gate, layers, t["norm"], embedding, head,
         )  # fmt: skip
+
+
+def specs_of(tensors: dict[str, Tensor]) -> Specs:
+    """What tensors in memory are."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    return {name: (names[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tensors that are made together. specs: dtype and shape of each, by name."""
+
+    specs: Specs
+    make: Callable[[], dict[str, Tensor]]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What `make` gives, on the CPU. It must be what was promised."""
+        made = {name: tensor.detach().cpu().contiguous() for name, tensor in self.make().items()}
+        assert specs_of(made) == self.specs, (specs_of(made), self.specs)
+        return made
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A native model before its tensors are made."""
+
+    header: Header
+    pieces: list[Piece]
+
+    @property
+    def specs(self) -> Specs:
+        return {name: spec for piece in self.pieces for name, spec in piece.specs.items()}
+
+    def graph(self) -> Graph:
+        """With all its tensors in memory."""
+        return Graph(self.header, {name: t for piece in self.pieces for name, t in piece.tensors().items()})

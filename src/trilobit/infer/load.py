@@ -25,8 +25,8 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from trilobit.errors import ModelError
-from trilobit.formats import Bitnet, TwoBit
-from trilobit.infer.foreign import adopt, bitnet_form, thaw
+from trilobit.formats import TwoBit
+from trilobit.infer.foreign import adopt, bitnet_form, thaw, unpack
 from trilobit.infer.gguf_model import read_gguf
 from trilobit.infer.quiet import clear_errors, quiet_transformers
 from trilobit.nn.packed import PackedEmbedding, PackedLinear
@@ -240,7 +240,7 @@ def read_ours(path: Path) -> Loaded:
                 model.generation_config = GenerationConfig.from_pretrained(path)
         model.tie_weights()
     if form != "latent" and card.get("norms") == "everywhere":
-        plan = _with_every_norm(plan)
+        plan = with_every_norm(plan)
     apply_plan(model, plan)
     tensors = {name: read_tensor(path / file, name) for name, file in tensor_files(path, form).items()}
     if form == "latent":
@@ -260,7 +260,7 @@ def read_ours(path: Path) -> Loaded:
     return Loaded(model, tokenizer, plan, form)
 
 
-def _with_every_norm(plan: Plan) -> Plan:
+def with_every_norm(plan: Plan) -> Plan:
     """The plan of a model whose block gains were moved into norms of its own (export/hf.py): every linear has one."""
     linears = {path: type(linear)(True, linear.role, linear.fed_by) for path, linear in plan.linears.items()}
     return Plan(plan.spec, linears, plan.embedding, plan.head, plan.tied)
@@ -273,18 +273,14 @@ def packed_module(module: TernaryModule, name: str, tensors: dict[str, Tensor], 
         codes, scale = TwoBit.unpack(tensors.pop(f"{name}.codes"), int(width)), tensors.pop(f"{name}.scale")  # pyright: ignore
         if isinstance(module, TernaryEmbedding):
             return PackedEmbedding(codes, scale, module.granularity)
-        bias = tensors.pop(f"{name}.bias", None)
-    else:
-        codes = Bitnet.unpack(tensors.pop(f"{name}.weight"))
-        stored = tensors.pop(f"{name}.weight_scale").float().reshape(1, 1)
-        scale = stored.reciprocal() if form == "bitlinear" else stored  # the two classes mean opposite things by it
-        bias = tensors.pop(f"{name}.bias", None)
-        bias = bias * stored.item() if bias is not None and form == "autobitlinear" else bias
     assert isinstance(module, TernaryLinear), type(module)
     norm = module.rms_norm
     if norm is not None:
-        gain = tensors.pop(f"{name}.rms_norm.weight").float()
-        norm.weight = nn.Parameter(gain)
+        norm.weight = nn.Parameter(tensors.pop(f"{name}.rms_norm.weight").float())
+    bias = tensors.pop(f"{name}.bias", None)
+    if form != "packed":
+        codes, scale = tensors.pop(f"{name}.weight"), tensors.pop(f"{name}.weight_scale")
+        return unpack(codes, scale, bias, norm, form, name)  # pyright: ignore[reportArgumentType]
     return PackedLinear(codes, scale, bias, norm, module.rule.granularity, module.rule.int8_activations)
 
 
@@ -311,6 +307,15 @@ def tensor_files(path: Path, form: str) -> dict[str, str]:
             return dict.fromkeys(opened.keys(), file)
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path / file} cannot be read: {error}") from error
+
+
+def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Of the tensors of a safetensors file, by name. Raises ModelError."""
+    try:
+        with safe_open(file, "pt") as opened:
+            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{file} cannot be read: {error}") from error
 
 
 def read_tensor(file: Path, name: str) -> Tensor:

@@ -10,8 +10,10 @@ what memory is read. Their content is not judged: any byte is a valid code, and 
 """
 
 import json
+import math
 import mmap
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor
 
 from trilobit.errors import ModelError, OutputError
-from trilobit.infer.graph import DTYPES, Graph, Header, check
+from trilobit.infer.graph import DTYPES, Graph, Header, Piece, Planned, Specs, check
 from trilobit.kernels.native import huge_pages
 
 NAME = "native.safetensors"
@@ -30,27 +32,35 @@ ALIGNMENT = 64
 Memory = Literal["mapped", "copied"]
 
 
-def write(graph: Graph, path: Path) -> None:
-    """Write a native file. Raises OutputError where the disk refuses."""
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    order = list(DTYPES.values())  # so that each begins at a multiple of its size
-    tensors = sorted(graph.tensors.items(), key=lambda item: (order.index(item[1].dtype), item[0]))
-    header: dict[str, Any] = {
-        "__metadata__": {"format": FORMAT, "version": VERSION, "graph": json.dumps(graph.header.to_json())}
-    }
-    end = 0
-    for name, tensor in tensors:
-        begin, end = end, end + tensor.numel() * tensor.itemsize
-        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+@torch.no_grad()
+def write(model: Graph | Planned, path: Path, each: Callable[[int, int], None] = lambda done, total: None) -> None:
+    """Write a native file, its tensors made one piece at a time: no more than that is in memory. each: told how many pieces are
+    written, and of how many. Raises OutputError where the disk refuses."""
+    pieces = model.pieces if isinstance(model, Planned) else [Piece(model.specs, lambda: model.tensors)]
+    text, places = _layout(model.header, model.specs)
     try:
         with path.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for _, tensor in tensors:
-                file.write(tensor.contiguous().view(torch.uint8).numpy().data)
+            file.write(text)
+            for done, piece in enumerate(pieces, start=1):
+                for name, tensor in piece.tensors().items():
+                    file.seek(len(text) + places[name])
+                    file.write(tensor.view(-1).view(torch.uint8).numpy().data)
+                each(done, len(pieces))
     except OSError as error:
         raise OutputError(f"cannot write {path.name}: {error.strerror or error}. Nothing was left behind.") from error
+
+
+def _layout(header: Header, specs: Specs) -> tuple[bytes, dict[str, int]]:
+    """The file's header, and where in the data each tensor begins."""
+    order = list(DTYPES)  # so that each begins at a multiple of its size
+    entries: dict[str, Any] = {"__metadata__": {"format": FORMAT, "version": VERSION, "graph": json.dumps(header.to_json())}}
+    places, end = {}, 0
+    for name, (dtype, shape) in sorted(specs.items(), key=lambda item: (order.index(item[1][0]), item[0])):
+        places[name], end = end, end + math.prod(shape) * DTYPES[dtype].itemsize
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [places[name], end]}
+    text = json.dumps(entries).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text, places
 
 
 def read(path: Path, memory: Memory | None = None) -> Graph:

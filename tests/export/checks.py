@@ -1,0 +1,14 @@
+"""The check of an export without its process."""
+
+from pathlib import Path
+from typing import Any
+
+from trilobit.export import verification
+from trilobit.infer.load import freeze, load
+
+
+def check_here(model: Path, artefact: Path, to: str, data: str | None, listener: Any) -> verification.Check:
+    """What verification.verify does, in this process: faster, and within reach of monkeypatch."""
+    loaded = load(model)
+    freeze(loaded.model)
+    return verification.check(loaded, artefact, to, data)
