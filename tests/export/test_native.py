@@ -197,6 +197,7 @@ def test_limits_of_agreement() -> None:
     export._require_same(agreement(0.019, 1.0), "token", noise)
     export._require_same(agreement(0.004, 1.003, 0.001), "token", never)
     export._require_same(agreement(0.3, 1.09), "group", never)
+    export._require_same(agreement(0.004, 1.0045), "token", never, sampled=True)
     for wrong, activations in (
         (agreement(0.021, 1.0), "token"), (agreement(0.004, 1.003), "token"), (agreement(0.004, 0.997), "token"),
         (agreement(float("nan"), 1.0), "token"), (agreement(0.004, 0.0), "token"), (agreement(0.3, 1.2), "group"),
@@ -205,6 +206,9 @@ def test_limits_of_agreement() -> None:
     ):  # fmt: skip
         with pytest.raises(VerificationError):
             export._require_same(wrong, activations, noise)
+    for wrong in (agreement(0.004, 1.006), agreement(0.004, 0.997), agreement(float("nan"), 1.0)):
+        with pytest.raises(VerificationError):
+            export._require_same(wrong, "token", noise, sampled=True)
 
 
 def test_the_card_says_native(trained: Path, tmp_path: Path) -> None:
