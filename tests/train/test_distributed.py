@@ -1,6 +1,9 @@
 import json
 import math
+import os
 import random
+import subprocess
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -185,3 +188,37 @@ def test_what_is_for_one_process_is_refused(base: dict[str, Any], changes: dict[
     with pytest.raises(ConfigError, match=f"{named} is for one process"):
         require_several(config)
     require_several(TuneConfig(**{**base, "model": "m"}))
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_what_was_killed(base: dict[str, Any], tmp_path: Path) -> None:
+    """`torchrun --max-restarts 1 -m trilobit pretrain` whose second rank is killed in the middle ends with a model all the
+    same, its log without gaps."""
+    killer = tmp_path / "killer"
+    killer.mkdir()
+    (killer / "sitecustomize.py").write_text(KILLER)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "-m",
+        "trilobit", "pretrain", "llama-3m", "--train-tokenizer", "300", "--mesh", "fsdp", "--out", str(tmp_path / "run"),
+    ]  # fmt: skip
+    for name, value in base.items():
+        command += [f"--{name.replace('_', '-')}", str(value)]
+    environment = {"PYTHONPATH": f"{killer}:{Path(tune.__file__).parents[2]}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+    assert "result" in json.loads((tmp_path / "run" / "run.json").read_text())
+
+
+KILLER = """
+import os, threading, time
+if os.environ.get("RANK") == "1" and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
+    def watch():
+        import glob
+        while True:
+            here = [a for a in __import__("sys").argv if a.endswith("run")]
+            if here and glob.glob(here[0] + "/checkpoints/step-3/manifest.json"):
+                os.kill(os.getpid(), 9)
+            time.sleep(0.005)
+    threading.Thread(target=watch, daemon=True).start()
+"""

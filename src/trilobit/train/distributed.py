@@ -196,8 +196,10 @@ def open_team(device: torch.device, signals: Signals, say: Callable[[str], None]
     backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:nccl"
     heartbeat = None
     try:
-        dist.init_process_group(backend, timeout=timeout)
-        store = _connection(timeout)
+        store = _connection(timeout) if _launcher_keeps_store() else None
+        place: dict[str, Any] = {} if store is None else {"store": store, "rank": rank, "world_size": size}
+        dist.init_process_group(backend, timeout=timeout, **place)
+        store = store or _connection(timeout)
         team = Ranks(
             rank, size, int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", str(size))),
             store=store, control=dist.new_group(backend="gloo", timeout=timeout), signals=signals,
@@ -227,8 +229,14 @@ def open_team(device: torch.device, signals: Signals, say: Callable[[str], None]
         dist.destroy_process_group()
 
 
+def _launcher_keeps_store() -> bool:
+    """Whether torchrun's agent holds the store: then it outlives a restart, and what an attempt before this one has written
+    there (gloo's addresses of ranks that are gone) must not be found again."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 def _connection(timeout: timedelta) -> Any:
-    """A connection of its own to the store of this run (a thread that waits in one blocks whoever shares it)."""
+    """A connection of its own to the store of this run and attempt (a thread that waits in one blocks whoever shares it)."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     client = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
