@@ -11,9 +11,9 @@ from trilobit.infer.load import load
 
 
 def test_the_embedded_model_is_small_and_whole() -> None:
-    """At most 3.5 M parameters, 4,096 tokens and 8 MB, and it loads like any checkpoint."""
+    """At most 3.6 M parameters, 4,096 tokens and 8 MB, and it loads like any checkpoint."""
     loaded = load(MODEL)
-    assert sum(p.numel() for p in loaded.model.parameters()) <= 3_500_000
+    assert sum(p.numel() for p in loaded.model.parameters()) <= 3_600_000
     assert len(loaded.tokenizer) <= 4096
     assert sum(path.stat().st_size for path in MODEL.iterdir()) <= 8_000_000
 

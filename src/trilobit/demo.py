@@ -1,7 +1,8 @@
 """`trilobit demo`: the main job on a model small enough to watch. Everything is in the package; nothing is fetched.
 
-The embedded checkpoint (assets/model) is a Llama of 2.8 M parameters trained to saturation on Python's standard library
-by experiments/embedded_model.py. The demo makes it ternary on the same text and shows both on the part neither has seen.
+The embedded checkpoint (assets/model) is a Llama of 3.5 M parameters (untied) that was pre-trained outlier-safe on Python's
+standard library by experiments/embedded_pair.sh. The demo makes it ternary on the same text and shows both on the part
+neither has seen.
 It learns from the original's logits: the text alone would teach it what the original was stopped before it overfitted to.
 """
 

@@ -55,6 +55,7 @@ def rows(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_commands_on_two_ranks(base: dict[str, Any], tmp_path: Path) -> None:
     """`tune` with a teacher under FSDP2, activations recomputed, and `pretrain` under DDP leave on two ranks what they leave on
     one: losses, held-out losses, kurtosis and flips, one log, one model that loads; both ranks have the result, one speaks."""
