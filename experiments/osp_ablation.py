@@ -22,6 +22,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from proof import Quiet, claim
 
 from trilobit.config.fields import parse_count
@@ -115,7 +116,9 @@ def measured(out: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     length = loaded.model.config.max_position_embeddings // 4
     text = arguments.report or arguments.data
     texts = (document.text for document in documents(text) if arguments.report or document.held_out)
-    windows, _ = text_windows(islice(texts, 10_000), loaded.tokenizer, length + 1, False, max(1, REPORT_TOKENS // length))
+    every, _ = text_windows(islice(texts, 10_000), loaded.tokenizer, length + 1, False)
+    spread = torch.linspace(0, len(every) - 1, max(1, min(len(every), REPORT_TOKENS // length))).long()
+    windows = every[spread]  # texts differ much in difficulty, and neighbours in a folder are alike
     found: dict[str, Any] = {"protocols": {}}
     for name, bits, rotate in (
         ("w16a16kv16", "16-16-16", "none"), ("w4a4kv4", "4-4-4", "none"), ("w4a4kv4_hadamard", "4-4-4", "ffn"),
