@@ -12,7 +12,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from trilobit.config.quantize import QuantizeConfig
-from trilobit.errors import ConfigError, OutputError
+from trilobit.errors import OutputError
 from trilobit.fourbit.evaluate import ORIGINAL, Cell, Measure, plan
 from trilobit.fourbit.protocol import Protocol
 from trilobit.fourbit.result import QuantizeResult, grid_rows, markdown
@@ -21,7 +21,7 @@ from trilobit.measure.scores import TaskScore
 from trilobit.measure.tasks import opened, wanted
 from trilobit.report.fourbit_plots import plot_perplexity
 from trilobit.storage import alone_in, atomic_directory, read_json, require_new_directory, write_json
-from trilobit.train.record import run_facts
+from trilobit.train.record import require_same_settings, run_facts
 
 FREE_TO_CHANGE = frozenset({"resume", "out", "device", "sequences"})
 
@@ -80,13 +80,7 @@ def _open(out: Path, config: QuantizeConfig) -> Path:
     if not (out / "run.json").exists():
         raise OutputError(f"there is no run to resume in {out}: it has no run.json.")
     now, then = json.loads(json.dumps(asdict(config))), read_json(out / "run.json").get("config", {})
-    changed = [
-        f"--{name.replace('_', '-')} was {then.get(name)}, is {now[name]}"
-        for name in now
-        if name not in FREE_TO_CHANGE and now[name] != then.get(name)
-    ]
-    if changed:
-        raise ConfigError("--resume continues a run with the settings it has: " + "; ".join(changed) + ".")
+    require_same_settings(now, then, FREE_TO_CHANGE)
     return out
 
 

@@ -67,15 +67,19 @@ def record_to_resume(out: Path, config: TrainingConfig, decided: frozenset[str] 
     record = read_json(out / "run.json")
     if missing := sorted((DECIDED | decided) - record.keys()):
         raise OutputError(f"{out / 'run.json'} was not written by this version: it lacks {', '.join(missing)}.")
-    now, then = asdict(config), record["config"]
+    require_same_settings(asdict(config), record["config"], FREE_TO_CHANGE)
+    return record
+
+
+def require_same_settings(now: dict[str, Any], then: dict[str, Any], free: frozenset[str]) -> None:
+    """Raise ConfigError that names each setting, but for those in `free`, that a resumed run would change."""
     changed = [
         f"--{name.replace('_', '-')} was {then.get(name)}, is {now[name]}"
         for name in now
-        if name not in FREE_TO_CHANGE and now[name] != then.get(name)
+        if name not in free and now[name] != then.get(name)
     ]
     if changed:
         raise ConfigError("--resume continues a run with the settings it has: " + "; ".join(changed) + ".")
-    return record
 
 
 def _git_revision() -> str | None:
