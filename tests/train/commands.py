@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from trilobit.config.pretrain import PretrainConfig
 from trilobit.config.tune import TuneConfig
@@ -62,4 +63,18 @@ def agreements(folder: Path) -> dict[str, Any]:
         if team.rank == 0:
             time.sleep(0.5)
         found["node"] = team.by_node(time.monotonic)
+    return found
+
+
+def twice(folder: Path) -> list[Any]:
+    """What rank 0 shares in each of two runs of the same processes. It is slow to leave the first: the others begin the second
+    while it has still to."""
+    leave = dist.destroy_process_group
+    found = []
+    for run in (1, 2):
+        with open_team(torch.device("cpu"), Signals(), print) as team:
+            if team.rank == 0 and run == 1:
+                dist.destroy_process_group = lambda: (time.sleep(1), leave())
+            found.append(team.shared(lambda run=run: run))
+        dist.destroy_process_group = leave
     return found

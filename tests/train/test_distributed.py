@@ -55,7 +55,6 @@ def rows(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.slow
 def test_commands_on_two_ranks(base: dict[str, Any], tmp_path: Path) -> None:
     """`tune` with a teacher under FSDP2, activations recomputed, and `pretrain` under DDP leave on two ranks what they leave on
     one: losses, held-out losses, kurtosis and flips, one log, one model that loads; both ranks have the result, one speaks."""
@@ -103,6 +102,11 @@ def test_what_ranks_agree_on(tmp_path: Path) -> None:
         assert answer["agree"] == [2, 3] and answer["sums"] == [3.0, 1.5]
         assert answer["means"] == [2.0, "torch.float32", 2.0]
     assert answers[0]["node"] <= min(answers[1]["node"], answers[2]["node"])
+
+
+def test_runs_that_follow_each_other(tmp_path: Path) -> None:
+    """Processes that have ended one run begin the next without hearing what was said in the first."""
+    assert launch(commands.twice, 2, tmp_path) == [[1, 2], [1, 2]]
 
 
 class Shelf:

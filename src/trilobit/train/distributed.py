@@ -196,10 +196,9 @@ def open_team(device: torch.device, signals: Signals, say: Callable[[str], None]
     backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:nccl"
     heartbeat = None
     try:
-        store = _connection(timeout) if _launcher_keeps_store() else None
-        place: dict[str, Any] = {} if store is None else {"store": store, "rank": rank, "world_size": size}
-        dist.init_process_group(backend, timeout=timeout, **place)
-        store = store or _connection(timeout)
+        _begin_run(rank, timeout)
+        store = _connection(timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         team = Ranks(
             rank, size, int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", str(size))),
             store=store, control=dist.new_group(backend="gloo", timeout=timeout), signals=signals,
@@ -229,20 +228,32 @@ def open_team(device: torch.device, signals: Signals, say: Callable[[str], None]
         dist.destroy_process_group()
 
 
-def _launcher_keeps_store() -> bool:
-    """Whether torchrun's agent holds the store: then it outlives a restart, and what an attempt before this one has written
-    there (gloo's addresses of ranks that are gone) must not be found again."""
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+# The store that ranks find each other at outlives a run: torchrun's agent keeps its own over restarts, and where the launcher
+# has none, rank 0 keeps one until its process ends. What was written by an attempt before this one (gloo's addresses of ranks
+# that are gone) or by the run before this one in the same processes must not be found again: each has keys of its own.
+_server: Any = None
+_runs = 0
+
+
+def _begin_run(rank: int, timeout: timedelta) -> None:
+    """Count the runs of these processes, which begin the same ones; and have a store."""
+    global _server, _runs
+    _runs += 1
+    if rank == 0 and _server is None and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        _server = _tcp_store(True, timeout)
 
 
 def _connection(timeout: timedelta) -> Any:
     """A connection of its own to the store of this run and attempt (a thread that waits in one blocks whoever shares it)."""
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    client = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
-        address, port, None, False, timeout, wait_for_workers=False
+    return dist.PrefixStore(f"trilobit/{attempt}/{_runs}", _tcp_store(False, timeout))  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _tcp_store(serves: bool, timeout: timedelta) -> Any:
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+        address, port, None, serves, timeout, wait_for_workers=False
     )
-    return dist.PrefixStore(f"trilobit/{attempt}", client)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _close(heartbeat: Heartbeat | None, farewell: str) -> None:

@@ -25,7 +25,6 @@ FREE_TO_CHANGE = frozenset(
     {"resume", "track", "keep_checkpoints", "checkpoint_every", "out", "cache_dir", "model_format", "store", "mesh"}
 )
 
-
 DECIDED = frozenset({"config", "data_key", "data_sha256", "base", "compiled"})
 
 
@@ -91,8 +90,9 @@ def _git_revision() -> str | None:
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """Enough of the weights to tell one checkpoint from another: each parameter's name, shape, sum and absolute sum."""
-    parts = [
-        (name, tuple(p.shape), p.double().sum().item(), p.double().abs().sum().item()) for name, p in model.named_parameters()
-    ]
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
+    """SHA-256 of every parameter's name, dtype, shape and bytes, which no device and no number of threads changes."""
+    found = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        found.update(repr((name, str(parameter.dtype), tuple(parameter.shape))).encode())
+        found.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
