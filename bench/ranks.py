@@ -57,9 +57,8 @@ def main() -> None:
         for _ in range(arguments.rounds):
             for mesh, speeds in found.items():
                 speeds.append(tokens_per_second(mesh, arguments, folder))
-    print(
-        f"{arguments.architecture}, {arguments.optimizer}, {arguments.batch_tokens} tokens a step, {arguments.ranks} threads in all"
-    )
+    step = f"{arguments.batch_tokens} tokens a step, {arguments.ranks} threads in all"
+    print(f"{arguments.architecture}, {arguments.optimizer}, {step}")
     for mesh, speeds in found.items():
         ratio = statistics.median(a / b for a, b in zip(speeds, found["one"], strict=True))
         print(f"{mesh:<8}{statistics.median(speeds):>10,.0f} tokens/s{ratio:>8.3f} of one process")
