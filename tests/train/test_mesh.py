@@ -46,7 +46,7 @@ def farthest(found: dict[str, Tensor], expected: dict[str, Tensor], start: dict[
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_every_mesh_trains_as_one_process(size: int, alone: dict[str, dict[str, Tensor]], tmp_path: Path) -> None:
-    """Up to twenty steps by DDP, FSDP2 and HSDP, with gradient accumulation, λ rising, rows that do not divide: the parameters of one
+    """Up to twenty steps by DDP, FSDP2 and HSDP, with accumulation, λ rising, rows that do not divide: the parameters of one
     process to 1e-10 of the way they went in fp64, and to the stated bound in fp32."""
     launch(sharing.all_meshes, size, tmp_path)
     for mesh, index in sharing.TRIED[size]:

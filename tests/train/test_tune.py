@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from families import build
 from trilobit.config.tune import TuneConfig
 from trilobit.errors import ConfigError, DataError, ModelError, NonFiniteError, OutputError, TrilobitError
 from trilobit.infer.load import load
@@ -783,6 +784,15 @@ def test_hidden_states_are_learned_too(place: Place, tmp_path: Path, no_writing:
     for row in rows:
         assert row["loss"] == pytest.approx(row["divergence"] + 2.0 * row["hidden"], rel=1e-4)
     assert sum(row["hidden"] for row in rows[-5:]) < 0.9 * sum(row["hidden"] for row in rows[:5])
+
+
+def test_a_model_without_hidden_states_cannot_match_them() -> None:
+    """--distill-hidden with a model that gives none is refused by its name, where indexing None would have failed."""
+    model = build("llama")
+    silent = lambda **inputs: replace(model(**inputs), hidden_states=None)  # noqa: E731
+    objective = TuneObjective(TuneConfig(model="m", data="d", distill_hidden=1.0), model, model, silent)
+    with pytest.raises(ModelError, match=r"--distill-hidden: LlamaForCausalLM gives no hidden states"):
+        objective(torch.randint(3, 50, (2, 8)))
 
 
 def test_relations_are_learned_too(place: Place, tmp_path: Path, no_writing: None) -> None:
