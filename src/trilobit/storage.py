@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2  # fcntl.h, linux/fs.h
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON through a temporary file, so that a reader never sees half of it."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = path.with_name(f".{path.name}.partial-{_own()}")
     text = json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n"
     try:
         partial.write_text(text, encoding="utf-8")
@@ -50,19 +51,23 @@ def read_json(path: Path) -> Any:
 
 
 @contextmanager
-def atomic_directory(target: Path, known: dict[str, dict[str, Any]] | None = None) -> Iterator[Path]:
+def atomic_directory(
+    target: Path, known: dict[str, dict[str, Any]] | None = None, replace: bool = True
+) -> Iterator[Path]:  # fmt: skip
     """Give a temporary directory that becomes `target`, with a manifest, when the block ends without an exception.
 
     An existing `target` is replaced only at that moment. known: manifest entries (`flushed`) of files that are on disk
-    already, and need not be read again for their sha256. Raises OutputError when the disk refuses.
+    already, and need not be read again for their sha256. replace: False leaves a whole `target` that another process has made
+    meanwhile, which somebody may be reading, as it is. Raises OutputError when the disk refuses.
     """
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    partial = target.with_name(f".{target.name}.partial-{_own()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        remove_directory(partial)
         partial.mkdir()
         yield partial
         _seal(partial, known or {})
+        if not replace and is_whole(target):
+            return
         if target.exists():
             _exchange(partial, target)  # what was there is now `partial`, and is removed below
         else:
@@ -72,6 +77,11 @@ def atomic_directory(target: Path, known: dict[str, dict[str, Any]] | None = Non
         raise OutputError(f"cannot write {target}: {error.strerror or error}. Nothing was left behind.") from error
     finally:
         remove_directory(partial)
+
+
+def _own() -> str:
+    """A name that no other writer has, on any machine: containers often give their processes the same numbers."""
+    return f"{os.getpid()}-{secrets.token_hex(4)}"
 
 
 def is_whole(directory: Path) -> bool:
@@ -238,7 +248,7 @@ def _exchange(new: Path, old: Path) -> None:
         swapped = False
     if swapped:
         return
-    aside = old.with_name(f".{old.name}.replaced-{os.getpid()}")
+    aside = old.with_name(f".{old.name}.replaced-{_own()}")
     os.replace(old, aside)
     try:
         os.replace(new, old)
@@ -262,6 +272,10 @@ def _seal(directory: Path, known: dict[str, dict[str, Any]]) -> None:
     for path in sorted(p for p in directory.rglob("*") if p.is_file()):
         name = path.relative_to(directory).as_posix()
         files[name] = known[name] if name in known else flushed(path)
+    if missing := sorted(known.keys() - files.keys()):
+        raise OutputError(
+            f"{directory} lacks {', '.join(missing)}, which another rank has written: is it the same folder for all?"
+        )
     write_json(directory / MANIFEST, {"files": files})
     _fsync(directory)
 

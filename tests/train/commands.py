@@ -14,7 +14,8 @@ from trilobit.errors import ConfigError, RankError
 from trilobit.listener import Listener
 from trilobit.train import pretrain, tune
 from trilobit.train.distributed import open_team
-from trilobit.train.signals import Signals
+from trilobit.train.mesh import arrangement_for
+from trilobit.train.signals import Interrupted, Signals
 
 
 class Notes(Listener):
@@ -78,3 +79,19 @@ def twice(folder: Path) -> list[Any]:
             found.append(team.shared(lambda run=run: run))
         dist.destroy_process_group = leave
     return found
+
+
+def early(folder: Path) -> dict[str, Any]:
+    """What ranks do of which one is told to stop between two stages, and what they agree on where one has less memory."""
+    stopped, arranged = [], ""
+    for who in (0, 1):
+        signals = Signals()
+        try:
+            with open_team(torch.device("cpu"), signals, print) as team:
+                signals.number = 15 if team.rank == who else None
+                team.stop_if_asked(signals)
+        except Interrupted as stop:
+            stopped.append(stop.number if stop.agreed else 0)
+    with open_team(torch.device("cpu"), Signals(), print) as team:
+        arranged = str(arrangement_for(team, "auto", parameters=1000, memory=33_000 if team.first else 31_000))
+    return {"stopped": stopped, "arranged": arranged}

@@ -38,7 +38,7 @@ def launch(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     folder.mkdir(parents=True, exist_ok=True)
-    port = _free_port()
+    port = free_port()
     processes = [
         context.Process(target=_rank, args=(job, rank, size, port, folder, options), daemon=True) for rank in range(size)
     ]
@@ -79,7 +79,7 @@ def _rank(job: Callable[..., Any], rank: int, size: int, port: int, folder: Path
     os._exit(0)  # nothing of the server's is ours to clean up
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return found.getsockname()[1]

@@ -20,6 +20,7 @@ from trilobit.train.loop import Hooks, fit, make_optimizer
 from trilobit.train.mesh import Arrangement, Spread, arrange, spread_over
 from trilobit.train.objective import NextToken
 from trilobit.train.pieces import Piece, heights
+from trilobit.train.sharded_checkpoint import Checkpoints
 from trilobit.train.sharded_muon import ShardedMuon, gathered, owned
 from trilobit.train.signals import Interrupted, Signals
 from trilobit.train.windows import Windows
@@ -259,6 +260,61 @@ def one_dies(folder: Path, how: str) -> str:
     except RankError as error:
         return str(error)
     return "nothing was noticed"
+
+
+def writer_fails(folder: Path) -> str:
+    """What a rank says of a checkpoint that the last one's thread cannot write, for a reason nobody foresaw."""
+    from trilobit.errors import TrilobitError
+    from trilobit.train import sharded_checkpoint
+
+    def full(*arguments: Any) -> None:
+        raise MemoryError("no room for a copy")
+
+    try:
+        with open_team(CPU, Signals(), print) as team:
+            if team.rank == team.size - 1:
+                sharded_checkpoint.save_tensors = full
+            train(replace(CASES[2], steps=4), folder / "run", team, "fsdp")
+    except TrilobitError as error:
+        return str(error)
+    return "nothing"
+
+
+def drifting_copies(folder: Path) -> dict[str, Any]:
+    """Copies of which one has drifted apart by a last bit, before and after a checkpoint; and what was said."""
+    said: list[str] = []
+    found: dict[str, Any] = {"said": said}
+    with open_team(CPU, Signals(say=said.append), print) as team:
+        for mesh in ("ddp", "hsdp:2x2"):
+            spread, _, _ = train(replace(CASES[2], steps=2), folder / mesh[:4], team, mesh)
+            optimizer = make_optimizer(spread.model, 0.02, settings(CASES[2]), spread)
+            checkpoints = Checkpoints(folder / mesh[:4], optimizer, spread, 1)
+            checkpoints.align_copies()
+            quiet = len(said)
+            piece = next(p for p in spread.pieces if p.local.numel())
+            first = piece.local.detach().reshape(-1)[:1].clone()
+            if team.rank == team.size - 1:
+                piece.local.detach().reshape(-1)[:1] += 1e-9
+            checkpoints.align_copies()
+            found[mesh] = {"same": bool(piece.local.detach().reshape(-1)[:1] == first), "quiet": quiet}
+    return found
+
+
+LEARNED = Case("learned", "adamw", torch.float32, steps=6)
+
+
+def learned_ranges(folder: Path, mesh: str) -> int:
+    """Steps of a model whose ranges are learned, which have no gradient while λ is 0."""
+    global model_of
+
+    def model_of(case: Case) -> Any:
+        model = build("llama", **SHAPES).train()
+        ternarize(model, TernarySpec(scale="row", learned_ranges=True))
+        return model
+
+    with open_team(CPU, Signals(), print) as team:
+        _, _, rows = train(LEARNED, folder / f"run-{mesh}", team, mesh)
+    return len(rows)
 
 
 def whole_state(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -4,6 +4,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 
 from infer.checkpoints import save
 from train import commands
-from train.ranks import launch
+from train.ranks import free_port, launch
 from trilobit.config.pretrain import PretrainConfig
 from trilobit.config.tune import TuneConfig
 from trilobit.errors import ConfigError, OutputError
@@ -147,6 +148,28 @@ def test_a_silent_rank_is_named_to_all() -> None:
     assert heartbeat.SILENCE + 3 * heartbeat.BEAT <= 60
 
 
+def test_a_store_that_does_not_answer_is_missed() -> None:
+    """A call to the store that never returns, as when the machine that keeps it is cut off, ends the rank all the same."""
+    hangs, said = threading.Event(), []
+
+    class Silent(Shelf):
+        def check(self, keys: list[str]) -> bool:
+            return not hangs.wait(60)
+
+    beat = Heartbeat(Silent(), 1, 2, print, lost=said.append, beat=0.02, silence=0.2)
+    wait_for(lambda: said)
+    assert "the store that all ranks share has not answered" in said[0]
+    hangs.set()
+    beat.close()
+
+
+def test_signals_and_refusals_before_the_first_step(tmp_path: Path) -> None:
+    """A signal to either of two ranks before training stops both alike; ranks with unlike memory choose one mesh."""
+    first, second = launch(commands.early, 2, tmp_path)
+    assert first["stopped"] == second["stopped"] == [15, 15]
+    assert first["arranged"] == second["arranged"]
+
+
 def wait_for(condition: Any, seconds: float = 20) -> None:
     end = time.monotonic() + seconds
     while not condition():
@@ -154,7 +177,7 @@ def wait_for(condition: Any, seconds: float = 20) -> None:
         time.sleep(0.01)
 
 
-def test_a_restart_continues_its_own_run(base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_restart_continues_its_own_run(base: dict[str, Any], tmp_path: Path) -> None:
     """What torchrun starts again goes on with the run.json that the same launch wrote, without --resume; another launch's is
     refused as ever, and a first start too."""
     config = PretrainConfig(**base, architecture="llama-3m", train_tokenizer=300)
@@ -162,18 +185,11 @@ def test_a_restart_continues_its_own_run(base: dict[str, Any], tmp_path: Path, m
     out.mkdir()
     record = {"config": asdict(config), "launch": "abc", **dict.fromkeys(("data_key", "data_sha256", "base", "compiled"), "")}
     (out / "run.json").write_text(json.dumps(record))
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "abc")
-    for count, ours in (("0", False), ("1", True)):
-        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
-        if ours:
-            assert _record(out, config, frozenset()) == record
-        else:
-            with pytest.raises(OutputError, match="exists already"):
-                _record(out, config, frozenset())
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
-    with pytest.raises(OutputError, match="exists already"):
-        _record(out, config, frozenset())
-    assert _record(tmp_path / "new", config, frozenset()) is None
+    assert _record(out, config, frozenset(), "abc") == record
+    for other in ("another", None):
+        with pytest.raises(OutputError, match="exists already"):
+            _record(out, config, frozenset(), other)
+    assert _record(tmp_path / "new", config, frozenset(), None) is None
 
 
 @pytest.mark.parametrize(
@@ -211,8 +227,44 @@ def test_torchrun_restarts_what_was_killed(base: dict[str, Any], tmp_path: Path)
     environment = {"PYTHONPATH": f"{killer}:{Path(tune.__file__).parents[2]}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "exitcode: -9" in done.stderr, done.stderr[-3000:]
     assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
     assert "result" in json.loads((tmp_path / "run" / "run.json").read_text())
+
+
+@pytest.mark.slow
+def test_two_machines_restart_together(base: dict[str, Any], tmp_path: Path) -> None:
+    """Two agents, as on two machines, each with a count of restarts of its own: a rank of the second is killed, both start
+    again, agree on one attempt, and go on from the checkpoint of the same launch."""
+    killer = tmp_path / "killer"
+    killer.mkdir()
+    (killer / "sitecustomize.py").write_text(KILLER)
+    arguments = ["-m", "trilobit", "pretrain", "llama-3m", "--train-tokenizer", "300", "--mesh", "fsdp"]
+    arguments += ["--out", str(tmp_path / "run")]
+    for name, value in base.items():
+        arguments += [f"--{name.replace('_', '-')}", str(value)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "3"]
+    launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--local-addr", "127.0.0.1"]
+    environment = {
+        "PYTHONPATH": f"{killer}:{Path(tune.__file__).parents[2]}",
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    logs = [(tmp_path / f"agent-{index}.log").open("w") for index in range(2)]
+    agents = [
+        subprocess.Popen([*launcher, *arguments], env=os.environ | environment, stdout=log, stderr=subprocess.STDOUT)
+        for log in logs
+    ]
+    try:
+        codes = [agent.wait(timeout=300) for agent in agents]
+    finally:
+        for agent, log in zip(agents, logs, strict=True):
+            agent.kill()
+            log.close()
+    said = "".join((tmp_path / f"agent-{index}.log").read_text() for index in range(2))
+    assert codes == [0, 0], said[-3000:]
+    assert "exitcode: -9" in said, said[-3000:]
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
 
 
 KILLER = """

@@ -1,3 +1,5 @@
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from train.ranks import launch
 from train.sharing import CASES, Case
 from trilobit.errors import ConfigError
 from trilobit.train.checkpoint import shard_name
+from trilobit.train.distributed import parts_of_step, require_even_parts
 from trilobit.train.mesh import arrange
 from trilobit.train.muon import Muon
 from trilobit.train.pieces import heights
@@ -58,6 +61,28 @@ def test_every_mesh_trains_as_one_process(size: int, alone: dict[str, dict[str, 
         assert distance <= bound, (mesh, case.name)
 
 
+def test_a_checkpoint_that_fails_unforeseen(tmp_path: Path) -> None:
+    """A thread that ends with an exception of any kind is heard of by all ranks, and leaves nothing half-written."""
+    said = launch(sharing.writer_fails, 2, tmp_path)
+    assert all("MemoryError: no room for a copy" in text for text in said), said
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_copies_that_drift_are_brought_together(tmp_path: Path) -> None:
+    """A last bit by which one copy differs is noticed at the next checkpoint: all go on with the first copy, and it is said."""
+    answers = launch(sharing.drifting_copies, 4, tmp_path)
+    for answer in answers:
+        for mesh in ("ddp", "hsdp:2x2"):
+            assert answer[mesh]["same"], mesh
+    assert answers[0]["ddp"]["quiet"] == 0 and sum("drifted apart" in text for a in answers for text in a["said"]) == 2
+
+
+@pytest.mark.parametrize("mesh", ["ddp", "fsdp"])
+def test_learned_ranges_train_on_ranks(mesh: str, tmp_path: Path) -> None:
+    """Parameters that have no gradient while nothing is quantised stop no mesh."""
+    assert launch(sharing.learned_ranges, 2, tmp_path, mesh=mesh) == [6, 0]
+
+
 def test_planted_faults_are_caught(alone: dict[str, dict[str, Tensor]], tmp_path: Path) -> None:
     """An iteration of a rank's rows alone, and a scale of them alone, are far outside of what the right ones keep."""
     launch(sharing.faults, 2, tmp_path)
@@ -68,8 +93,6 @@ def test_planted_faults_are_caught(alone: dict[str, dict[str, Tensor]], tmp_path
 
 def test_the_samples_of_a_step_are_the_same_for_any_ranks() -> None:
     """The parts of a step's samples are equally many micro-batches on every rank, and together the step, each sample once."""
-    from trilobit.train.distributed import parts_of_step, require_even_parts
-
     for sequences in (1, 3, 8, 24):
         config = sharing.settings(CASES[0], batch_tokens=24 * sharing.LENGTH, sequences=sequences, max_tokens=10**6)
         for size in (1, 2, 3, 4, 6, 8, 12, 24):
@@ -78,8 +101,29 @@ def test_the_samples_of_a_step_are_the_same_for_any_ranks() -> None:
             assert len({len(part) for part in parts}) == 1
             assert all(number <= sequences for part in parts for _, number in part)
             assert [s for part in parts for first, number in part for s in range(first, first + number)] == list(range(24))
-        with pytest.raises(ConfigError, match=r"24 sequences cannot be shared equally by 5 ranks: .*140 or 175"):
-            require_even_parts(config, 5)
+    config = sharing.settings(CASES[0], batch_tokens=24 * sharing.LENGTH, sequences=1, max_tokens=10**6)
+    with pytest.raises(ConfigError, match=r"24 sequences cannot be shared equally by 5 ranks: .*140 or 175"):
+        require_even_parts(config, 5)
+
+
+def test_what_a_refusal_advises_is_accepted() -> None:
+    """Steps that ranks cannot share evenly are refused with --batch-tokens that they can, whatever the micro-batches."""
+    refused = 0
+    for size in range(2, 12):
+        for sequences in range(1, 9):
+            for samples in (1, 2, 3, 5, 8, 12, 13, 24, 31):
+                config = sharing.settings(
+                    CASES[0], batch_tokens=samples * sharing.LENGTH, sequences=sequences, max_tokens=10**6
+                )
+                try:
+                    require_even_parts(config, size)
+                except ConfigError as error:
+                    refused += 1
+                    advised = re.search(r"--batch-tokens ([\d or]+)\(", str(error))
+                    assert advised is not None
+                    for tokens in advised[1].split(" or "):
+                        require_even_parts(replace(config, batch_tokens=int(tokens)), size)
+    assert refused > 100
 
 
 def test_rows_by_owners_are_whole_matrices(tmp_path: Path) -> None:

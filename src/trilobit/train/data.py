@@ -54,7 +54,7 @@ class TokenFile:
         dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
         counts = {"documents": 0, "left_out": 0, "train_tokens": 0, "train_bytes": 0, "heldout_bytes": 0, "largest": -1}
         heldout, held = [], 0
-        with atomic_directory(self.directory) as partial:
+        with atomic_directory(self.directory, replace=False) as partial:
             with (partial / "tokens.bin").open("wb") as file:
                 for held_out, ids, size in pieces:
                     counts["documents"] += 1

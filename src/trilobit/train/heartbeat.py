@@ -1,11 +1,15 @@
 """Whether the other ranks are alive, by a thread that asks a store they all can reach.
 
-Every rank counts up a number of its own there, and watches that of the next rank in a ring: three small messages a rank and
+Every rank counts up a number of its own there, and watches that of the next rank in a ring: four small messages a rank and
 beat, however many ranks there are. A number that stands still for SILENCE seconds is a rank that is dead, stopped or cut off;
 whoever sees it writes the reason down, and every rank that reads it ends its process with that reason one beat later, whatever
-collective its main thread is waiting in, unless that has ended by itself. A rank that leaves with an error says so itself.
+collective its main thread is waiting in, unless that has ended by itself. A rank that leaves with an error says so itself. A
+store that does not answer for as long is missed by a second thread, which asks nobody.
 
     noticed after at most   SILENCE + 3 · BEAT = 55 s
+
+A rank whose main thread hangs while its process lives goes on beating: that is noticed where the others wait for it in a
+collective, after distributed.COLLECTIVE_MINUTES.
 """
 
 import os
@@ -35,9 +39,10 @@ class Heartbeat:
         self.lost = lost or self._end
         self.beat, self.silence = BEAT if beat is None else beat, SILENCE if silence is None else silence
         self.watched = (rank + 1) % size
-        self._stop = threading.Event()
+        self._stop, self._beats = threading.Event(), 0
         self._thread = threading.Thread(target=self._run, daemon=True, name="heartbeat")
         self._thread.start()
+        threading.Thread(target=self._watch_store, daemon=True, name="heartbeat-store").start()
 
     def close(self, farewell: str = "") -> None:
         """Stop. farewell: why this rank leaves early; empty when the run is over for all."""
@@ -47,6 +52,16 @@ class Heartbeat:
             self.store.set(f"beat/{self.rank}", "done")
             if farewell:
                 self.store.set("lost", f"rank {self.rank} left: {farewell}")
+
+    def wait_for_all(self) -> None:
+        """After `close`, while the others close theirs: no longer than it takes them to notice a farewell."""
+        end = time.monotonic() + 3 * self.beat
+        others = [f"beat/{rank}" for rank in range(self.size) if rank != self.rank]
+        with suppress(RuntimeError):
+            while time.monotonic() < end and not all(
+                self.store.check([key]) and self.store.get(key) == b"done" for key in others
+            ):
+                time.sleep(0.05)
 
     def _run(self) -> None:
         count, seen, since, reason = 0, b"", time.monotonic(), ""
@@ -64,9 +79,19 @@ class Heartbeat:
                     self.store.set("lost", f"rank {self.watched} has given no sign of life for {now - since:.0f} s")
                 if self.store.check(["lost"]):
                     reason = self.store.get("lost").decode()
+                self._beats = count
             except RuntimeError as error:
                 if not self._stop.is_set():
                     return self.lost(f"the store that all ranks share cannot be reached any more ({first_line(error)})")
+
+    def _watch_store(self) -> None:
+        """End if the other thread has not come back from the store for too long. Counts its own looks, not the clock: a process
+        that was stopped and goes on has not been waiting."""
+        seen, missed = -1, 0
+        while not self._stop.wait(self.beat):
+            seen, missed = self._beats, missed + 1 if self._beats == seen else 0
+            if missed * self.beat > self.silence + self.beat:
+                return self.lost(f"the store that all ranks share has not answered for {missed * self.beat:.0f} s")
 
     def _end(self, reason: str) -> None:
         with suppress(OSError, RuntimeError, ValueError):

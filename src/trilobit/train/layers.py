@@ -55,7 +55,7 @@ def prepare_layers(model: PreTrainedModel, config: TrainingConfig, compiled: boo
         # transformers 5 renamed it on the way and warns at the old name
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    if compiled:
+    if compiled and not several():  # one that was begun by a process alone may go on by many
         if obstacle := _compiler_obstacle(next(model.parameters()).device):
             raise ConfigError(f"this run's layers are to be compiled (--compile), but {obstacle}.")
         # Each state of λ, training and evaluating, has a graph of its own; beyond the limit dynamo quietly stops compiling.

@@ -109,7 +109,8 @@ def fit(
         due = evaluation_due or checkpoint_due or stopping
 
         if device.type == "cpu" or due or wanted:
-            if guard.noticed():
+            if guard.noticed():  # on all ranks: loss and norm are those of the whole step
+                checkpoints.settle()
                 raise guard.error(windows, config, peak_lr, hooks.before_step)
             now = time.perf_counter()
             row = {"step": progress.step, "tokens": progress.tokens, **{k: v.item() for k, v in losses.items()}}
@@ -132,7 +133,7 @@ def fit(
             if stopping and not last:
                 checkpoints.settle()
                 team.agree(0)  # nobody leaves while another still asks the store how it went
-                raise Interrupted(number)
+                raise Interrupted(number, agreed=True)
     checkpoints.settle()
     progress.seconds = time.perf_counter() - started
     return progress

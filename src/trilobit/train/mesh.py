@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from trilobit.config.training import mesh_of
 from trilobit.errors import ConfigError
+from trilobit.nn.ternary import TernaryLinear
 from trilobit.surgery.roles import decoder_layers
 from trilobit.train.distributed import ALONE, Ranks, Team
 from trilobit.train.pieces import Piece, sharded_pieces, whole_pieces
@@ -73,11 +74,17 @@ def arrange(wanted: str, parameters: int, size: int, local_size: int, memory: in
     if need <= room:
         return Arrangement("ddp", size, 1, f"{state}, and half of a rank's {memory / 1e9:.3g} GB hold them")
     nodes = size // local_size
-    if nodes > 1 and local_size > 1 and need / local_size <= room:
+    if nodes > 1 and local_size > 1 and size % local_size == 0 and need / local_size <= room:
         return Arrangement(
             "hsdp", nodes, local_size, f"{state}: too many for one rank, but one machine's {local_size} hold them"
         )
     return Arrangement("fsdp", 1, size, f"{state}: too many for half of a rank's {memory / 1e9:.3g} GB")
+
+
+def arrangement_for(team: Team, wanted: str, parameters: int, memory: int) -> Arrangement:
+    """`arrange`, the same on every rank whatever each has: by the least memory, and by machines only where they are alike."""
+    least, most_local, fewest_local = team.agree(-memory, team.local_size, -team.local_size)
+    return arrange(wanted, parameters, team.size, most_local if most_local == -fewest_local else 1, -least)
 
 
 def device_memory(device: torch.device, local_size: int) -> int:
@@ -102,6 +109,11 @@ class Spread:
     @property
     def shard_group(self) -> Any:
         """The ranks that share one copy's rows; None where every rank has all of them."""
+        return None
+
+    @property
+    def copy_group(self) -> Any:
+        """The ranks that hold copies of the same rows; None where nobody else has them."""
         return None
 
     @property
@@ -133,12 +145,19 @@ class Copies(Spread):
         super().__init__(model, team, arrangement)
         device = next(model.parameters()).device
         devices = [device.index] if device.type == "cuda" else None
+        # Learned ranges have no gradient while nothing is quantised yet.
+        unused = any(isinstance(m, TernaryLinear) and m.ranges is not None for m in model.modules())
         with warnings.catch_warnings():  # torch 2.13 has another name for broadcast_buffers, which older ones do not know
             warnings.simplefilter("ignore", FutureWarning)
             self.wrapped = DistributedDataParallel(
-                model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+                model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True,
+                find_unused_parameters=unused,
             )  # fmt: skip
         self.forward = self.wrapped
+
+    @property
+    def copy_group(self) -> Any:
+        return dist.group.WORLD
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
@@ -160,12 +179,17 @@ class Shards(Spread):
         shard(model, mesh)
         super().__init__(model, team, arrangement)
         self._group = mesh.get_group("shard")
+        self._copies = mesh.get_group("copy") if mesh.ndim > 1 else None
         self.copy_index = mesh.get_local_rank("copy") if mesh.ndim > 1 else 0
         self.pieces = sharded_pieces(model, self._group.rank(), self._group.size())
 
     @property
     def shard_group(self) -> Any:
         return self._group
+
+    @property
+    def copy_group(self) -> Any:
+        return self._copies
 
     @property
     def writes(self) -> bool:

@@ -107,11 +107,11 @@ class _Pretrain(Run[PretrainConfig, PretrainResult]):
                 )
             return load_tokenizer(source)
         kept = self.out / "tokenizer"
-        if is_whole(kept):
-            return load_tokenizer(kept)
-        self.listener.note(f"tokenizer: a byte-level BPE of {config.train_tokenizer:,} entries, made of the text")
 
         def make() -> str:
+            if is_whole(kept):
+                return load_tokenizer(kept).backend_tokenizer.to_str()
+            self.listener.note(f"tokenizer: a byte-level BPE of {config.train_tokenizer:,} entries, made of the text")
             texts = documents(config.data, text_field=config.text_field)
             made = train_tokenizer(texts, config.train_tokenizer or 0, between=self.signals.raise_if_set)
             return made.backend_tokenizer.to_str()
@@ -126,7 +126,7 @@ class _Pretrain(Run[PretrainConfig, PretrainResult]):
         compiled, why = decide_compile(config, model, self.device)
         if config.compile == "auto":
             self.listener.note(f"{'compiled' if compiled else 'not compiled'}: {why}")
-        return new_record("pretrain", config, self.tokens, weights_fingerprint(model), compiled)
+        return new_record("pretrain", config, self.tokens, weights_fingerprint(model), compiled, launch=self.team.launch)
 
     def operate(self) -> None:
         config = self.config

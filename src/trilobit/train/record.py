@@ -19,7 +19,6 @@ from trilobit.config.training import TrainingConfig
 from trilobit.errors import ConfigError, OutputError
 from trilobit.storage import read_json
 from trilobit.train.data import Tokens
-from trilobit.train.distributed import launch_name
 
 FREE_TO_CHANGE = frozenset(
     {"resume", "track", "keep_checkpoints", "checkpoint_every", "out", "cache_dir", "model_format", "store", "mesh"}
@@ -41,7 +40,6 @@ def new_record(
         "data_sha256": tokens.sha256,
         "base": base,
         "compiled": compiled,
-        "launch": launch_name(),
         **decided,
     }
 

@@ -27,9 +27,9 @@ from trilobit.storage import alone_in, read_json, require_free_space, require_ne
 from trilobit.surgery.roles import decoder_layers
 from trilobit.train.checkpoint import BYTES_PER_PARAMETER, list_checkpoints
 from trilobit.train.data import Tokens
-from trilobit.train.distributed import Team, launch_name, open_team, require_even_parts, restarted, several
+from trilobit.train.distributed import Team, open_team, require_even_parts, restarts, several
 from trilobit.train.loop import muon_matrices
-from trilobit.train.mesh import Spread, arrange, device_memory, spread_over
+from trilobit.train.mesh import Spread, arrange, arrangement_for, device_memory, spread_over
 from trilobit.train.record import record_to_resume, weights_fingerprint
 from trilobit.train.signals import Signals
 from trilobit.train.track import Track, tracker
@@ -57,12 +57,12 @@ class Run(ABC, Generic[Config, Result]):
         """Everything. `record`: run.json of the run to continue."""
         team = self.team
         self.load(record)
-        self.signals.raise_if_set()
+        team.stop_if_asked(self.signals)
         self.set_tokens(team.by_node(self.read_tokens))
-        self.signals.raise_if_set()
+        team.stop_if_asked(self.signals)
         self.record = team.shared(self.begin) if record is None else self.go_on(record)
         team.together(self.require_same)
-        self.signals.raise_if_set()
+        team.stop_if_asked(self.signals)
         team.together(self.operate)
         with ExitStack() as stack:
             team.together(lambda: self.claim(record, stack))
@@ -143,7 +143,7 @@ class Run(ABC, Generic[Config, Result]):
         """The model, spread over the ranks as --mesh says, in place; and said."""
         team, parameters = self.team, sum(p.numel() for p in self.model.parameters())
         memory = device_memory(self.device, team.local_size)
-        arrangement = arrange(self.config.mesh, parameters, team.size, team.local_size, memory)
+        arrangement = arrangement_for(team, self.config.mesh, parameters, memory)
         if team.size > 1:
             self.listener.note(f"mesh {arrangement}")
         self.spread = spread_over(team, arrangement, self.model, teacher)
@@ -210,14 +210,16 @@ def start(
         listener = listener if team.first else SILENT
         out = Path(config.out or f"out/{name}")
         require_even_parts(config, team.size)
-        record = team.shared(lambda: _record(out, config, decided))
+        (attempts,) = team.agree(restarts())
+        record = team.shared(lambda: _record(out, config, decided, team.launch if attempts else None))
         with tracker(config.track if team.first else None, out, asdict(config)) as track:
             return kind(config, listener, signals, track, out, device, team).whole(record)
 
 
-def _record(out: Path, config: TrainingConfig, decided: frozenset[str]) -> dict[str, Any] | None:
-    """run.json of the run to continue; None for one that begins."""
-    again = restarted() and (out / "run.json").exists() and read_json(out / "run.json").get("launch") == launch_name()
+def _record(out: Path, config: TrainingConfig, decided: frozenset[str], launch: str | None) -> dict[str, Any] | None:
+    """run.json of the run to continue; None for one that begins. launch: of a restart, which continues what it began itself."""
+    path = out / "run.json"
+    again = launch is not None and path.exists() and read_json(path).get("launch") == launch
     record = record_to_resume(out, config, decided) if config.resume or again else None
     if record is None:
         require_new_directory(out, f"Continue it with --resume, or choose another name with --out {out}-2.")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from trilobit.errors import OutputError, TrilobitError
@@ -59,6 +60,7 @@ class Checkpoints:
 
     def save(self, progress: Progress) -> None:
         """Write one, or begin to: `settle` then says how it went."""
+        self.align_copies()
         if self.saver is not None:
             self.saver.save(self.optimizer, progress, self.keep)
             return
@@ -68,6 +70,28 @@ class Checkpoints:
                 save_checkpoint(self.run, self.spread.model, self.optimizer, progress, self.keep)
 
         self.spread.team.together(write)
+
+    @torch.no_grad()
+    def align_copies(self) -> None:
+        """Where bits differ, give every copy of the model the first one's weights and moments, and say so. Copies share
+        gradients and step for themselves: on unlike processors or kernels they would drift apart unseen."""
+        pieces, group = self.spread.pieces, self.spread.copy_group
+        if group is None or not pieces:
+            return
+        bits = sum(piece.local.reshape(-1).view(torch.int32).sum(dtype=torch.int64) for piece in pieces)
+        ends = torch.stack([torch.as_tensor(bits), -torch.as_tensor(bits)])
+        dist.all_reduce(ends, dist.ReduceOp.MAX, group=group)
+        if ends[0] == -ends[1]:
+            return
+        for piece in pieces:
+            state = self.optimizer.state.get(piece.local, {})
+            for tensor in (piece.local.detach(), *(state[field] for field in sorted(state) if state[field].ndim)):
+                dist.broadcast(tensor, dist.get_global_rank(group, 0), group=group)
+        team = self.spread.team
+        if group.rank() == 0 and isinstance(team, Ranks):
+            team.signals.say(
+                "the ranks' copies of the weights had drifted apart; all go on with the first (--mesh fsdp has one)"
+            )
 
     def settle(self) -> None:
         if self.saver is not None:
@@ -143,8 +167,8 @@ class ShardedSaver:
                 save_tensors(found, path)
                 entries[path.name] = flushed(path)
             return {"files": entries}
-        except (OSError, TrilobitError) as error:
-            return {"error": str(error)}
+        except BaseException as error:  # whatever it is, the others wait to hear of it
+            return {"error": _said(error)}
 
     def _whole(self, target: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int) -> None:
         """On rank 0: the directory, its own part, everybody's reports, the commit."""
@@ -164,11 +188,15 @@ class ShardedSaver:
                     known |= report["files"]
                 write_json(directory / "state.json", state)
             drop_old(self.run, keep)
-        except (OSError, TrilobitError) as error:
-            outcome = str(error) or type(error).__name__
+        except BaseException as error:
+            outcome = _said(error)
         if not told:
             store.set(f"{key}/directory", "")
         store.set(f"{key}/outcome", outcome)
+
+
+def _said(error: BaseException) -> str:
+    return str(error) if isinstance(error, OSError | TrilobitError) and str(error) else f"{type(error).__name__}: {error}"
 
 
 def _copy(tensor: Tensor) -> Tensor:

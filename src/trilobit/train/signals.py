@@ -8,11 +8,11 @@ from types import FrameType
 
 
 class Interrupted(Exception):
-    """SIGTERM or SIGINT arrived; the run was saved at a step boundary."""
+    """SIGTERM or SIGINT arrived; the run was saved at a step boundary. agreed: all ranks of the run know, and stop likewise."""
 
-    def __init__(self, number: int):
+    def __init__(self, number: int, agreed: bool = False):
         super().__init__(signal.Signals(number).name)
-        self.number = number
+        self.number, self.agreed = number, agreed
         self.exit_code = 128 + number
 
 

@@ -125,6 +125,7 @@ class _Tune(Run[TuneConfig, TuneResult]):
         gains = {} if self.base.plan else _calibrate(config, self.plan, model, self.windows, self.device)
         return new_record(
             "tune", config, self.tokens, weights_fingerprint(model), compiled,
+            launch=self.team.launch,
             base_nats_per_token=total / count,
             schedules=[asdict(schedule) for schedule in self.plan_schedules(gains)],
             gains=gains,
