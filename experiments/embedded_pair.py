@@ -2,9 +2,9 @@
 
     python experiments/embedded_pair.py OUT        what experiments/embedded_pair.sh trained in OUT
 
-Every finished run becomes a record, docs/data/embedded_pair/RUN.json: its curve, its loss at 16 and 4 bits, its outliers, and
-what `trilobit tune` makes of it with `trilobit demo`'s settings at two rates. The table shows of each recipe the run of the
-better rate, and of that run the better tuned one.
+Every finished run becomes a record, docs/data/embedded_pair/RUN.json: its curve, its loss at 16 and 4 bits, its outliers. Of
+each recipe the run of the best rate stands in the table, with the better of what `trilobit tune` makes of it at two rates with
+`trilobit demo`'s settings.
 """
 
 import argparse
@@ -65,21 +65,30 @@ def table(found: dict[str, dict[str, Any]]) -> str:
 
 
 def record(run: Path) -> dict[str, Any]:
-    """All that is measured of a finished run."""
+    """All that is measured of a finished run before it is tuned."""
     begun = json.loads((run / "run.json").read_text())
     kept = {key: begun["result"][key] for key in ("nats_per_token", "parameters", "tokens")} | {"lr": begun["config"]["lr"]}
     curve = [(r["tokens"], round(r["heldout_nats"], 4), r.get("kurtosis")) for r in read_log(run) if "heldout_nats" in r]
     numbers = measured(run, argparse.Namespace(device="cpu", report=None, data="stdlib"))
-    return kept | numbers | {"tuned": [made_ternary(run, rate) for rate in TUNE_RATES], "curve": curve}
+    return kept | numbers | {"curve": curve}
 
 
-def best(recipe: str) -> dict[str, Any] | None:
-    """The record of a recipe's better rate, and in `ternary` what was best made of it."""
-    found = [json.loads(path.read_text()) for path in sorted(RECORDS.glob(f"{recipe}-*.json"))]
+def best(recipe: str, out: Path) -> dict[str, Any] | None:
+    """The record of a recipe's best rate, and in `ternary` what was best made of it, which is made now if it is not known."""
+    found = {path: json.loads(path.read_text()) for path in sorted(RECORDS.glob(f"{recipe}-*.json"))}
     if not found:
         return None
-    chosen = min(found, key=lambda r: r["nats_per_token"])
+    path, chosen = min(found.items(), key=lambda item: item[1]["nats_per_token"])
+    if "tuned" not in chosen:
+        chosen["tuned"] = [made_ternary(out / path.stem, rate) for rate in TUNE_RATES]
+        path.write_text(json.dumps(chosen) + "\n")
     return chosen | {"ternary": min(chosen["tuned"], key=lambda t: t["ternary"])}
+
+
+def rates(recipe: str) -> str:
+    """Every rate that was tried, with the loss it gave."""
+    found = sorted((r["lr"], r["nats_per_token"]) for p in RECORDS.glob(f"{recipe}-*.json") if (r := json.loads(p.read_text())))
+    return ", ".join(f"{lr:g}: {nats:.3f}" for lr, nats in found)
 
 
 def main() -> None:
@@ -91,7 +100,9 @@ def main() -> None:
         path = RECORDS / f"{run.name}.json"
         if not path.exists() and "result" in json.loads((run / "run.json").read_text()):
             path.write_text(json.dumps(record(run)) + "\n")
-    print(table({recipe: r for recipe in NAMES if (r := best(recipe)) is not None}))
+    for recipe, name in NAMES.items():
+        print(f"{name}, nats by rate: {rates(recipe)}")
+    print(table({recipe: r for recipe in NAMES if (r := best(recipe, arguments.out)) is not None}))
 
 
 if __name__ == "__main__":
