@@ -16,6 +16,7 @@ from trilobit.train.plan import (
     Load,
     Rates,
     Shape,
+    exchange,
     flops_of,
     memory_of,
     muon_flops,
@@ -104,8 +105,28 @@ def test_more_ranks_hold_less_and_send_more(small: Shape) -> None:
     assert travel(800, 8, quiet, 1) == pytest.approx(700 / quiet.nvlink)
     assert travel(800, 16, quiet, 1) == pytest.approx(max(400 / (8 * quiet.card), 700 / quiet.nvlink))
     assert travel(800, 16, quiet, 1, inside=1) == pytest.approx(750 / quiet.card)
-    seconds = [seconds_of(small, a, load, replace(quiet, nvlink=float("inf")))["muon"] for a in (four, eight)]
-    assert seconds[0] == pytest.approx(2 * seconds[1])
+    assert exchange(800, 8, quiet, 1) == pytest.approx(700 / quiet.nvlink)
+    assert exchange(800, 16, quiet, 1) == pytest.approx(max(400 / quiet.card, 350 / quiet.nvlink))
+
+
+def test_muon_waits_for_the_owner_of_the_most(small: Shape) -> None:
+    """Ten matrices of one shape over four ranks take as long as three, over sixteen as long as one."""
+    shape, free = replace(small, matrices=((64, 32),) * 10), Rates(latency=0.0, nvlink=float("inf"), card=float("inf"))
+    one = muon_flops(64, 32) / (free.flops * free.muon_used)
+    for parts, most in ((4, 3), (16, 1)):
+        found = seconds_of(shape, Arrangement("fsdp", 1, parts, ""), Load(512), free)
+        assert found["muon"] == pytest.approx(most * one)
+
+
+def test_a_model_must_fit_whole_once(small: Shape) -> None:
+    """However many parts, a card holds the whole model before the first step, and its teacher: a plan that needs more for that
+    than for a step says so."""
+    found = plan("m", small, 64, Load(512, teacher=True), mesh="fsdp", memory=9 * small.parameters)
+    assert found.whole == 8 * small.parameters and found.whole <= found.needed
+
+
+def test_operations_of_the_iteration() -> None:
+    """Five steps of two symmetric products and one more."""
     assert muon_flops(3, 5) == muon_flops(5, 3) == 5 * (4 * 9 * 5 + 2 * 27)
 
 
@@ -123,9 +144,16 @@ def test_doctor_plans_and_refuses() -> None:
     numbers and what would help."""
     found = run(DoctorConfig(plan="llama-3m", gpus=8, sequence_length=512))
     said = found.summary()
-    for word in ("ddp: a copy on each of 8 ranks", "latents", "activations", "tokens/s", "GB a rank, of 72 usable"):
+    for word in (
+        "ddp: a copy on each of 8 ranks",
+        "latents",
+        "activations",
+        "tokens/s",
+        "GB a rank, of 72 usable",
+        "before the first step",
+    ):
         assert word in said
-    with pytest.raises(ConfigError, match=r"(?s)together .* GB a rank, of 0.*does not fit.*--gpus"):
+    with pytest.raises(ConfigError, match=r"(?s)needed .* GB a rank, of 0.*does not fit.*--gpus"):
         run(DoctorConfig(plan="llama-3m", gpus=8, gpu_memory=0.5, sequence_length=4096))
     with pytest.raises(ConfigError, match="is 16 ranks, but 8 were started"):
         run(DoctorConfig(plan="llama-3m", gpus=8, mesh="hsdp:2x8"))

@@ -1,11 +1,12 @@
 """What training a model on many GPUs takes, before any is rented: memory, arithmetic and communication of a rank, counted.
 
     memory   latents 4·P/S + gradients 4·P/S + moments (AdamW 8, Muon 4 a matrix' number) /S + what is gathered for a while
-             + activations (measured on fake tensors: what autograd saves of one layer, and of the head) + teacher 2·P/S
+             + activations (measured on fake tensors: what autograd saves of one layer, and of the head) + teacher 2·P/S;
+             before the first step, and to write the trained model, the whole of it once on a card, 4·P
     compute  6·(P − embeddings) + 6·L·T·D of causal attention, a token; + a forward where activations are computed again
              or where there is a teacher; Muon's iteration, 5·(4·R²C + 2·R³) a matrix, over its S owners
     network  ddp 2·4·P · fsdp 4·P twice a micro-batch and once a step · hsdp that within S, and 2·4·P/S over the copies
-             · Muon (4 + 2)·P/S between owners
+             · Muon (4 + 2)·P/S between owners, each of which waits for the one with the most matrices of a shape
 
 A step takes as long as the longer of computing and communicating, which overlap, plus Muon's part, which does not. So what is
 predicted is an upper bound of speed under the rates below, which are assumptions (Rates); counts and bytes are exact up to
@@ -15,6 +16,7 @@ Letters: P parameters, L layers, D width, V vocabulary, T tokens of a sequence, 
 """
 
 import copy
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +31,7 @@ from trilobit.infer.load import quiet_transformers
 from trilobit.nn.ternary import TernaryLinear
 from trilobit.surgery.roles import decoder_layers
 from trilobit.train.architecture import LLAMAS, read_architecture
+from trilobit.train.distill import BLOCK_ELEMENTS
 from trilobit.train.mesh import Arrangement, arrange
 from trilobit.train.muon import CHUNK_BYTES, ITERATION, hidden_matrices
 
@@ -189,9 +192,12 @@ class Plan:
     seconds: dict[str, float]
     tokens_per_step: int
 
+    whole: int
+    """Bytes that a rank holds while the model is not yet, or no longer, in parts."""
+
     @property
     def needed(self) -> int:
-        return sum(self.memory.values())
+        return max(sum(self.memory.values()), self.whole)
 
     @property
     def fits(self) -> bool:
@@ -217,8 +223,10 @@ class Plan:
             + (", a teacher" if load.teacher else ""),
         ]
         lines += [f"{name:<13} {size / 1e9:9.2f} GB a rank" for name, size in self.memory.items()]
+        lines.append(f"{'together':<13} {sum(self.memory.values()) / 1e9:9.2f} GB a rank")
+        lines.append(f"{'whole':<13} {self.whole / 1e9:9.2f} GB a rank, before the first step and after the last")
         lines.append(
-            f"{'together':<13} {self.needed / 1e9:9.2f} GB a rank, of {(1 - LEFT_FREE) * self.available / 1e9:.0f} usable"
+            f"{'needed':<13} {self.needed / 1e9:9.2f} GB a rank, of {(1 - LEFT_FREE) * self.available / 1e9:.0f} usable"
         )
         lines += [f"{name:<13} {value:9.3f} s a step" for name, value in self.seconds.items()]
         lines.append(
@@ -237,7 +245,7 @@ def plan(
     held, seconds = memory_of(shape, arrangement, load), seconds_of(shape, arrangement, load, rates)
     return Plan(
         model, gpus, arrangement, load, held, memory, seconds,
-        gpus * load.sequences * load.sequence_length * load.accumulation,
+        gpus * load.sequences * load.sequence_length * load.accumulation, 4 * shape.parameters * (1 + load.teacher),
     )  # fmt: skip
 
 
@@ -276,7 +284,10 @@ def memory_of(shape: Shape, arrangement: Arrangement, load: Load) -> dict[str, i
         found["teacher"] = 2 * total // parts + (2 * (2 * layer + outside) if parts > 1 else 0)
     if load.optimizer == "muon":
         largest = max(rows * columns for rows, columns in shape.matrices)
-        found["muon"] = 10 * max(largest, CHUNK_BYTES[False] // 4)  # an update in fp32, three matrices in bf16
+        # An update in fp32, three matrices in bf16; in parts, what is sent, received and put together as well.
+        found["muon"] = (20 if parts > 1 else 10) * max(largest, CHUNK_BYTES[False] // 4)
+    blocks = 7 if load.teacher else 1
+    found["loss"] = 4 * blocks * min(tokens * shape.vocabulary, BLOCK_ELEMENTS[False])
     return found
 
 
@@ -297,14 +308,15 @@ def seconds_of(shape: Shape, arrangement: Arrangement, load: Load, rates: Rates)
     if parts > 1:
         gather = travel(4 * total, parts, rates, collectives // 2)
         network += 2 * load.accumulation * gather + travel(4 * total, parts, rates, collectives // 2)
-    if copies > 1:  # one of each machine, or all of them
-        inside = rates.per_machine if parts == 1 else 1
+    if copies > 1:  # as many of a machine as it holds copies
+        inside = max(1, rates.per_machine // parts)
         network += 2 * travel(4 * total // parts, copies, rates, collectives // 2, inside)
     result = {"compute": tokens * flops_of(shape, load) / (rates.flops * rates.used), "network": network, "muon": 0.0}
     if load.optimizer == "muon":
-        work = sum(muon_flops(*matrix) for matrix in shape.matrices) / parts / (rates.flops * rates.muon_used)
-        sent = travel(6 * shape.muons // parts, parts, rates, 2) if parts > 1 else 0.0
-        result["muon"] = work + sent
+        shapes = Counter(shape.matrices)
+        work = sum(-(-number // parts) * muon_flops(*matrix) for matrix, number in shapes.items())
+        sent = exchange(6 * shape.muons // parts, parts, rates, 2 * len(shapes)) if parts > 1 else 0.0
+        result["muon"] = work / (rates.flops * rates.muon_used) + sent
     return result
 
 
@@ -319,6 +331,16 @@ def travel(size: int, ranks: int, rates: Rates, times: int, inside: int | None =
     through_cards = size * (machines - 1) / machines / (inside * rates.card)
     through_links = size * (inside - 1) / inside / rates.nvlink
     return max(through_cards, through_links) + times * rates.latency * machines
+
+
+def exchange(size: int, ranks: int, rates: Rates, times: int) -> float:
+    """Seconds in which each of `ranks` ranks sends `size` bytes, in equal parts to all, in `times` collectives.
+
+    Unlike what is gathered, nothing of it is wanted twice: what leaves the machine goes over every GPU's own card.
+    """
+    inside = min(ranks, rates.per_machine)
+    through_cards, through_links = (size * others / ranks for others in (ranks - inside, inside - 1))
+    return max(through_cards / rates.card, through_links / rates.nvlink) + times * rates.latency * -(-ranks // inside)
 
 
 def muon_flops(rows: int, columns: int) -> float:
