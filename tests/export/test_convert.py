@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from export.checks import check_here
 from export.ggufs import stored
@@ -15,6 +16,8 @@ from trilobit.export.card import licence_of, write_card
 from trilobit.export.verification import Check
 from trilobit.export.verify import load_stock
 from trilobit.formats import Bitnet
+from trilobit.infer.gguf_file import open_gguf
+from trilobit.infer.load import load
 from trilobit.kernels import native
 from trilobit.listener import Listener
 from trilobit.storage import read_json, stream_tensors, verify_manifest, write_json
@@ -146,6 +149,31 @@ def test_the_card_of_what_others_made(tmp_path: Path) -> None:
     write_card(tmp_path, tmp_path / "model", "it", "hf", "form", check, str(tmp_path / "model"))
     card = (tmp_path / "README.md").read_text()
     assert "license: mit" in card and "Made from theirs by trilobit" in card and "placement none, tokens 7" in card
+
+
+@pytest.mark.parametrize("to", ["hf", "gguf", "bf16", "native"])
+def test_what_belongs_to_a_model_comes_along(to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokenizer, chat template and the end-of-text tokens of the generation config are in what is written."""
+    if to == "native" and not native.available():
+        pytest.skip("no C++ compiler has built the kernels")
+    monkeypatch.setattr(convert, "verify", lambda *arguments: Check(why_not="a test"))
+    place = stored(tmp_path / "latent", settings=SMALL, placement="none")
+    tokenizer: Any = AutoTokenizer.from_pretrained(place)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
+    loaded = load(place)
+    loaded.model.generation_config.eos_token_id = [0, 7]  # pyright: ignore[reportOptionalMemberAccess]
+    hf.write_latent(loaded.model, loaded.plan, tokenizer, tmp_path / "model")
+    convert.run(ExportConfig(model=str(tmp_path / "model"), out=str(tmp_path / "out"), to=to))  # pyright: ignore
+    if to == "gguf":
+        metadata = open_gguf(tmp_path / "out" / "out.gguf").metadata
+        assert metadata["tokenizer.chat_template"] == tokenizer.chat_template
+        assert metadata["tokenizer.ggml.eos_token_id"] == tokenizer.eos_token_id
+        assert metadata["tokenizer.ggml.tokens"][300] == tokenizer.convert_ids_to_tokens(300)
+        return
+    read: Any = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert read.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "<hi>"
+    assert read.get_vocab() == tokenizer.get_vocab()
+    assert read_json(tmp_path / "out" / "generation_config.json")["eos_token_id"] == [0, 7]
 
 
 class Heard(Listener):
