@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Models that were pre-trained without outliers, made ternary, in stock llama.cpp: a tied one (Muon and single-scale norms) as its
-# `bitnet` graph, with norms at outputs; a full outlier-safe one (untied, its embedding projections folded) as its `llama` graph,
-# without norms. Both exports print the table of their verification. (A norm in front of every linear would fold as long as block
-# norms keep one scale, but tuning trains them channel by channel.)
-# Two CPU cores: a quarter of an hour.
+# `bitnet` graph, with norms at outputs, and with norms everywhere and scalar gains (block norms stay one scale each, so that two
+# norms in a row are one); a full outlier-safe one (untied, its embedding projections folded) as its `llama` graph, without norms.
+# All exports print the table of their verification.
+# Two CPU cores: twenty minutes.
 #
 #   experiments/outlier_safe_exports.sh [OUT [TOKENS]]
 set -euo pipefail
@@ -23,6 +23,8 @@ common=(--data stdlib --max-tokens "$tokens" --batch-tokens 4096 --sequence-leng
 trilobit pretrain "$out/tied" --recipe ssnorm --train-tokenizer 4096 --lr 4e-3 "${common[@]}" --out "$out/ssnorm"
 trilobit pretrain llama-3m --recipe osp --train-tokenizer 4096 --lr 4e-3 "${common[@]}" --out "$out/osp"
 trilobit tune "$out/ssnorm/model" --placement output --lr 4e-3 "${common[@]}" --out "$out/ssnorm-ternary"
+trilobit tune "$out/ssnorm/model" --placement every --gain scalar --lr 4e-3 "${common[@]}" --out "$out/ssnorm-every"
 trilobit tune "$out/osp/model" --placement none --lr 4e-3 "${common[@]}" --out "$out/osp-ternary"
 trilobit export "$out/ssnorm-ternary" --to gguf --out "$out/ssnorm.gguf"
+trilobit export "$out/ssnorm-every" --to gguf --out "$out/ssnorm-every.gguf"
 trilobit export "$out/osp-ternary" --to gguf --out "$out/osp.gguf"

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import resource
+import signal
 import subprocess
 import sys
 from dataclasses import fields
@@ -377,3 +378,21 @@ def test_a_commands_help_loads_no_torch(command: str) -> None:
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_sigterm_leaves_nothing_half_written(cli: Any, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that is not training ends as at an exception: what export has written so far is gone, the code is 128 + 15 (old
+    code: the process died where it stood, and left a folder with a dot)."""
+    before = sorted(path.name for path in place.iterdir())
+    seen: list[list[str]] = []
+
+    def stopped(*arguments: Any) -> None:
+        seen.append(sorted({path.name for path in place.iterdir()} - set(before)))
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("trilobit.export.convert.verify", stopped)
+    handler = signal.getsignal(signal.SIGTERM)
+    assert cli("export", "model", "--to", "bf16", "--out", "stopped").code == 143
+    assert len(seen) == 1 and seen[0][0].startswith(".stopped.partial-")
+    assert sorted(path.name for path in place.iterdir()) == before
+    assert signal.getsignal(signal.SIGTERM) is handler

@@ -8,10 +8,12 @@ import argparse
 import difflib
 import json
 import os
+import signal
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from importlib import import_module
 from pathlib import Path
@@ -81,7 +83,8 @@ def _run(name: str, rest: list[str]) -> int:
     module = import_module(command.module)
     listener = Console(sys.stderr if as_json else sys.stdout)
     try:
-        result = module.run(config, listener)
+        with _ending_on_sigterm():
+            result = module.run(config, listener)
     except Exception as error:
         if (code := getattr(error, "exit_code", None)) is None:
             raise
@@ -97,6 +100,24 @@ def _run(name: str, rest: list[str]) -> int:
     else:
         print(_text(result), end="\n" if _text(result) else "")
     return 0
+
+
+@contextmanager
+def _ending_on_sigterm() -> Iterator[None]:
+    """SIGTERM ends a command as an exception does, so that what is half-written is removed. Training has its own way."""
+
+    def end(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    try:
+        before = signal.signal(signal.SIGTERM, end)
+    except ValueError:  # not in the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def parse(name: str, arguments: list[str]) -> tuple[Any, bool]:

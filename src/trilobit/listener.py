@@ -1,5 +1,7 @@
 """How long work tells whoever started it what is going on. Nothing below the command line prints."""
 
+import time
+from collections.abc import Callable
 from typing import Any
 
 
@@ -20,3 +22,13 @@ class Listener:
 
 
 SILENT = Listener()
+
+
+def timed(listener: Listener, what: str) -> Callable[[int, int], None]:
+    """Tells a listener how far something got, (done, total), and how long it took since now."""
+    start = time.perf_counter()
+
+    def progress(done: int, total: int) -> None:
+        listener.progress(what, done, total, time.perf_counter() - start)
+
+    return progress

@@ -19,5 +19,5 @@ def test_it_measures_each_export(form: str, to: list[str], tmp_path: Path) -> No
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     rows = [line.split() for line in done.stdout.splitlines()[3:]]
     assert [row[0] for row in rows] == to
-    assert all(float(row[1]) > 0 and float(row[2].replace(",", "")) > 50 for row in rows)
+    assert all(float(row[1]) > 0 and float(row[2]) > 0 and float(row[3].replace(",", "")) > 50 for row in rows)
     assert list(tmp_path.iterdir()) == []

@@ -165,6 +165,13 @@ def _cut(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
 
 
+def _index(content: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+
+    return change
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no tokenizer": (_without_tokenizer, "the tokenizer of .*model"),
     "an activation that nobody has": (lambda f: _configure(f, hidden_act="unheard_of"), "unheard_of"),
@@ -172,6 +179,16 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "another model's layers": (lambda f: _configure(f, num_hidden_layers=2), "model.* is missing"),
     "half of its weights": (_half_the_weights, "mlp.up_proj.weight is missing"),
     "weights that end too early": (_cut, "model.safetensors cannot be read"),
+    "an index without a map": (_index({}), "index.json is damaged"),
+    "an index that is none": (_index([1]), "index.json is damaged"),
+    "an index of files that lie elsewhere": (
+        _index({"weight_map": {"model.norm.weight": "../other.st"}}),
+        "index.json is damaged",
+    ),
+    "an index of files that are not there": (
+        _index({"weight_map": {"model.norm.weight": "other.st"}}),
+        "other.st cannot be read",
+    ),
 }
 
 

@@ -1,19 +1,26 @@
 """`trilobit export` as a whole: what is written, card and check, and nothing left of what is refused or read wrongly."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
+from export.checks import check_here
 from export.ggufs import stored
 from trilobit.config.export import ExportConfig
 from trilobit.errors import ConfigError, ExportError, OutputError, VerificationError
-from trilobit.export import convert, llama_cpp, push
+from trilobit.export import convert, hf, llama_cpp, push
 from trilobit.export.card import licence_of, write_card
 from trilobit.export.verification import Check
 from trilobit.export.verify import load_stock
 from trilobit.formats import Bitnet
-from trilobit.storage import verify_manifest, write_json
+from trilobit.infer.gguf_file import open_gguf
+from trilobit.infer.load import load
+from trilobit.kernels import native
+from trilobit.listener import Listener
+from trilobit.storage import read_json, stream_tensors, verify_manifest, write_json
 
 pytestmark = pytest.mark.filterwarnings(  # torch's own imports, on the way to transformers' bitnet classes
     "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
@@ -66,6 +73,8 @@ def test_transformers(to: str, spec: dict[str, Any], form: str, tmp_path: Path) 
     assert result.form == form
     assert result.check.rows[0].reader == "transformers"
     assert result.check.rows[0].agreement.kl < 0.01
+    assert result.check.prompt and result.check.theirs[:4] == result.check.ours[:4] != ""
+    assert "is continued by the model with" in (tmp_path / "out" / "README.md").read_text()
     assert load_stock(tmp_path / "out").num_parameters() > 0
     assert {"README.md", "tokenizer.json", "config.json", "model.safetensors"} <= {p.name for p in (tmp_path / "out").iterdir()}
 
@@ -122,6 +131,92 @@ def test_the_card_says_whose_licence_applies(tmp_path: Path) -> None:
         assert says in card
         assert ("licence of the base model" in card) == (says == "could not be read here")
         (tmp_path / "README.md").unlink()
+
+
+def test_the_card_of_what_others_made(tmp_path: Path) -> None:
+    """A model that no run made is its own base, with its licence; one that lies in a run (model/, latent/) has the run's (old
+    code: both had neither base nor licence)."""
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "README.md").write_text("---\nlicense: mit\n---\n# theirs\n")
+    check = Check(why_not="a test")
+    write_card(tmp_path, theirs, "it", "hf", "form", check)
+    card = (tmp_path / "README.md").read_text()
+    assert "license: mit" in card and "Made from theirs by trilobit" in card and str(tmp_path) not in card
+    write_card(tmp_path, theirs, "it", "hf", "form", check, "someone/theirs")
+    assert "base_model: someone/theirs" in (tmp_path / "README.md").read_text()
+    write_json(tmp_path / "run.json", {"config": {"model": str(theirs), "placement": "none"}, "result": {"tokens": 7}})
+    write_card(tmp_path, tmp_path / "model", "it", "hf", "form", check, str(tmp_path / "model"))
+    card = (tmp_path / "README.md").read_text()
+    assert "license: mit" in card and "Made from theirs by trilobit" in card and "placement none, tokens 7" in card
+
+
+@pytest.mark.parametrize("to", ["hf", "gguf", "bf16", "native"])
+def test_what_belongs_to_a_model_comes_along(to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokenizer, chat template and the end-of-text tokens of the generation config are in what is written."""
+    if to == "native" and not native.available():
+        pytest.skip("no C++ compiler has built the kernels")
+    monkeypatch.setattr(convert, "verify", lambda *arguments: Check(why_not="a test"))
+    place = stored(tmp_path / "latent", settings=SMALL, placement="none")
+    tokenizer: Any = AutoTokenizer.from_pretrained(place)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
+    loaded = load(place)
+    loaded.model.generation_config.eos_token_id = [0, 7]  # pyright: ignore[reportOptionalMemberAccess]
+    hf.write_latent(loaded.model, loaded.plan, tokenizer, tmp_path / "model")
+    convert.run(ExportConfig(model=str(tmp_path / "model"), out=str(tmp_path / "out"), to=to))  # pyright: ignore
+    if to == "gguf":
+        metadata = open_gguf(tmp_path / "out" / "out.gguf").metadata
+        assert metadata["tokenizer.chat_template"] == tokenizer.chat_template
+        assert metadata["tokenizer.ggml.eos_token_id"] == tokenizer.eos_token_id
+        assert metadata["tokenizer.ggml.tokens"][300] == tokenizer.convert_ids_to_tokens(300)
+        return
+    read: Any = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert read.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "<hi>"
+    assert read.get_vocab() == tokenizer.get_vocab()
+    assert read_json(tmp_path / "out" / "generation_config.json")["eos_token_id"] == [0, 7]
+
+
+class Heard(Listener):
+    def __init__(self) -> None:
+        self.told: list[tuple[int, int, float]] = []
+
+    def progress(self, what: str, done: int, total: int, seconds: float) -> None:
+        self.told.append((done, total, seconds))
+
+
+@pytest.mark.parametrize("to", ["native", "hf", "gguf", "bf16"])
+def test_progress_is_told_with_its_time(to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every export tells how far it is, up to the end, and since when (old code: since no time, so that no bar was drawn)."""
+    if to == "native" and not native.available():
+        pytest.skip("no C++ compiler has built the kernels")
+    monkeypatch.setattr(convert, "verify", lambda *arguments: Check(why_not="a test"))
+    place, heard = stored(tmp_path / "model", settings=SMALL, placement="none"), Heard()
+    convert.run(ExportConfig(model=str(place), out=str(tmp_path / "out"), to=to), heard)  # pyright: ignore[reportArgumentType]
+    done, totals, seconds = zip(*heard.told, strict=True)
+    assert list(done) == list(range(1, totals[0] + 1)) and set(totals) == {len(done)}
+    assert 0 < seconds[0] <= seconds[-1] and list(seconds) == sorted(seconds)
+
+
+@pytest.mark.parametrize(("to", "spec"), [("hf", {"placement": "every"}), ("bf16", {"placement": "none"})])
+def test_above_the_limit_files_are_several(
+    to: str, spec: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards with an index pass the check by stock transformers, are all in the manifest, and are a model to export again."""
+    monkeypatch.setattr(convert, "verify", check_here)
+    for module in (convert, hf):
+        monkeypatch.setattr(module, "stream_tensors", partial(stream_tensors, most=1_000_000))
+    first = exported(tmp_path, to, **spec)
+    shards = sorted(path.name for path in (tmp_path / "out").glob("model-*-of-*.safetensors"))
+    assert len(shards) > 1 and not (tmp_path / "out" / "model.safetensors").exists()
+    index = read_json(tmp_path / "out" / "model.safetensors.index.json")
+    assert sorted(set(index["weight_map"].values())) == shards
+    assert set(shards) < set(read_json(tmp_path / "out" / "manifest.json")["files"])
+    assert first.bytes == sum((tmp_path / "out" / name).stat().st_size for name in shards) > index["metadata"]["total_size"]
+    assert first.check.rows[0].agreement.top1 > 0.95
+    again = convert.run(ExportConfig(model=str(tmp_path / "out"), out=str(tmp_path / "again"), to=to))  # pyright: ignore
+    assert again.form == first.form
+    for name in shards:
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
 def test_the_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:

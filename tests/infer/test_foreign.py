@@ -13,16 +13,21 @@ from export.checks import check_here
 from families import logits
 from infer.bitnets import BITNET, FORMS, stock, windows, write_bitnet
 from infer.checkpoints import byte_model, save
+from infer.ggufs import write_gguf
 from trilobit import quant
+from trilobit.config.eval import EvalConfig
 from trilobit.config.export import ExportConfig
+from trilobit.config.generate import GenerateConfig
 from trilobit.errors import ModelError
 from trilobit.export import convert as export
 from trilobit.export.hf import write_model
 from trilobit.export.verify import compare, noise_floor
+from trilobit.infer import generate
 from trilobit.infer.engine import engine_of, open_engine
 from trilobit.infer.load import freeze, load, load_pretrained
 from trilobit.kernels import native
 from trilobit.kernels.engine import Sampling
+from trilobit.measure import evaluate
 from trilobit.nn.packed import PackedLinear
 from trilobit.nn.ternary import TernaryLinear, ternary_modules
 
@@ -224,3 +229,28 @@ def test_scales_that_training_does_not_have_are_refused() -> None:
     assert isinstance(held.to_ternary(), TernaryLinear)
     x = torch.randn(3, 64)
     assert torch.equal(held.to_ternary()(x), held(x))
+
+
+@pytest.mark.parametrize("kind", ["a directory", "a GGUF file"])
+def test_commands_take_it(kind: str, tmp_path: Path) -> None:
+    """`eval` and `generate` run on what others wrote as they do on our own (`tune` and `export` have tests of their own)."""
+    if kind == "a directory":
+        place = write_bitnet(tmp_path / "model", "bitlinear", "bitnet", **BITNET)
+    else:
+        place = write_gguf(tmp_path / "m.gguf", "llama", "q2_0").path
+    (tmp_path / "text.txt").write_text("Sphinx of black quartz, judge my vow. " * 20)
+    measured = evaluate.run(EvalConfig(model=str(place), data=str(tmp_path / "text.txt"), sequence_length=32, device="cpu"))
+    assert measured.perplexity is not None and 1 < measured.perplexity < 1e9
+    written = generate.run(GenerateConfig(model=str(place), prompt="Sphinx", max_tokens=4))
+    assert 1 <= written.tokens <= 4
+
+
+def test_what_its_config_need_not_say(tmp_path: Path) -> None:
+    """Falcon-E's config.json names the method and the head alone: packed weights of class bitlinear, without norms."""
+    folder = write_bitnet(tmp_path / "model", "bitlinear", "llama", skip=["lm_head"])
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitnet", "modules_to_not_convert": ["lm_head"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    loaded = load(folder)
+    assert loaded.form == "bitlinear"
+    assert compare(stock(folder), loaded.model, windows()).top1 >= 0.985

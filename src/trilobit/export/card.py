@@ -17,11 +17,13 @@ HUB_SECONDS = 10.0
 LIBRARY = {"native": "trilobit", "gguf": "gguf", "hf": "transformers", "bf16": "transformers"}
 
 
-def write_card(directory: Path, source: Path, name: str, to: str, form: str, check: Check) -> None:
-    """Write README.md into `directory` for the export of `source`, a run or a model directory."""
-    record = read_json(source / "run.json") if (source / "run.json").exists() else {}
+def write_card(directory: Path, source: Path, name: str, to: str, form: str, check: Check, asked: str | None = None) -> None:
+    """Write README.md into `directory` for the export of `source`: a run, or model/ or latent/ in it, or what somebody else has
+    made, which is then its own base. asked: what the user called it, if that is not where it lies."""
+    runs = (place for place in (source, source.parent) if (place / "run.json").exists())
+    record = read_json(place / "run.json") if (place := next(runs, None)) is not None else {}
     settings, result = record.get("config", {}), record.get("result", {})
-    base = settings.get("model")
+    base = settings.get("model") if record else asked or str(source)
     front = ["---", f"library_name: {LIBRARY[to]}", "tags: [ternary, 1.58-bit, trilobit]"]
     if base is not None and is_hub_id(base):
         front.append(f"base_model: {base}")
@@ -63,8 +65,6 @@ def licence_of(base: str | None) -> str | None:
 
 
 def _origin(base: str | None, settings: dict[str, Any], result: dict[str, Any], licence: str | None) -> str:
-    if not settings:
-        return f"Written by trilobit {__version__}."
     shown = base if base is not None and is_hub_id(base) else Path(base).name if base else settings.get("architecture")
     said = {
         "recipe": settings.get("recipe"), "placement": settings.get("placement"), "gain": settings.get("gain"),
@@ -73,7 +73,7 @@ def _origin(base: str | None, settings: dict[str, Any], result: dict[str, Any], 
         "tokens": f"{result['tokens']:,}" if "tokens" in result else None,
     }  # fmt: skip
     listed = ", ".join(f"{key} {value}" for key, value in said.items() if value is not None)
-    text = f"Made from {shown} by trilobit {__version__}: {listed}."
+    text = f"Made from {shown} by trilobit {__version__}{f': {listed}' if listed else ''}."
     unknown = base is not None and licence is None
     return f"{text} The licence of the base model applies; it could not be read here." if unknown else text
 

@@ -25,7 +25,7 @@ from trilobit.export.source import Source
 from trilobit.export.verification import Check, verify
 from trilobit.infer.engine import require_library
 from trilobit.infer.load import locate
-from trilobit.listener import SILENT, Listener
+from trilobit.listener import SILENT, Listener, timed
 from trilobit.storage import atomic_directory, require_new_directory, stream_tensors
 
 
@@ -68,7 +68,7 @@ def run(config: ExportConfig, listener: Listener = SILENT) -> ExportResult:
             (form, reason), details = _write(config, source, directory, target.name, listener), {}
         check = verify(place, directory, config.to, config.data, listener)
         size = sum(f.stat().st_size for f in directory.iterdir() if f.suffix in (".safetensors", ".gguf"))
-        write_card(directory, place, target.name, config.to, form, check)
+        write_card(directory, place, target.name, config.to, form, check, str(config.model))
     url = push(target, config.push) if config.push is not None else None
     return ExportResult(
         str(target), config.to, form, reason, size, time.perf_counter() - started, check, details, url
@@ -83,9 +83,7 @@ def _write(config: ExportConfig, source: Source, directory: Path, name: str, lis
         contents = gguf.write(source, directory / f"{name}.gguf", config.type, config.head, listener)
         return f"graph {contents.graph}, type {contents.kind}", contents.reason
 
-    def progress(done: int, total: int) -> None:
-        listener.progress("writing", done, total, 0.0)
-
+    progress = timed(listener, "Writing tensors")
     if source.plan is None:
         if config.form.endswith("bitlinear"):
             raise ExportError(f"--form {config.form} holds ternary weights, and this model is not ternary.")

@@ -25,7 +25,7 @@ from trilobit.export.gguf_vocabulary import add_vocabulary
 from trilobit.export.source import Source
 from trilobit.infer.gguf_header import BLOCK_NORMS, GEMMA_NORMS, HEAD_NORMS, LINEARS
 from trilobit.infer.gguf_header import SUB_NORMS as OWN_SUB_NORMS
-from trilobit.listener import SILENT, Listener
+from trilobit.listener import SILENT, Listener, timed
 
 SUB_NORMS = {"attn_output": "attn_sub_norm", "ffn_down": "ffn_sub_norm"}  # bitnet's, in front of these
 
@@ -60,6 +60,7 @@ def write(source: Source, target: Path, kind: str = "auto", head: str = "auto", 
     """Write `source` as one GGUF file. kind: of ternary matrices, `auto` or a name in TERNARY or DENSE; of a model that is not
     ternary, one of DENSE. head: of embedding and head. Raises ExportError if no graph or type can hold it, with what can."""
     contents = plan_file(source, kind, head, target.stem)
+    written = timed(listener, "Writing tensors")
     with closing(gguf.GGUFWriter(target, contents.graph)) as writer:
         for key, value in contents.metadata.items():
             _add(writer, key, value)
@@ -80,7 +81,7 @@ def write(source: Source, target: Path, kind: str = "auto", head: str = "auto", 
             data = np.ascontiguousarray(entry.read()).view(np.uint8)
             assert data.nbytes == entry.bytes, (entry.name, data.nbytes, entry.bytes)
             file.write(data.data)
-            listener.progress("writing", index + 1, len(contents.entries), 0.0)
+            written(index + 1, len(contents.entries))
         file.write(b"\0" * (-file.tell() % writer.data_alignment))
     return contents
 

@@ -16,11 +16,12 @@ from transformers import PreTrainedModel
 
 from trilobit import __version__
 from trilobit.errors import OutputError, VerificationError
+from trilobit.export.exact import is_comparable, require_exact
 from trilobit.export.forms import Store, choose_form, contents_of, kept_entries, require_form, stored_precision
 from trilobit.export.source import Source
 from trilobit.export.verify import Agreement, compare, load_stock, noise_floor
 from trilobit.infer.load import CARD, PACKED_FILE, read_ours
-from trilobit.storage import atomic_directory, save_tensors, stream_tensors, write_json
+from trilobit.storage import atomic_directory, read_json, save_tensors, stream_tensors, write_json
 from trilobit.surgery.ternary import Plan
 
 
@@ -111,8 +112,12 @@ def _write(source: Source, target: Path, probe: Tensor, form: str, store: Store)
         agreement = compare(model, read_ours(directory).model, probe)
         agreement = agreement.require(f"trilobit's reading of the {form} form", floor)
         if form != "packed":
-            agreement = compare(model, load_stock(directory), probe)
+            stock = load_stock(directory)
+            agreement = compare(model, stock, probe)
             agreement = agreement.require(f"transformers' reading of the {form} form", floor)
+            quantization = read_json(directory / "config.json").get("quantization_config", {})
+            if is_comparable(source, quantization):
+                require_exact(source, stock)
     return agreement
 
 

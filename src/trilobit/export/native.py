@@ -15,14 +15,16 @@ from torch import Tensor
 
 from trilobit.errors import VerificationError
 from trilobit.export.hf import write_companions
+from trilobit.export.llama_cpp import CONTINUED
 from trilobit.export.source import Source
-from trilobit.export.verification import Check, Row, probe_windows
+from trilobit.export.verification import Check, Prompt, Row, probe_windows
 from trilobit.export.verify import Agreement, compare, noise_floor
 from trilobit.infer import compiler, native_file
 from trilobit.infer.engine import Engine, open_native
 from trilobit.infer.graph import DTYPES, Graph, Planned
 from trilobit.infer.load import Loaded
-from trilobit.listener import SILENT, Listener
+from trilobit.kernels.engine import Sampling
+from trilobit.listener import SILENT, Listener, timed
 
 PROBE_WINDOWS, PROBE_LENGTH = 8, 256
 MOST_KL, MOST_CHANGE, ERRORS = 0.005, 0.001, 3.0  # nats a position; of the loss, beyond so many standard errors
@@ -48,7 +50,7 @@ def write(source: Source, directory: Path, layout: str, listener: Listener = SIL
     NotNative where the engine has no graph."""
     form: Any = None if layout == "auto" else layout
     planned = compiler.plan(source.model, source, form)
-    native_file.write(planned, directory / native_file.NAME, lambda n, total: listener.progress("writing", n, total, 0.0))
+    native_file.write(planned, directory / native_file.NAME, timed(listener, "Writing tensors"))
     write_companions(directory, source.model, source.plan, source.tokenizer, "native", {})
     form = planned.header.layout
     reason = "as asked" if layout != "auto" else "the fastest here"
@@ -60,14 +62,18 @@ def check(loaded: Loaded, artefact: Path, data: str | None) -> Check:
     VerificationError where it is another one."""
     probe = probe_windows(loaded, data, PROBE_WINDOWS, PROBE_LENGTH)
     graph, tokenizer, ends = open_native(artefact, complete=False)
-    agreement = compare(loaded.model, _Reading(Engine(graph, tokenizer, ends, capacity=probe.shape[1])), probe)
+    prompt = Prompt(loaded, probe)
+    engine = Engine(graph, tokenizer, ends, capacity=max(probe.shape[1], len(prompt.ids) + CONTINUED))
+    agreement = compare(loaded.model, _Reading(engine), probe)
     activations = graph.header.activations
     _require_same(agreement, activations, lambda: noise_floor(loaded.model, probe), sampled=data is None)
     limits = f"KL {MOST_KL} or twice the model's own noise, perplexity within 0.1 % and three standard errors"
     limits += ", on this sampled text beyond what the KL explains" if data is None else ""
     if activations != "token":
         limits = f"{LOST} nats of loss: the engine's int8 activations make a weights-only model another one"
-    return Check([Row("the engine", "the model", agreement)], limits)
+    theirs = prompt.decoded(list(engine.stream(prompt.ids, CONTINUED, Sampling(temperature=0))))
+    rows = [Row("the engine", "the model", agreement)]
+    return Check(rows, limits, prompt.text, prompt.continued_by(loaded.model), theirs)
 
 
 def bits_per_weight(model: Graph | Planned) -> float:

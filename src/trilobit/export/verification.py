@@ -24,10 +24,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from trilobit import errors
 from trilobit.corpus import documents
 from trilobit.errors import ModelError, TrilobitError, VerificationError
+from trilobit.export.exact import is_comparable, require_exact
+from trilobit.export.llama_cpp import CONTINUED
+from trilobit.export.source import Source
 from trilobit.export.verify import MAX_PERPLEXITY_CHANGE, Agreement, compare, load_stock, noise_floor
 from trilobit.infer.hf import continue_tokens
 from trilobit.infer.load import Loaded, freeze, load
@@ -117,6 +121,24 @@ def probe_windows(loaded: Loaded, data: str | None, count: int, length: int = PR
     return continue_tokens(loaded.model, prompts, length - 1, temperature=1.0, ends=False)
 
 
+class Prompt:
+    """A few words to be continued by both, for people to see: the beginning of the first window."""
+
+    def __init__(self, loaded: Loaded, windows: Tensor):
+        self._tokenizer: Any = loaded.tokenizer
+        self.text = str(self._tokenizer.decode(windows[0, 1:9], skip_special_tokens=True))
+        self.ids: list[int] = self._tokenizer(self.text)["input_ids"] or windows[0, :1].tolist()
+
+    def continued_by(self, model: PreTrainedModel) -> str:
+        """Its likeliest tokens, as text."""
+        with torch.compiler.set_stance("force_eager"):  # transformers' bitnet classes would want a C++ compiler
+            tokens = continue_tokens(model, torch.tensor([self.ids]), CONTINUED)
+        return self.decoded(tokens[0, len(self.ids) :].tolist())
+
+    def decoded(self, tokens: list[int]) -> str:
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+
+
 @contextmanager
 def activations(model: torch.nn.Module, int8: bool) -> Iterator[torch.nn.Module]:
     """The model with int8 activations in its ternary linears, or with none quantised."""
@@ -137,13 +159,22 @@ def activations(model: torch.nn.Module, int8: bool) -> Iterator[torch.nn.Module]
 def check_stock(loaded: Loaded, artefact: Path, windows: Tensor) -> Check:
     """transformers' reading: of the model where its ternary classes hold it, else of it without quantised activations."""
     other = load_stock(artefact)
-    if "quantization_config" in read_json(artefact / "config.json"):
+    prompt = Prompt(loaded, windows)
+    theirs = prompt.continued_by(other)
+    quantization = read_json(artefact / "config.json").get("quantization_config")
+    if quantization is not None:
         agreement = compare(loaded.model, other, windows)
         agreement = agreement.require("transformers' reading", cache(lambda: noise_floor(loaded.model, windows)))
         limits = "same argmax at 98.5 % and perplexity within 0.1 %, or no further off than the model's own last bits take it"
-        return Check([Row("transformers", "the model", agreement)], limits)
+        source = Source(loaded.model, loaded.plan)
+        if is_comparable(source, quantization):
+            require_exact(source, other)
+            limits += "; all codes, scales and gains that it has loaded are the model's, bit for bit"
+        rows = [Row("transformers", "the model", agreement)]
+        return Check(rows, limits, prompt.text, prompt.continued_by(loaded.model), theirs)
     with activations(loaded.model, False):
         agreement = compare(loaded.model, other, windows)
+        ours = prompt.continued_by(loaded.model)
     change = abs(math.log(agreement.perplexity_ratio))
     if not agreement.kl <= MOST_BF16_KL or change > MAX_PERPLEXITY_CHANGE + ERRORS * agreement.nats_error:
         raise VerificationError(
@@ -152,7 +183,7 @@ def check_stock(loaded: Loaded, artefact: Path, windows: Tensor) -> Check:
         )
     against = "the model" if loaded.plan is None else "the model, activations not quantised"
     limits = f"what rounding to bf16 may do: KL {MOST_BF16_KL}, perplexity within 0.1 % and three standard errors"
-    return Check([Row("transformers", against, agreement)], limits)
+    return Check([Row("transformers", against, agreement)], limits, prompt.text, ours, theirs)
 
 
 def check_llama_cpp(loaded: Loaded, file: Path, windows: Tensor) -> Check:
@@ -160,8 +191,8 @@ def check_llama_cpp(loaded: Loaded, file: Path, windows: Tensor) -> Check:
     from trilobit.export import llama_cpp
 
     texts = [*TRICKY, *(loaded.tokenizer.decode(window, skip_special_tokens=True) for window in windows[:2])]
-    prompt: Any = loaded.tokenizer.decode(windows[0, 1:9], skip_special_tokens=True)
-    reading = llama_cpp.read(file, windows, texts, prompt)
+    prompt = Prompt(loaded, windows)
+    reading = llama_cpp.read(file, windows, texts, prompt.text)
     for text, theirs in zip(texts, reading.tokens, strict=True):
         expected: Any = loaded.tokenizer(text)["input_ids"]
         if expected != theirs:
@@ -183,10 +214,7 @@ def check_llama_cpp(loaded: Loaded, file: Path, windows: Tensor) -> Check:
             f"{agreement.perplexity_ratio:.4f}, same argmax at {agreement.top1:.2%} of {agreement.positions} positions. It was "
             "not left behind."
         )
-    inputs = torch.tensor([loaded.tokenizer(prompt)["input_ids"]])
-    continued = continue_tokens(loaded.model, inputs, llama_cpp.CONTINUED, temperature=0.0)[0, inputs.shape[1] :]
-    ours: Any = loaded.tokenizer.decode(continued, skip_special_tokens=True)
-    return Check(rows, limits, prompt, ours, reading.continuation)
+    return Check(rows, limits, prompt.text, prompt.continued_by(loaded.model), reading.continuation)
 
 
 def _own_distance(model: torch.nn.Module, windows: Tensor) -> Agreement:

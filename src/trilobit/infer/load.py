@@ -299,8 +299,13 @@ def _assign(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
 def tensor_files(path: Path, form: str) -> dict[str, str]:
     """Names of the tensors of a stored model, and the file that each is in. Raises ModelError."""
     stem = (PACKED_FILE if form == "packed" else "model.safetensors").removesuffix(".safetensors")
-    if (path / f"{stem}.safetensors.index.json").exists():
-        return dict(read_json(path / f"{stem}.safetensors.index.json")["weight_map"])
+    index = path / f"{stem}.safetensors.index.json"
+    if index.exists():
+        content = read_json(index)
+        files = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(files, dict) or not all(isinstance(f, str) and Path(f).name == f for f in files.values()):
+            raise ModelError(f"{index} is damaged: it does not say in which file of its directory each tensor is.")
+        return files
     file = f"{stem}.safetensors"
     try:
         with safe_open(path / file, "pt") as opened:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from trilobit.config.tune import TuneConfig
@@ -27,6 +28,7 @@ from trilobit.listener import SILENT, Listener
 from trilobit.measure.perplexity import nats, perplexity, require_positions
 from trilobit.nn.ternary import ternary_modules
 from trilobit.surgery.roles import find_roles
+from trilobit.surgery.single_scale import hold_single_scales, release_single_scales, single_scale_norms
 from trilobit.surgery.ternary import Plan, TernarySpec, apply_plan, make_plan, measure_rms, set_gains, set_strengths
 from trilobit.train.checkpoint import list_checkpoints
 from trilobit.train.data import Tokens
@@ -93,6 +95,7 @@ class _Tune(Run[TuneConfig, TuneResult]):
         self.base = load_pretrained(config.model, trainable=True)
         self.model = self.base.model
         self.model.to(self.device)  # pyright: ignore[reportArgumentType]
+        self.held: dict[str, nn.Module] = {}
         self.own_attention = self.model.config._attn_implementation
         if config.attention is not None:
             set_attention(self.model, config.attention)
@@ -129,6 +132,7 @@ class _Tune(Run[TuneConfig, TuneResult]):
             base_nats_per_token=total / count,
             schedules=[asdict(schedule) for schedule in self.plan_schedules(gains)],
             gains=gains,
+            single_scale=single_scale_norms(model, self.plan) if self.plan else [],
             plan=self.plan.to_json() if self.plan else None,
         )  # fmt: skip
 
@@ -165,6 +169,7 @@ class _Tune(Run[TuneConfig, TuneResult]):
                 self.listener.note(str(surgery))
             else:
                 self.listener.note(f"{config.model} is ternary already ({self.base.form}): it is trained on at λ = 1")
+            self.hold_single_scales(self.record.get("single_scale", []))  # older runs have trained them channel by channel
             owned = {id(p): p.numel() for _, m in ternary_modules(self.model) for p in m.parameters(recurse=False)}
             self.ternary_parameters = sum(owned.values())
             self.listener.note(f"weights: {self.schedules[0].describe()}")
@@ -173,13 +178,21 @@ class _Tune(Run[TuneConfig, TuneResult]):
             if config.ramp_fraction == 1 and config.schedule not in ("immediate", "never"):
                 self.listener.note("--ramp-fraction 1: λ is 1 only after the last step: the finished model is never trained")
         self.model.requires_grad_(True)
-        self.parameters = sum(p.numel() for p in self.model.parameters())
         self.peak_lr = config.lr or LR_TIMES_WIDTH / self.model.config.get_text_config().hidden_size
         if config.lr is None:
             self.listener.note(f"learning rate {self.peak_lr:.2e}: {LR_TIMES_WIDTH} / hidden size (choose with --lr)")
         self.note_optimizer()
         prepare_layers(self.model, config, self.record["compiled"])
         self.objective().close()  # what it refuses is refused before anything is written
+
+    def hold_single_scales(self, paths: list[str]) -> None:
+        """Train block norms as one scale each, where that was decided."""
+        self.held = hold_single_scales(self.model, paths)
+        if paths:
+            self.listener.note(
+                f"{len(paths)} block norms have one gain for all channels and stand in front of scalar gains: each is trained "
+                "as one scale, so that two norms in a row remain one (which llama.cpp's bitnet graph holds)"
+            )
 
     def objective(self, forward: Callable[..., Any] | None = None) -> TuneObjective:
         teacher = self.teacher if self.config.learns_from_original else None
@@ -228,6 +241,7 @@ class _Tune(Run[TuneConfig, TuneResult]):
     def finish(self) -> TuneResult:
         """latent/ and model/, measured and compared; pictures."""
         config, model, plan, out, progress = self.config, self.model, self.plan, self.out, self.progress
+        release_single_scales(model, self.held)
         # What was compiled for training must not be compiled again for the batches that measure and compare.
         with torch.compiler.set_stance("force_eager"):
             if plan is not None:
@@ -248,7 +262,7 @@ class _Tune(Run[TuneConfig, TuneResult]):
             out=str(out), model=written.path, form=written.form, reason=written.reason, steps=progress.step,
             tokens=progress.tokens, seconds=progress.seconds, tokens_per_second=progress.tokens / progress.seconds,
             base_nats_per_token=base_nats, nats_per_token=total / count, base_perplexity=perplexity(base_nats),
-            perplexity=perplexity(total / count), heldout_tokens=count, parameters=self.parameters,
+            perplexity=perplexity(total / count), heldout_tokens=count, parameters=sum(p.numel() for p in model.parameters()),
             ternary_parameters=self.ternary_parameters, base_bytes=self.base_bytes, model_bytes=written.bytes,
             agreement=asdict(written.agreement) if written.agreement else {},
         )  # fmt: skip
