@@ -22,8 +22,7 @@ Both are rounded to fp16, as quant.py does. Where H cannot be factorised, dampin
 Letters: O outputs, K inputs, G groups of a row, N sequences, T positions, D width.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -31,8 +30,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trilobit.fourbit.gptq import inverse_factor
+from trilobit.fourbit.gptq_layers import input_moment
 from trilobit.quant import FLOOR, absmean_scale, group_size, ternary_dequantize, ternary_levels
-from trilobit.surgery.layerwise import Stopped, first_layer_inputs, hidden_states_of, layer_calls
+from trilobit.surgery.layerwise import first_layer_inputs, hidden_states_of, layer_calls
 from trilobit.surgery.roles import decoder_layers
 from trilobit.train.loop import autocast
 
@@ -99,23 +99,6 @@ def linears_by_input(layer: nn.Module, x: Tensor, options: dict[str, Any]) -> li
     return [linears for _, linears in found]
 
 
-def input_moment(layer: nn.Module, linear: nn.Linear, states: Sequence[Tensor], run: Callable[[Tensor], Tensor]) -> Tensor:
-    """Σ x xᵀ of what `linear` reads while `run` sends states [N, T, D] through its layer: [K, K] float64."""
-    moment = torch.zeros(linear.in_features, linear.in_features, dtype=torch.float64, device=linear.weight.device)
-
-    def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        x = inputs[0].flatten(0, -2).float()
-        moment.add_(x.T @ x)
-        raise Stopped
-
-    handle = linear.register_forward_pre_hook(add)
-    for x in states:
-        with suppress(Stopped):
-            run(x)
-    handle.remove()
-    return moment
-
-
 @torch.no_grad()
 def gptq(model: PreTrainedModel, batches: Sequence[Tensor], rule: Rule, precision: str) -> int:
     """Make the linears of the decoder layers of `model` ternary, in place. Returns tokens × layers, forward only.
@@ -131,7 +114,7 @@ def gptq(model: PreTrainedModel, batches: Sequence[Tensor], rule: Rule, precisio
                 return hidden_states_of(layer(x.to(device), **options)).to(x.dtype)
 
         for together in linears_by_input(layer, states[0].to(device, layer_dtype(layer)), options):
-            moment = input_moment(layer, together[0], states, run)
+            moment = input_moment(together[0], states, run)
             passes += 1
             for linear in together:
                 store(linear, *quantize_columns(linear.weight, moment, rule))

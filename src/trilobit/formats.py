@@ -1,4 +1,4 @@
-"""Byte layouts of ternary codes: one class each, `pack` and `unpack`, the bits visible as reshape and shift.
+"""Byte layouts of ternary codes, and one of wider ones: a class each, `pack` and `unpack`, bits visible as reshape and shift.
 
 A layout knows nothing of names or files; those of GGUF hold the scales too, an fp16 in every block. Codes are int8 tensors
 of −1, 0, 1 and shape [O, K] (outputs, inputs), stored as symbols 0, 1, 2. docs/formats.md draws them.
@@ -61,6 +61,35 @@ class TwoBit:
 
 
 PANEL_ROWS, BLOCK_ROWS, PER_LANE = 32, 16, 4
+
+
+class PackQuantized:
+    """compressed-tensors' `pack-quantized`: 32/b neighbouring inputs of 2, 4 or 8 bits an int32, a row's last padded.
+
+    Bits bj…bj+b−1 of word [o, w] hold level + 2^(b−1) of input 32/b · w + j of row o. (Widths that do not divide 32 are
+    laid out in other ways by other versions of the package.)
+    """
+
+    BITS = (2, 4, 8)
+
+    @staticmethod
+    def pack(levels: Tensor, bits: int) -> Tensor:
+        """[O, K] int8 in −2^(b−1) … 2^(b−1) − 1 → [O, ceil(K b/32)] int32."""
+        assert bits in PackQuantized.BITS, bits
+        outputs, inputs = levels.shape
+        symbols = (levels.to(torch.int16) + (1 << bits - 1)).to(torch.uint8)
+        symbols = torch.nn.functional.pad(symbols, (0, -inputs % (32 // bits))).reshape(outputs, -1, 8 // bits)
+        packed = symbols[..., 0].clone()
+        for place in range(1, 8 // bits):
+            packed |= symbols[..., place] << bits * place
+        return packed.view(torch.int32)
+
+    @staticmethod
+    def unpack(packed: Tensor, bits: int, inputs: int) -> Tensor:
+        """[O, ceil(K b/32)] int32 → [O, K] int8."""
+        assert bits in PackQuantized.BITS, bits
+        symbols = torch.stack([packed.view(torch.uint8) >> shift & (1 << bits) - 1 for shift in range(0, 8, bits)], dim=-1)
+        return (symbols.flatten(1).to(torch.int16) - (1 << bits - 1)).to(torch.int8)[:, :inputs].contiguous()
 
 
 class PanelTwoBit:

@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 MOST_BYTES = 5_000_000_000  # of a file, as hubs like it
-_DTYPES = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16", "torch.uint8": "U8", "torch.int8": "I8"}
+_DTYPES = {
+    "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16", "torch.uint8": "U8", "torch.int8": "I8",
+    "torch.int32": "I32", "torch.int64": "I64",
+}  # fmt: skip
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # fcntl.h, linux/fs.h
 
 

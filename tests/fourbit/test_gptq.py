@@ -10,10 +10,14 @@ from hypothesis import strategies as st
 from fourbit import naive
 from trilobit.errors import ModelError
 from trilobit.fourbit.gptq import inverse_factor, quantize_columns
-from trilobit.fourbit.protocol import PRESETS
+from trilobit.fourbit.protocol import PRESETS, Protocol
 from trilobit.fourbit.rtn import round_to_nearest
 
 OSP = PRESETS["osp"]
+
+
+def quantized(weight: torch.Tensor, moment: torch.Tensor, protocol: Protocol) -> torch.Tensor:
+    return quantize_columns(weight, moment, protocol)[0]
 
 
 def problem(rows: int, inputs: int, seed: int = 0, samples: int = 200) -> tuple[torch.Tensor, torch.Tensor]:
@@ -34,7 +38,7 @@ def cost(weight: torch.Tensor, other: torch.Tensor, moment: torch.Tensor) -> flo
 def test_it_is_optimal_brain_surgery(bits: int, rows: int, inputs: int, block: int, seed: int) -> None:
     """In float64 the result is that of eliminating the inverse Hessian column by column, for any block size."""
     weight, moment = problem(rows, inputs, seed)
-    got = quantize_columns(weight, moment, replace(OSP, weight_bits=bits, gptq_block=block))
+    got = quantized(weight, moment, replace(OSP, weight_bits=bits, gptq_block=block))
     expected = torch.tensor(naive.gptq(weight.numpy(), moment.numpy(), bits))
     assert torch.allclose(got, expected, rtol=1e-4, atol=1e-5)
 
@@ -43,22 +47,22 @@ def test_it_beats_rounding() -> None:
     """The error that its inputs see is well below that of rounding to nearest, in fp32 too."""
     weight, moment = problem(24, 96)
     rounded = cost(weight, round_to_nearest(weight, OSP), moment)
-    assert cost(weight, quantize_columns(weight, moment, OSP), moment) < 0.7 * rounded
-    assert cost(weight, quantize_columns(weight.float(), moment, OSP).double(), moment) < 0.7 * rounded
+    assert cost(weight, quantized(weight, moment, OSP), moment) < 0.7 * rounded
+    assert cost(weight, quantized(weight.float(), moment, OSP).double(), moment) < 0.7 * rounded
 
 
 def test_uncorrelated_inputs_leave_nothing_to_pay_for() -> None:
     """With a diagonal Hessian GPTQ is rounding to nearest."""
     weight, _ = problem(5, 40)
     moment = torch.diag(torch.rand(40, dtype=torch.float64) + 0.5)
-    assert torch.allclose(quantize_columns(weight, moment, OSP), round_to_nearest(weight, OSP), atol=1e-6)
+    assert torch.allclose(quantized(weight, moment, OSP), round_to_nearest(weight, OSP), atol=1e-6)
 
 
 def test_stacked_matrices_are_quantised_as_each_alone() -> None:
     """Rows do not know of each other: q, k and v may go through one loop."""
     weight, moment = problem(9, 32)
-    whole = quantize_columns(weight, moment, OSP)
-    parts = [quantize_columns(part, moment, OSP) for part in weight.split([4, 2, 3])]
+    whole = quantized(weight, moment, OSP)
+    parts = [quantized(part, moment, OSP) for part in weight.split([4, 2, 3])]
     assert torch.allclose(whole, torch.cat(parts), atol=1e-9)
 
 
@@ -67,8 +71,8 @@ def test_groups_take_their_scale_when_they_begin(block: int) -> None:
     """A row of groups of 8: each column is on at most 16 levels of its group, blocks change nothing, and it beats rounding."""
     weight, moment = problem(6, 24)
     protocol = replace(OSP, weight_group=8)
-    got = quantize_columns(weight, moment, replace(protocol, gptq_block=block))
-    assert torch.allclose(got, quantize_columns(weight, moment, protocol), atol=1e-6)
+    got = quantized(weight, moment, replace(protocol, gptq_block=block))
+    assert torch.allclose(got, quantized(weight, moment, protocol), atol=1e-6)
     assert all(len(group.unique()) <= 16 for row in got for group in row.split(8))
     assert cost(weight, got, moment) < cost(weight, round_to_nearest(weight, protocol), moment)
 
@@ -78,10 +82,10 @@ def test_act_order_quantises_what_weighs_most_first() -> None:
     weight, moment = problem(4, 20)
     order = moment.diagonal().argsort(descending=True)
     expected = torch.empty_like(weight)
-    expected[:, order] = quantize_columns(weight[:, order], moment[order][:, order], OSP)
-    got = quantize_columns(weight, moment, replace(OSP, gptq_act_order=True))
+    expected[:, order] = quantized(weight[:, order], moment[order][:, order], OSP)
+    got = quantized(weight, moment, replace(OSP, gptq_act_order=True))
     assert torch.allclose(got, expected, atol=1e-6)
-    assert not torch.allclose(got, quantize_columns(weight, moment, OSP), atol=1e-3)
+    assert not torch.allclose(got, quantized(weight, moment, OSP), atol=1e-3)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -89,7 +93,7 @@ def test_dead_inputs_lose_their_weights(symmetric: bool) -> None:
     """A channel that is always zero gets zero weights, and the others are finite."""
     weight, moment = problem(4, 12)
     moment[3], moment[:, 3] = 0, 0
-    got = quantize_columns(weight, moment, replace(OSP, weight_symmetric=symmetric))
+    got = quantized(weight, moment, replace(OSP, weight_symmetric=symmetric))
     assert torch.isfinite(got).all() and not got[:, 3].any() and got.any()
 
 

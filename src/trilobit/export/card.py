@@ -12,9 +12,11 @@ RUN = {
     "gguf": "llama-cli -m {name}.gguf -p 'Once upon a time'",
     "hf": "AutoModelForCausalLM.from_pretrained('{name}')",
     "bf16": "AutoModelForCausalLM.from_pretrained('{name}')",
+    "compressed-tensors": "AutoModelForCausalLM.from_pretrained('{name}')",
 }
+TAGS = {"compressed-tensors": "compressed-tensors"}
 HUB_SECONDS = 10.0
-LIBRARY = {"native": "trilobit", "gguf": "gguf", "hf": "transformers", "bf16": "transformers"}
+LIBRARY = {"native": "trilobit", "gguf": "gguf"}  # all else: transformers
 
 
 def write_card(directory: Path, source: Path, name: str, to: str, form: str, check: Check, asked: str | None = None) -> None:
@@ -24,7 +26,11 @@ def write_card(directory: Path, source: Path, name: str, to: str, form: str, che
     record = read_json(place / "run.json") if (place := next(runs, None)) is not None else {}
     settings, result = record.get("config", {}), record.get("result", {})
     base = settings.get("model") if record else asked or str(source)
-    front = ["---", f"library_name: {LIBRARY[to]}", "tags: [ternary, 1.58-bit, trilobit]"]
+    front = [
+        "---",
+        f"library_name: {LIBRARY.get(to, 'transformers')}",
+        f"tags: [{TAGS.get(to, 'ternary, 1.58-bit')}, trilobit]",
+    ]
     if base is not None and is_hub_id(base):
         front.append(f"base_model: {base}")
     if (licence := licence_of(base)) is not None:

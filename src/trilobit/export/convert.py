@@ -4,7 +4,8 @@ out/                the files of that form (forms.py, gguf.py, native.py), read 
 out/README.md       a model card with the table of the check (card.py)
 
 The check runs in a process of its own (verification.py): writing needs no more memory than the largest matrix, comparing needs
-both models. An artefact that its consumer reads as another model is not left behind.
+both models. Weights that are quantised on the way (compressed.py) are in memory, and checked there. An artefact that its
+consumer reads as another model is not left behind.
 """
 
 import time
@@ -15,7 +16,7 @@ from typing import Any
 
 from trilobit.config.export import ExportConfig
 from trilobit.errors import ExportError
-from trilobit.export import native
+from trilobit.export import compressed, native
 from trilobit.export.card import write_card
 from trilobit.export.foreign import open_source
 from trilobit.export.forms import bitnet_obstacle, choose_form, dense_entries
@@ -59,14 +60,20 @@ def run(config: ExportConfig, listener: Listener = SILENT) -> ExportResult:
         require_library()
     if config.to == "gguf" and find_spec("gguf") is None:
         raise ExportError("--to gguf needs the package gguf: pip install 'trilobit[gguf]'.")
+    if config.to == "compressed-tensors":
+        compressed.require_package()
+        compressed.settings_of(config)  # refused before anything is loaded
     place = locate(config.model)
     with atomic_directory(target) as directory:
-        source = open_source(place, as_stored=config.to == "native")
-        if config.to == "native":
-            form, reason, details = native.write(source, directory, config.layout, listener)
+        if config.to == "compressed-tensors":
+            (form, reason, check), details = compressed.write(config, place, directory, listener), {}
         else:
-            (form, reason), details = _write(config, source, directory, target.name, listener), {}
-        check = verify(place, directory, config.to, config.data, listener)
+            source = open_source(place, as_stored=config.to == "native")
+            if config.to == "native":
+                form, reason, details = native.write(source, directory, config.layout, listener)
+            else:
+                (form, reason), details = _write(config, source, directory, target.name, listener), {}
+            check = verify(place, directory, config.to, config.data, listener)
         size = sum(f.stat().st_size for f in directory.iterdir() if f.suffix in (".safetensors", ".gguf"))
         write_card(directory, place, target.name, config.to, form, check, str(config.model))
     url = push(target, config.push) if config.push is not None else None

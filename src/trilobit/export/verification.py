@@ -41,7 +41,7 @@ from trilobit.nn.packed import PackedLinear
 from trilobit.storage import read_json
 
 PROBE_LENGTH = 129
-PROBE_WINDOWS = {"gguf": 8, "hf": 32, "bf16": 32}  # 1,024 positions one by one, or 4,096
+PROBE_WINDOWS = {"gguf": 8, "hf": 32, "bf16": 32, "compressed-tensors": 32}  # 1,024 positions one by one, or 4,096
 MOST_TIMES, MOST_BF16_KL = 2.0, 0.001
 MOST_CHANGE, ERRORS = 0.01, 3.0  # of perplexity; and standard errors
 TRICKY = ["Hello, world!", "  two spaces\n\n\ttab", "don't, it's 12345 naïve café — 你好 🙂", "def f(x):\n    return x ** 2\n"]

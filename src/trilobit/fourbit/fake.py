@@ -11,7 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from trilobit.fourbit.attention import cache_quantizer, changed_attention
 from trilobit.fourbit.protocol import Protocol
 from trilobit.fourbit.quarot import head_width
 from trilobit.fourbit.rotation import apply_rotations
-from trilobit.fourbit.rtn import Grid, Quantizer, round_to_nearest
+from trilobit.fourbit.rtn import Grid, Quantizer, round_weight, weight_scales
 from trilobit.listener import SILENT, Listener
 from trilobit.surgery.roles import Roles, Site, find_roles
 
@@ -47,10 +47,12 @@ class _Shared:
 
 @dataclass
 class Prepared:
-    """A model whose rotations are in place, and the roles of its linears."""
+    """A model whose rotations are in place, and the roles of its linears. scales: [O, G] of those whose weights were rounded
+    here, by path."""
 
     model: PreTrainedModel
     roles: Roles
+    scales: dict[str, Tensor] = field(default_factory=dict)
 
     def linears(self) -> Iterator[tuple[Site, nn.Linear]]:
         """Every decoder linear with its site, in running order."""
@@ -105,6 +107,8 @@ def round_weights(prepared: Prepared, protocol: Protocol, listener: Listener = S
     if protocol.weight_bits == 16:
         return
     start, total = time.perf_counter(), len(prepared.roles.sites)
-    for done, (_, linear) in enumerate(prepared.linears(), start=1):
-        linear.weight.copy_(round_to_nearest(linear.weight, protocol))
+    for done, (site, linear) in enumerate(prepared.linears(), start=1):
+        scale, zero = weight_scales(linear.weight, protocol)
+        linear.weight.copy_(round_weight(linear.weight, scale, zero, protocol))
+        prepared.scales[site.path] = scale
         listener.progress("Rounding linears", done, total, time.perf_counter() - start)

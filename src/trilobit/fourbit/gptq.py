@@ -49,8 +49,9 @@ def inverse_factor(moment: Tensor, damping: float, where: str = "a linear") -> T
     raise ModelError(f"{where}: GPTQ cannot factorise its Hessian with damping of {', '.join(tried)}. Use --method rtn.")
 
 
-def quantize_columns(weight: Tensor, moment: Tensor, protocol: Protocol, where: str = "a linear") -> Tensor:
-    """The fake-quantised weight [O, K] for inputs with Σ x xᵀ = `moment` [K, K] float64. `weight` is left as it is.
+def quantize_columns(weight: Tensor, moment: Tensor, protocol: Protocol, where: str = "a linear") -> tuple[Tensor, Tensor]:
+    """The fake-quantised weight [O, K] and its scales [O, G], for inputs with Σ x xᵀ = `moment` [K, K] float64. `weight` is
+    left as it is.
 
     Computes in fp32, or in float64 if `weight` is. Raises ModelError as inverse_factor.
     """
@@ -66,12 +67,15 @@ def quantize_columns(weight: Tensor, moment: Tensor, protocol: Protocol, where: 
     columns = rows.T.contiguous()  # [K, O]: a column is contiguous
     result = torch.empty_like(columns)
     scale = zero = columns[0]
+    scales = []
     if protocol.weight_group is None:
         scale, zero = (x[:, 0].to(dtype) for x in weight_scales(rows, protocol))
+        scales.append(scale)
     for start, end, begins in _blocks(len(columns), protocol):
         if begins:
             group = columns[start : start + (protocol.weight_group or 0)].T
             scale, zero = (x[:, 0].to(dtype) for x in weight_scales(group, protocol))
+            scales.append(scale)
         block, errors = columns[start:end], torch.empty_like(columns[start:end])
         low, high = grid.low - zero, grid.high - zero
         for j in range(end - start):
@@ -85,7 +89,7 @@ def quantize_columns(weight: Tensor, moment: Tensor, protocol: Protocol, where: 
     found = result.T
     if order is not None:
         found = found[:, order.argsort()]
-    return found.to(weight.dtype)
+    return found.to(weight.dtype), torch.stack(scales, 1)
 
 
 def _blocks(inputs: int, protocol: Protocol) -> Iterator[tuple[int, int, bool]]:

@@ -81,9 +81,11 @@ def _quantize_layer(
         together = list(group)
         where = ", ".join(site.path for site, _ in together)
         moment = input_moment(together[0][1], states, run)
-        stacked = quantize_columns(torch.cat([linear.weight for _, linear in together]), moment, protocol, where)
-        for (_, linear), weight in zip(together, stacked.split([linear.out_features for _, linear in together]), strict=True):
+        found = quantize_columns(torch.cat([linear.weight for _, linear in together]), moment, protocol, where)
+        outputs = [linear.out_features for _, linear in together]
+        for (site, linear), weight, scale in zip(together, *(part.split(outputs) for part in found), strict=True):
             linear.weight.copy_(weight)
+            prepared.scales[site.path] = scale
 
 
 def input_moment(linear: nn.Linear, states: list[Tensor], run: Callable[[Tensor], Tensor]) -> Tensor:

@@ -57,7 +57,7 @@ class Quantizer:
         if self.group is not None and self.group < x.shape[-1]:
             parts = parts.unflatten(-1, (-1, self.group))
         if self.grid.symmetric:
-            scale = parts.abs().amax(-1, keepdim=True).mul_(self.clip / self.grid.high).clamp_(min=TINY)
+            scale = parts.abs().amax(-1, keepdim=True).mul_(self.clip).div_(self.grid.high).clamp_(min=TINY)
             return (parts / scale).round_().clamp_(self.grid.low, self.grid.high).mul_(scale).reshape(x.shape).to(x.dtype)
         low, high = parts.amin(-1, keepdim=True), parts.amax(-1, keepdim=True)
         if self.zero_inside:
@@ -103,10 +103,10 @@ def _search(weight: Tensor, protocol: Protocol) -> tuple[Tensor, Tensor]:
     for i in range(candidates):
         share = 1 - i / protocol.clip_grid
         if grid.symmetric:
-            scale = torch.maximum(low.abs(), high).clamp(min=LEAST_WEIGHT) * (share / grid.high)
+            scale = torch.maximum(low.abs(), high).clamp(min=LEAST_WEIGHT) * share / grid.high
             zero = torch.zeros_like(scale)
         else:
-            scale = (high - low).clamp(min=LEAST_WEIGHT) * (share / grid.high)
+            scale = (high * share - low * share).clamp(min=LEAST_WEIGHT * share) / grid.high
             zero = (-low * share / scale).round()
         if candidates == 1:
             return scale, zero

@@ -110,10 +110,10 @@ def _ours_on_hub(source: str) -> Path | None:
 
 
 def _cast_unquantised(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast what is not part of a ternary module. Parameters only: buffers hold RoPE's angles."""
+    """Cast what is not part of a ternary module, nor codes. Parameters only: buffers hold RoPE's angles."""
     ternary = {id(p) for m in model.modules() if isinstance(m, PackedLinear | PackedEmbedding) for p in m.parameters()}
     for parameter in model.parameters():
-        if id(parameter) not in ternary:
+        if id(parameter) not in ternary and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
 
 
