@@ -1,5 +1,7 @@
 """What the ranks of tests/train/test_mesh.py do: a small ternary Llama of odd shapes, trained by the loop on every mesh."""
 
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -204,20 +206,20 @@ def sharded_steps(folder: Path) -> dict[str, Any]:
 DROPPING = Case("muon", "muon", torch.float64, steps=9, dropout=0.2)
 
 
-def interrupted(folder: Path) -> dict[str, Any]:
+def interrupted(folder: Path, mesh: str = "fsdp") -> dict[str, Any]:
     """A run to its end; one that the last rank is told to stop after five steps, and its second half."""
     same = True
     with open_team(CPU, Signals(), print) as team:
         every = {"checkpoint_every": 4 * SAMPLES * LENGTH, "keep_checkpoints": 9}
-        straight, _, rows = train(DROPPING, folder / "straight", team, "fsdp", **every)
+        straight, _, rows = train(DROPPING, folder / "straight", team, mesh, **every)
         signals, stopped = Signals(), 0
         try:
-            train(DROPPING, folder / "stopped", team, "fsdp", signals, stop_at=5, **every)
+            train(DROPPING, folder / "stopped", team, mesh, signals, stop_at=5, **every)
         except Interrupted as error:
             stopped = error.number
         left = sorted(path.name for path in (folder / "stopped" / "checkpoints").iterdir())
         team.agree(0)
-        again, _, more = train(DROPPING, folder / "stopped", team, "fsdp", **every)
+        again, _, more = train(DROPPING, folder / "stopped", team, mesh, **every)
         for a, b in zip(straight.pieces, again.pieces, strict=True):
             same = same and torch.equal(a.local, b.local)
     return {"same": same, "stopped": stopped, "left": left, "rows": len(rows), "more": len(more)}
@@ -238,9 +240,6 @@ def loaded(folder: Path, checkpoint: str) -> None:
 
 def one_dies(folder: Path, how: str) -> str:
     """The last rank dies, or stops, before its fourth step; what the others say."""
-    import os
-    import signal
-
     from trilobit.errors import RankError
     from trilobit.train import heartbeat
 
@@ -260,6 +259,26 @@ def one_dies(folder: Path, how: str) -> str:
     except RankError as error:
         return str(error)
     return "nothing was noticed"
+
+
+def not_finite(folder: Path, mesh: str) -> str:
+    """What a rank says of a run in which the last one meets a loss of NaN in its third step."""
+    from trilobit.errors import NonFiniteError
+
+    plain, seen = NextToken.__call__, []
+
+    def spoilt(self: NextToken, batch: Tensor, /) -> Any:
+        losses, rank = plain(self, batch), int(os.environ["RANK"])
+        seen.append(rank)
+        return replace(losses, total=losses.total * float("nan")) if rank == 1 and len(seen) > 2 * SAMPLES // 2 else losses
+
+    NextToken.__call__ = spoilt
+    try:
+        with open_team(CPU, Signals(), print) as team:
+            train(CASES[2], folder / "run", team, mesh, checkpoint_every=2 * SAMPLES * LENGTH)
+    except NonFiniteError as error:
+        return str(error)
+    return "nothing"
 
 
 def writer_fails(folder: Path) -> str:

@@ -176,6 +176,21 @@ def test_checkpoints_of_four_ranks(tmp_path: Path) -> None:
         assert torch.equal((model | optimizer)[name], expected), name
 
 
+@pytest.mark.parametrize(("mesh", "size"), [("ddp", 2), ("hsdp:2x2", 4)])
+def test_copies_resume_bit_for_bit(mesh: str, size: int, tmp_path: Path) -> None:
+    """The same of ranks that hold copies."""
+    for answer in launch(sharing.interrupted, size, tmp_path, mesh=mesh):
+        assert answer["same"] and answer["stopped"] == 15
+
+
+@pytest.mark.parametrize("mesh", ["fsdp", "ddp"])
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all(mesh: str, tmp_path: Path) -> None:
+    """All end with the error of the step, and what an earlier step had begun to save is there."""
+    said = launch(sharing.not_finite, 2, tmp_path, mesh=mesh)
+    assert all("step 3: the loss is not finite" in text for text in said), said
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-2"]
+
+
 def test_a_dead_rank_is_noticed(tmp_path: Path) -> None:
     """A rank that is killed ends the others with an error that says so, and one that is stopped, whose connections stay open,
     ends them by its silence."""
