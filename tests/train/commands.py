@@ -13,7 +13,7 @@ from trilobit.config.tune import TuneConfig
 from trilobit.errors import ConfigError, RankError
 from trilobit.listener import Listener
 from trilobit.train import pretrain, tune
-from trilobit.train.distributed import open_team
+from trilobit.train.meeting import open_team
 from trilobit.train.mesh import arrangement_for
 from trilobit.train.signals import Interrupted, Signals
 

@@ -17,8 +17,9 @@ from trilobit import quant
 from trilobit.config.training import TrainingConfig
 from trilobit.surgery.outlier_safe import outlier_safe
 from trilobit.surgery.ternary import TernarySpec, set_strengths, ternarize
-from trilobit.train.distributed import ALONE, Team, open_team
+from trilobit.train.distributed import ALONE, Team
 from trilobit.train.loop import Hooks, fit, make_optimizer
+from trilobit.train.meeting import open_team
 from trilobit.train.mesh import Arrangement, Spread, arrange, spread_over
 from trilobit.train.objective import NextToken
 from trilobit.train.pieces import Piece, heights

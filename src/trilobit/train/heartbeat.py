@@ -9,7 +9,7 @@ store that does not answer for as long is missed by a second thread, which asks 
     noticed after at most   SILENCE + 3 · BEAT = 55 s
 
 A rank whose main thread hangs while its process lives goes on beating: that is noticed where the others wait for it in a
-collective, after distributed.COLLECTIVE_MINUTES.
+collective, after meeting.COLLECTIVE_MINUTES.
 """
 
 import os

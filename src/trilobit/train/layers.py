@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from trilobit.config.training import TrainingConfig
 from trilobit.errors import ConfigError
 from trilobit.surgery.roles import decoder_layers
-from trilobit.train.distributed import several
+from trilobit.train.meeting import several
 
 RECOMPILE_LIMIT = 32
 # 6 · parameters · tokens from which compiling pays. CPU: it takes a minute or two and saves a fifth of some 0.4 TFLOP/s.

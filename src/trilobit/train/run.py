@@ -27,8 +27,9 @@ from trilobit.storage import alone_in, read_json, require_free_space, require_ne
 from trilobit.surgery.roles import decoder_layers
 from trilobit.train.checkpoint import BYTES_PER_PARAMETER, list_checkpoints
 from trilobit.train.data import Tokens
-from trilobit.train.distributed import Team, open_team, require_even_parts, restarts, several
+from trilobit.train.distributed import Team, require_even_parts
 from trilobit.train.loop import muon_matrices
+from trilobit.train.meeting import open_team, restarts, several
 from trilobit.train.mesh import Spread, arrange, arrangement_for, device_memory, spread_over
 from trilobit.train.record import record_to_resume, weights_fingerprint
 from trilobit.train.signals import Signals
