@@ -57,8 +57,7 @@ def frozen_linear(
         x = x.detach() if x.dtype != torch.float16 else x.detach().float()
         return torch.ops.trilobit.native_linear(x, packed, scale, bias, codes.shape[0], group, layout(granularity))
     levels, x_scale = quant.int8_codes(x)
-    y = integer_linear(levels, x_scale, codes, scale, granularity)
-    return y if bias is None else y.add_(bias)
+    return integer_linear(levels, x_scale, codes, scale, bias, granularity)
 
 
 def pack_codes(codes: Tensor, granularity: Granularity) -> Tensor:
