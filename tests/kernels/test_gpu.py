@@ -3,6 +3,7 @@
 The interpreter takes a millisecond or so an operation and program: shapes are odd and small, blocks few.
 """
 
+import copy
 from itertools import product
 
 import pytest
@@ -10,7 +11,11 @@ import torch
 from torch import Tensor
 
 from trilobit import quant
+from trilobit.formats import LaneTwoBit
 from trilobit.kernels import gpu
+from trilobit.kernels.frozen_linear import frozen_choice
+from trilobit.nn.packed import PackedLinear
+from trilobit.nn.ternary import InputRMSNorm
 from trilobit.quant import Granularity
 
 pytest.importorskip("triton")
@@ -129,6 +134,61 @@ def test_linear_has_the_bits_of_the_definition(granularity: Granularity) -> None
             assert torch.equal(gpu.int8_linear(*operands, b, group, dtype), expected.to(dtype)), (tokens, outputs, inputs)
 
 
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_two_bit_linear_has_the_bits_of_the_definition(granularity: Granularity) -> None:
+    """One token, a few and many, of odd shapes, every granule, with bias and without; rounded last to any dtype."""
+    shapes = [(1, 37, 300), (2, 1, 16), (5, 37, 1100), (16, 9, 70), (17, 131, 300), (0, 5, 8)]
+    group = quant.group_size(granularity) or 0
+    for number, (tokens, outputs, inputs) in enumerate(shapes):
+        weight, x = random(outputs, inputs), awkward(tokens, inputs) if tokens else random(tokens, inputs)
+        scale = quant.absmean_scale(weight, granularity)
+        codes, x_scale = quant.int8_codes(x)
+        codes[:, :1] = -128
+        weight_codes = quant.ternary_codes(weight, scale, granularity)
+        b = random(outputs) if number % 2 else None
+        expected = quant.integer_linear(codes, x_scale, weight_codes, scale, b, granularity)
+        packed = LaneTwoBit.pack(weight_codes)
+        for dtype in (torch.float32, torch.bfloat16):
+            found = gpu.packed_linear(codes, x_scale, packed, scale, b, group, dtype)
+            assert torch.equal(found, expected.to(dtype)), (tokens, outputs, inputs)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_packed_linear_picks_the_kernels(granularity: Granularity) -> None:
+    """PackedLinear packs lanes at the first use, and has the definition's bits without a norm; with one, those of the kernel's
+    codes; in the input's dtype."""
+    for norm, dtype in product((None, InputRMSNorm(300).to(DEVICE)), (torch.float32, torch.bfloat16)):
+        weight, x = random(37, 300), random(2, 3, 300, dtype=dtype)
+        scale = quant.absmean_scale(weight, granularity)
+        codes, bias = quant.ternary_codes(weight, scale, granularity), random(37)
+        module = PackedLinear(codes, scale, bias, norm, granularity, True)
+        assert frozen_choice(DEVICE, dtype).name == "triton"
+        with torch.no_grad():
+            y = module(x)
+        assert module._packed is not None
+        assert torch.equal(LaneTwoBit.unpack(module._packed[2], 300), codes)
+        levels, x_scale, _ = gpu.norm_quantize(x.flatten(0, 1), None if norm is None else norm.weight.detach(), EPS)
+        expected = quant.integer_linear(levels, x_scale, codes, scale, bias, granularity)
+        assert y.dtype == dtype
+        assert torch.equal(y, expected.to(dtype).view(2, 3, 37))
+
+
+def test_compiled_inference_is_one_graph() -> None:
+    """torch.compile(fullgraph=True) keeps the operators whole and the bits, whether packed before or while tracing."""
+    torch.compiler.reset()
+    weight, x = random(37, 70), random(4, 70)
+    scale = quant.absmean_scale(weight)
+    with torch.no_grad():
+        for warm in (True, False):
+            module = PackedLinear(quant.ternary_codes(weight, scale), scale, None, InputRMSNorm(70).to(DEVICE), "tensor", True)
+            expected = copy.deepcopy(module)(x)
+            if warm:
+                module(x)
+            compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+            assert torch.equal(compiled(x), expected)
+    torch.compiler.reset()
+
+
 def test_operators_are_well_formed() -> None:
     """torch's own checks of schema, fake kernels and dispatch pass."""
     x, gain, weight = random(3, 70), random(70), random(5, 70)
@@ -142,3 +202,5 @@ def test_operators_are_well_formed() -> None:
     torch.library.opcheck(ops.ternarize.default, (weight, weight_scale, 0), test_utils=tests)
     arguments = (codes, scale, weight_codes, weight_scale, None, 0, torch.bfloat16)
     torch.library.opcheck(ops.int8_linear.default, arguments, test_utils=tests)
+    arguments = (codes, scale, LaneTwoBit.pack(weight_codes), weight_scale, None, 0, torch.bfloat16)
+    torch.library.opcheck(ops.packed_linear.default, arguments, test_utils=tests)

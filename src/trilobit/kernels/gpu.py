@@ -25,6 +25,8 @@ from torch import Tensor
 DEVICES: tuple[str, ...] = ("cuda",)
 """Where the kernels run. Tests put the CPU here, which Triton's interpreter then computes on."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FEW = 16
+"""Up to so many tokens two-bit weights are met by a matrix–vector kernel."""
 WIDEST_ROW = 1 << 15
 """A program holds a whole row in registers; beyond this torch computes norm and quantiser."""
 
@@ -74,12 +76,25 @@ def int8_linear(
     return torch.ops.trilobit.int8_linear(*operands, group, dtype)
 
 
+def packed_linear(
+    codes: Tensor, scale: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None, group: int, dtype: torch.dtype
+) -> Tensor:
+    """int8_linear with the weights in two bits: packed is formats.LaneTwoBit's, [O, 4 · ceil(K/16)] uint8."""
+    operands = codes.contiguous(), scale.contiguous(), packed.contiguous(), weight_scale.contiguous(), bias
+    return torch.ops.trilobit.packed_linear(*operands, group, dtype)
+
+
 _operators = torch.library.Library("trilobit", "FRAGMENT")
 _operators.define("norm_quantize(Tensor x, Tensor? gain, float eps) -> (Tensor, Tensor, Tensor)")
 _operators.define("norm_backward(Tensor x, Tensor inverse, Tensor gain, Tensor dnormed, Tensor? factor) -> (Tensor, Tensor)")
 _operators.define("ternarize(Tensor weight, Tensor scale, int group) -> Tensor")
 _operators.define(
     "int8_linear(Tensor codes, Tensor scale, Tensor weight, Tensor weight_scale, Tensor? bias, int group, ScalarType dtype)"
+    " -> Tensor"
+)
+
+_operators.define(
+    "packed_linear(Tensor codes, Tensor scale, Tensor packed, Tensor weight_scale, Tensor? bias, int group, ScalarType dtype)"
     " -> Tensor"
 )
 
@@ -110,11 +125,22 @@ def _int8_linear(
     return triton_linear.linear(codes, scale, weight, weight_scale, bias, group, dtype, packed=False)
 
 
+def _packed_linear(
+    codes: Tensor, scale: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None, group: int, dtype: torch.dtype
+) -> Tensor:
+    from trilobit.kernels import triton_few, triton_linear
+
+    if codes.shape[0] <= FEW:
+        return triton_few.linear(codes, scale, packed, weight_scale, bias, group, dtype)
+    return triton_linear.linear(codes, scale, packed, weight_scale, bias, group, dtype, packed=True)
+
+
 for _device in ("CUDA", "CPU"):  # the CPU for Triton's interpreter
     _operators.impl("norm_quantize", _norm_quantize, _device)
     _operators.impl("norm_backward", _norm_backward, _device)
     _operators.impl("ternarize", _ternarize, _device)
     _operators.impl("int8_linear", _int8_linear, _device)
+    _operators.impl("packed_linear", _packed_linear, _device)
 
 
 @torch.library.register_fake("trilobit::norm_quantize", lib=_operators)
@@ -138,3 +164,10 @@ def _(
     codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, group: int, dtype: torch.dtype
 ) -> Tensor:
     return codes.new_empty(codes.shape[0], weight.shape[0], dtype=dtype)
+
+
+@torch.library.register_fake("trilobit::packed_linear", lib=_operators)
+def _(
+    codes: Tensor, scale: Tensor, packed: Tensor, weight_scale: Tensor, bias: Tensor | None, group: int, dtype: torch.dtype
+) -> Tensor:
+    return codes.new_empty(codes.shape[0], packed.shape[0], dtype=dtype)
