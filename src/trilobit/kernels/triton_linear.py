@@ -115,15 +115,16 @@ def linear(
     y = empty((tokens, outputs), dtype, codes)
     if y.numel() == 0:
         return y.to(dtype)
-    block_t = min(128, max(16, triton.next_power_of_2(tokens)))
-    block_k = min(group or INPUTS_AT_ONCE, INPUTS_AT_ONCE)
-    grid = (triton.cdiv(tokens, block_t) * triton.cdiv(outputs, 128),)
+    block_k = next((size for size in (INPUTS_AT_ONCE, INPUTS_AT_ONCE // 2) if (group or inputs) % size == 0), INPUTS_AT_ONCE)
+    even = inputs % block_k == 0
+    largest = 128 if even else 64  # masks along the inputs take registers
+    block_t = min(largest, max(16, triton.next_power_of_2(tokens)))
     launch(
-        linear_kernel, grid,
-        codes, scale, weight, weight_scale, codes if bias is None else bias, y, tokens, outputs, inputs, weight.shape[1],
+        linear_kernel, (triton.cdiv(tokens, block_t) * triton.cdiv(outputs, largest),),
+        codes, scale, weight, weight_scale, scale if bias is None else bias, y, tokens, outputs, inputs, weight.shape[1],
         triton.cdiv(inputs, group) if group else 1, group or inputs,
         PACKED=packed, SCALES=2 if group else int(weight_scale.numel() > 1), BIAS=bias is not None,
-        EVEN=inputs % block_k == 0, TILE_ROWS=TILE_ROWS, BLOCK_T=block_t, BLOCK_O=128, BLOCK_K=block_k,
+        EVEN=even, TILE_ROWS=TILE_ROWS, BLOCK_T=block_t, BLOCK_O=largest, BLOCK_K=block_k,
         num_warps=8 if block_t == 128 else 4, num_stages=3, exact=True,
     )  # fmt: skip
     return y.to(dtype)
