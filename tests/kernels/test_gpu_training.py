@@ -11,11 +11,15 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
+import families
 from trilobit import quant
 from trilobit.kernels import gpu
 from trilobit.kernels.ternary_linear import Rule, ternary_linear
 from trilobit.nn.ternary import TernaryLinear, kept_codes
 from trilobit.quant import Granularity
+from trilobit.surgery.roles import decoder_layers
+from trilobit.surgery.ternary import TernarySpec, ternarize
+from trilobit.train.objective import NextToken
 
 pytest.importorskip("triton")
 
@@ -133,4 +137,31 @@ def test_kept_codes_are_made_once_and_change_nothing(compiled: bool, monkeypatch
     layer.set_strength(0.5, 1.0)
     with kept_codes(layer):
         assert layer.kept is None
+    torch.compiler.reset()
+
+
+@NO_WARNING
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo's own look
+def test_a_whole_step_breaks_no_graph() -> None:
+    """Decoder layers of a real architecture, every projection ternary, compile as one graph each, forward and backward, with
+    codes kept and not; loss and gradients are the eager step's."""
+    torch.compiler.reset()
+    model = families.build("llama", num_hidden_layers=1).to(DEVICE).train()
+    ternarize(model, TernarySpec(placement="every"))
+    windows = families.tokens(1, 5).to(DEVICE)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def step() -> list[Tensor]:
+        loss = NextToken(model)(windows).total
+        return [loss.detach(), *torch.autograd.grad(loss, parameters)]
+
+    expected = step()
+    for _, layer in decoder_layers(model):
+        layer.compile(fullgraph=True, backend="aot_eager")
+    found = [step()]
+    with kept_codes(model):
+        found.append(step())
+    for results in found:
+        for ours, theirs in zip(results, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     torch.compiler.reset()
