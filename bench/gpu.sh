@@ -24,6 +24,12 @@ part() { # part NAME COMMAND…: run it once, keep what it prints
     fi
 }
 
+if [ "$device" = cuda ]; then
+    part gpu-kernels python3 bench/gpu_kernels.py
+    part muon python3 bench/muon.py "$model" --device cuda
+else
+    part gpu-kernels env TRITON_INTERPRET=1 python3 bench/gpu_kernels.py --device "$device"
+fi
 part kernels python3 bench/kernels.py --device "$device" ${KERNELS:-}
 part kernels-compiled python3 bench/kernels.py --device "$device" --compile ${KERNELS:-}
 part step-compiled python3 bench/tune_step.py "$model" --device "$device" --batch "${BATCH:-32}" --compile --precision bf16 ${STEP:-}

@@ -40,7 +40,7 @@ def check_codes(device: torch.device) -> int:
         other = quant.ternary_codes(weight.to(device), scale.to(device), granularity)
         other_levels, other_token_scale = quant.int8_codes(x.to(device))
         product = integer_linear(
-            levels.to(device), token_scale.to(device), codes.to(device), scale.to(device), granularity
+            levels.to(device), token_scale.to(device), codes.to(device), scale.to(device), None, granularity
         )  # fmt: skip
         pairs = [(scale, there), (codes, other), (levels, other_levels), (token_scale, other_token_scale), (y, product)]
         wrong += sum((a != b.cpu()).sum().item() for a, b in pairs)

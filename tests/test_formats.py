@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trilobit import quant
 from trilobit.errors import ModelError
-from trilobit.formats import Q2_0, TQ1_0, TQ2_0, Bitnet, GgufBlocks, PanelBase3, PanelTwoBit, Q2_0Of128, TwoBit
+from trilobit.formats import Q2_0, TQ1_0, TQ2_0, Bitnet, GgufBlocks, LaneTwoBit, PanelBase3, PanelTwoBit, Q2_0Of128, TwoBit
 from trilobit.quant import Granularity
 
 SIZES = st.integers(1, 23)
@@ -72,6 +72,22 @@ def test_two_bit_bits(outputs: int, inputs: int, seed: int) -> None:
     assert packed.dtype == torch.uint8
     assert packed.tolist() == naive
     back = TwoBit.unpack(packed, inputs)
+    assert back.dtype == torch.int8
+    assert back.is_contiguous()
+    assert torch.equal(back, codes)
+
+
+@given(outputs=SIZES, inputs=st.integers(1, 40), seed=st.integers(0, 9))
+def test_lane_two_bit_bits(outputs: int, inputs: int, seed: int) -> None:
+    """Bits 2i…2i+1 of byte 4q + j are the symbol of input 16q + 4i + j, code 0 past the end; any shape comes back."""
+    codes = random_codes(outputs, inputs, seed)
+    packed = LaneTwoBit.pack(codes)
+    padded = torch.nn.functional.pad(codes, (0, -inputs % 16)).tolist()
+    places = [(q, j) for q in range(-(-inputs // 16)) for j in range(4)]
+    assert packed.tolist() == [
+        [sum((row[16 * q + 4 * i + j] + 1) * 4**i for i in range(4)) for q, j in places] for row in padded
+    ]
+    back = LaneTwoBit.unpack(packed, inputs)
     assert back.dtype == torch.int8
     assert back.is_contiguous()
     assert torch.equal(back, codes)
@@ -174,16 +190,17 @@ def test_a_thousand_matrices_in_every_layout() -> None:
     layout refuses it. Where the gguf package has a codec, bytes and numbers are its own."""
     import gguf
 
-    held = dict.fromkeys((Bitnet, TwoBit, PanelTwoBit, PanelBase3, Q2_0, Q2_0Of128, TQ1_0, TQ2_0), 0)
+    held = dict.fromkeys((Bitnet, TwoBit, LaneTwoBit, PanelTwoBit, PanelBase3, Q2_0, Q2_0Of128, TQ1_0, TQ2_0), 0)
     for weight, granularity in matrices():
         scale = quant.absmean_scale(weight, granularity)
         codes = quant.ternary_codes(weight, scale, granularity)
         (rows, columns), group = codes.shape, quant.group_size(granularity)
-        assert torch.equal(TwoBit.unpack(TwoBit.pack(codes), columns), codes)
+        for flat in (TwoBit, LaneTwoBit):
+            assert torch.equal(flat.unpack(flat.pack(codes), columns), codes)
+            held[flat] += 1
         for panel in (PanelTwoBit, PanelBase3):
             assert torch.equal(panel.unpack(panel.pack(codes, group or 0), rows, columns, group or 0), codes)
             held[panel] += 1
-        held[TwoBit] += 1
         if rows % 4 == 0:
             assert torch.equal(Bitnet.unpack(Bitnet.pack(codes)), codes)
             held[Bitnet] += 1

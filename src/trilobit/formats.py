@@ -60,6 +60,31 @@ class TwoBit:
         return (symbols.flatten(1).to(torch.int8) - 1)[:, :inputs].contiguous()
 
 
+class LaneTwoBit:
+    """The GPU kernels' own: row by row, 16 inputs a lane of four bytes; any shape, rows padded with code 0 to whole lanes.
+
+    Bits 2i…2i+1 of byte 4q + j of a row hold the code of input 16q + 4i + j. As a little-endian 32-bit word, a lane shifted by
+    2i bits and masked with 0x03030303 is four neighbouring symbols, one a byte: what dp4a multiplies by four activations.
+    """
+
+    COLUMNS = 16
+
+    @staticmethod
+    def pack(codes: Tensor) -> Tensor:
+        """[O, K] int8 → [O, 4 · ceil(K/16)] uint8."""
+        outputs, inputs = codes.shape
+        padded = torch.nn.functional.pad(codes, (0, -inputs % LaneTwoBit.COLUMNS))
+        symbols = (padded + 1).to(torch.uint8).reshape(outputs, -1, 4, PER_BYTE)  # lane, i, j
+        return (symbols[:, :, 0] | symbols[:, :, 1] << 2 | symbols[:, :, 2] << 4 | symbols[:, :, 3] << 6).flatten(1)
+
+    @staticmethod
+    def unpack(packed: Tensor, inputs: int) -> Tensor:
+        """[O, 4 · ceil(K/16)] uint8 → [O, K] int8."""
+        lanes = packed.reshape(packed.shape[0], -1, PER_BYTE)
+        symbols = torch.stack([lanes >> shift & 3 for shift in (0, 2, 4, 6)], dim=2)
+        return (symbols.flatten(1).to(torch.int8) - 1)[:, :inputs].contiguous()
+
+
 PANEL_ROWS, BLOCK_ROWS, PER_LANE = 32, 16, 4
 
 

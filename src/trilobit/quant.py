@@ -178,7 +178,8 @@ def int8_levels(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     values = x.detach().to(working_dtype(x))
     absmax = torch.maximum(values.amax(dim=-1, keepdim=True), values.amin(dim=-1, keepdim=True).neg_()).clamp_(min=FLOOR)
-    return (values * (INT8_MAX / absmax)).round_().clamp_(-INT8_MAX - 1, INT8_MAX), absmax / INT8_MAX
+    limit = absmax.new_full((), INT8_MAX)  # a tensor: by a number, CUDA multiplies with a reciprocal that is rounded first
+    return (values * (INT8_MAX / absmax)).round_().clamp_(-INT8_MAX - 1, INT8_MAX), absmax / limit
 
 
 def int8_codes(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -136,7 +136,7 @@ def test_choice_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     choice = frozen_linear.frozen_choice("cpu", torch.float32)
     assert choice.name == "native"
     assert native.choice().name in choice.reason
-    assert frozen_linear.frozen_choice("cuda", torch.float32) == dispatch.int8_choice("cuda")
+    assert frozen_linear.frozen_choice("mps", torch.float32) == dispatch.int8_choice("mps")
     monkeypatch.setattr(native, "_library", lambda: None)
     monkeypatch.setattr(build, "find_library", lambda: None)
     choice = frozen_linear.frozen_choice("cpu", torch.float32)

@@ -3,6 +3,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from trilobit.config.training import TrainingConfig
 from trilobit.errors import ModelError, NonFiniteError, OutputError
+from trilobit.nn.ternary import TernaryLinear
 from trilobit.train import loop as loop_module
 from trilobit.train.checkpoint import list_checkpoints
 from trilobit.train.distill import Losses
@@ -127,6 +129,32 @@ def test_a_row_a_step(tmp_path: Path) -> None:
         assert row["tokens_per_second"] > 0
     seconds = [row["seconds"] for row in lines]
     assert seconds == sorted(seconds)
+
+
+def test_ternary_weights_are_quantised_once_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several micro-batches all use the codes made before the first; with one, or outside a step, nothing is kept; what is
+    trained is what it would be without keeping them."""
+    made: list[bool] = []
+    quantized = TernaryLinear.quantized
+
+    def counted(self: TernaryLinear) -> tuple[Tensor, Tensor]:
+        made.append(self.kept is None)
+        return quantized(self)
+
+    monkeypatch.setattr(TernaryLinear, "quantized", counted)
+    trained = []
+    for folder, sequences in (("one", 6), ("three", 2), ("anew", 2)):
+        model = Toy()
+        model.head = TernaryLinear.from_linear(model.head)
+        with monkeypatch.context() as patch:
+            if folder == "anew":
+                patch.setattr("trilobit.train.loop.kept_codes", lambda model: nullcontext())
+            made.clear()
+            train(tmp_path / folder, model, replace(CONFIG, sequences=sequences))
+        assert made == [True] * (STEPS if folder == "three" else 0)
+        assert model.head.kept is None
+        trained.append(model.head.weight.detach())
+    assert torch.equal(trained[1], trained[2])
 
 
 def test_accumulation_changes_only_rounding(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The products of Muon's iteration, in bf16 on the native kernel where it runs, else as torch computes them.
+"""The products of Muon's iteration, in bf16 on the native or the GPU kernel where one runs, else as torch computes them.
 
     gram      X·Xᵀ + δ·I
     commuting α·A·B + β·A + γ·B      of symmetric A, B with AB = BA, as polynomials of one matrix have: symmetric again
@@ -7,6 +7,8 @@
 The kernel (AVX512-BF16) computes one triangle of what is symmetric and mirrors it; what is added is added in fp32, and all of
 it rounded once. Its threads are not torch's, and those keep their cores busy for some milliseconds after each operator,
 waiting for the next: between products, torch should do without them (`alone`).
+
+On a GPU with Triton, kernels/triton_symmetric.py does the same for the symmetric ones; cuBLAS is as good for the others.
 
 Letters: N matrices, R rows, C columns.
 """
@@ -18,7 +20,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-from trilobit.kernels import native
+from trilobit.kernels import gpu, native
 
 
 def available() -> bool:
@@ -57,8 +59,16 @@ def _native(x: Tensor) -> bool:
     return x.numel() > 0 and runs_on(x.dtype, x.device)
 
 
+def _on_gpu(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16 and gpu.available(x.device.type)
+
+
 def gram(x: Tensor, diagonal: float = 0.0) -> Tensor:
-    """X·Xᵀ + diagonal·I of each X [N, R, C]; exactly symmetric where the kernel computes it."""
+    """X·Xᵀ + diagonal·I of each X [N, R, C]; exactly symmetric where a kernel computes it."""
+    if _on_gpu(x):
+        from trilobit.kernels.triton_symmetric import symmetric
+
+        return symmetric(x, x, diagonal=diagonal)
     if _native(x):
         return product(x, x.mT, diagonal=diagonal, symmetric=True)
     identity = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
@@ -67,6 +77,10 @@ def gram(x: Tensor, diagonal: float = 0.0) -> Tensor:
 
 def commuting(a: Tensor, b: Tensor, alpha: float = 1.0, of_a: float = 0.0, of_b: float = 0.0) -> Tensor:
     """alpha·A·B + of_a·A + of_b·B of each pair [N, R, R] of symmetric matrices that commute."""
+    if _on_gpu(a):
+        from trilobit.kernels.triton_symmetric import symmetric
+
+        return symmetric(a, b, alpha, of_a, of_b)
     if _native(a):
         return product(a, b.mT, alpha, of_a, of_b, symmetric=True)
     found = torch.baddbmm(a, b, a, beta=of_a, alpha=alpha)

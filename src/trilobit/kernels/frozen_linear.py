@@ -1,6 +1,6 @@
-"""The frozen ternary linear on the native kernels: int8 quantiser and product in one operator, or the same in torch.
+"""The frozen ternary linear on the native or the GPU kernels: quantiser and product as operators, or the same in torch.
 
-    x [T, K] ──quantize──▶ codes, s_x ──linear──▶ y = (Σ code_x · code_w) · (s_x · s_w) + b        bits of quant.py
+    x [T, K] ──norm, quantize──▶ codes, s_x ──linear──▶ y = (Σ code_x · code_w) · (s_x · s_w) + b        bits of quant.py
 
 Operators of torch.library with fake kernels, so that torch.compile sees shapes and does not look inside. The packed codes
 are an operand like any other: who holds the codes holds them too, and packs them once.
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from trilobit import quant
-from trilobit.kernels import native
+from trilobit.formats import LaneTwoBit
+from trilobit.kernels import gpu, native
 from trilobit.kernels.dispatch import Choice, int8_choice, integer_linear
 from trilobit.quant import Granularity
 
@@ -27,6 +28,10 @@ def runs_native(device_type: str, dtype: torch.dtype) -> bool:
 
 def frozen_choice(device_type: str, dtype: torch.dtype = torch.float32) -> Choice:
     """How a frozen linear with int8 activations is computed, and why."""
+    if gpu.available(device_type) and dtype in gpu.DTYPES:
+        return Choice(
+            "triton", "Triton kernels: two-bit weights, a matrix–vector product up to 16 tokens, int8 tensor cores beyond"
+        )
     if runs_native(device_type, dtype):
         return Choice("native", f"native kernels, {native.choice().name}: {native.choice().reason}")
     choice = int8_choice(device_type)
@@ -45,24 +50,38 @@ def layout(granularity: Granularity) -> native.Format:
     return "base-3" if vbmi and granularity != "group-64" else "two-bit"
 
 
-def frozen_linear(
-    x: Tensor, codes: Tensor, packed: Tensor | None, scale: Tensor, bias: Tensor | None, granularity: Granularity
-) -> Tensor:
-    """quant.integer_linear of quant.int8_codes(x): [T, K] → [T, O] fp32 (float64 for float64), the same bits either way.
+def packs(x: Tensor) -> bool:
+    """Whether frozen_linear of inputs like x reads packed codes."""
+    return gpu.runs_on(x) or runs_native(x.device.type, x.dtype)
 
-    codes: [O, K] int8; packed: pack_codes(codes) for the native kernels, or None for torch; scale as quant.absmean_scale.
+
+def frozen_linear(
+    x: Tensor, codes: Tensor, packed: Tensor | None, scale: Tensor, bias: Tensor | None, granularity: Granularity,
+    gain: Tensor | None = None, eps: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """quant.integer_linear of quant.int8_codes(x), or of its norm's where there is a gain: [T, K] → [T, O] in x's dtype, which
+    fp32 (without a norm float64 for float64) is cast to last. Without a norm the same bits everywhere.
+
+    codes: [O, K] int8; packed: pack_codes(codes) if packs(x), or None for torch; scale as quant.absmean_scale.
     """
+    group, dtype, x = quant.group_size(granularity) or 0, x.dtype, x.detach()
+    if packed is not None and gpu.runs_on(x):
+        levels, x_scale, _ = gpu.norm_quantize(x, gain, eps)
+        return gpu.packed_linear(levels, x_scale, packed, scale, bias, group, dtype)
+    if gain is not None:
+        x = quant.rms_norm(x.float(), gain, eps)
     if packed is not None:
-        group = quant.group_size(granularity) or 0
-        x = x.detach() if x.dtype != torch.float16 else x.detach().float()
-        return torch.ops.trilobit.native_linear(x, packed, scale, bias, codes.shape[0], group, layout(granularity))
+        x = x if x.dtype != torch.float16 else x.float()
+        y = torch.ops.trilobit.native_linear(x, packed, scale, bias, codes.shape[0], group, layout(granularity))
+        return y.to(dtype)
     levels, x_scale = quant.int8_codes(x)
-    y = integer_linear(levels, x_scale, codes, scale, granularity)
-    return y if bias is None else y.add_(bias)
+    return integer_linear(levels, x_scale, codes, scale, bias, granularity).to(dtype)
 
 
 def pack_codes(codes: Tensor, granularity: Granularity) -> Tensor:
-    """codes [O, K] int8 in the native layout that frozen_linear reads, [bytes] uint8."""
+    """codes [O, K] int8 as frozen_linear reads them on their device: LaneTwoBit on a GPU, else the native layout, [bytes]."""
+    if gpu.available(codes.device.type):
+        return LaneTwoBit.pack(codes)
     return torch.ops.trilobit.native_pack(codes, quant.group_size(granularity) or 0, layout(granularity))
 
 

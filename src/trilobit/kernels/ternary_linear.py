@@ -5,7 +5,9 @@ linear it replaces. What pays for the quantisers:
 
   · at λ = 1 the forward product is int8 × ternary, exact, on int8 instructions (about twice the bf16 rate);
   · at λ = 1 the backward keeps int8 codes (one byte) where a plain linear keeps its bf16 or fp32 input and weight;
-  · the norm, and in fp32 the blends, are computed again from the saved input rather than kept.
+  · the norm, and in fp32 the blends, are computed again from the saved input rather than kept;
+  · on a GPU norm and quantiser are one kernel, the product with its scales, bias and cast another, the norm's backward a third
+    (kernels/gpu.py); weights that do not change between micro-batches are quantised once (`quantized`).
 
 With x̂ = x · r, r = 1/rms(x), n = x̂ · g, and the straight-through estimator (identity through both roundings):
 
@@ -22,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trilobit import quant
-from trilobit.kernels.dispatch import integer_linear
+from trilobit.kernels import gpu
+from trilobit.kernels.dispatch import integer_linear, ternary_codes
 from trilobit.quant import Granularity
 
 Strength = float | Tensor
@@ -39,19 +42,23 @@ class Rule:
 
 
 def ternary_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor | None, rule: Rule, weights: Strength, activations: Strength
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor | None, rule: Rule, weights: Strength, activations: Strength,
+    quantized: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:  # fmt: skip
     """Q_λ(rms_norm(x) · gain) · Q_λ(W)ᵀ + b, straight-through.
 
     x: [..., K]; weight: [O, K] latent; bias: [O] or None; gain: [K], [1] or None (no norm).
-    weights, activations: λ_w and λ_a. Returns [..., O] in the autocast dtype if autocast is on, else in x's dtype.
+    weights, activations: λ_w and λ_a. quantized: codes and scale of the weight as it is, where known.
+    Returns [..., O] in the autocast dtype if autocast is on, else in x's dtype.
     """
     kind = x.device.type
     compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     if not rule.int8_activations:
         activations = 0.0
     with torch.autocast(kind, enabled=False):
-        return _TernaryLinear.apply(x, weight, bias, gain, rule, weights, activations, compute)
+        rows = x.reshape(-1, x.shape[-1])  # here, because the compiler loses a view that is made and saved inside
+        y = _TernaryLinear.apply(rows, weight, bias, gain, rule, weights, activations, compute, *(quantized or (None, None)))
+    return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def _is(strength: Strength, value: float) -> bool:
@@ -61,29 +68,30 @@ def _is(strength: Strength, value: float) -> bool:
 class _TernaryLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor | None,
+        ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor | None,
         rule: Rule, weights: Strength, activations: Strength, compute: torch.dtype,
+        weight_codes: Tensor | None, weight_scale: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        rows = x.reshape(-1, x.shape[-1])
-        inverse = None if gain is None else _inverse_rms(rows, rule.eps)
-        normed = _apply_norm(rows, inverse, gain)
         # A scale per tensor or row factors out of the product; then the codes alone, exact in any dtype, are multiplied.
         pure_weights = _is(weights, 1) and quant.group_size(rule.granularity) is None
-        codes = scale = weight_codes = weight_scale = inputs = matrix = None
-        if not _is(weights, 0):
+        codes = scale = inputs = matrix = None
+        if _is(weights, 0):
+            weight_codes = weight_scale = None
+        elif weight_scale is None:
             weight_scale = quant.absmean_scale(weight, rule.granularity)
+        if weight_scale is not None and weight_codes is None and (pure_weights or (_is(weights, 1) and _is(activations, 1))):
+            weight_codes = ternary_codes(weight, weight_scale, rule.granularity)
 
-        if weight_scale is not None and _is(weights, 1) and _is(activations, 1):
-            weight_codes = quant.ternary_codes(weight, weight_scale, rule.granularity)
-            codes, scale = quant.int8_codes(normed)
-            y = integer_linear(codes, scale, weight_codes, weight_scale, rule.granularity)
-            y = y if bias is None else y.add_(bias)
-        elif weight_scale is not None and pure_weights:
-            weight_codes = quant.ternary_codes(weight, weight_scale, rule.granularity)
+        if weight_codes is not None and weight_scale is not None and _is(weights, 1) and _is(activations, 1):
+            codes, scale, inverse = _norm_quantize(rows, gain, rule.eps)
+            y = integer_linear(codes, scale, weight_codes, weight_scale, bias, rule.granularity, compute)
+        elif weight_codes is not None and weight_scale is not None and pure_weights:
+            inverse, normed = _norm(rows, gain, rule.eps)
             inputs, codes, scale = _make_inputs(normed, activations, compute)
             y = (inputs @ weight_codes.to(compute).T) * weight_scale.T
             y = y if bias is None else y.add_(bias)
         else:
+            inverse, normed = _norm(rows, gain, rule.eps)
             inputs, codes, scale = _make_inputs(normed, activations, compute)
             matrix, weight_codes = _make_matrix(weight, weight_scale, weights, rule, compute)
             y = F.linear(inputs, matrix, None if bias is None else bias.to(compute))  # λ = 0: the plain linear's own bits
@@ -91,18 +99,19 @@ class _TernaryLinear(torch.autograd.Function):
         # A half-precision operand is kept as it is, like a plain linear's under autocast; an fp32 one is made again.
         if compute.itemsize > 2:
             inputs = matrix = None
-        rows = None if gain is None and (_is(activations, 1) or inputs is not None) else rows
-        ctx.save_for_backward(rows, weight, gain, inverse, codes, scale, weight_codes, weight_scale, inputs, matrix)
+        saved = None if gain is None and (_is(activations, 1) or inputs is not None) else rows
+        ctx.save_for_backward(saved, weight, gain, inverse, codes, scale, weight_codes, weight_scale, inputs, matrix)
         ctx.rule, ctx.strengths, ctx.pure_weights, ctx.compute = rule, (weights, activations), pure_weights, compute
-        ctx.shape, ctx.dtype, ctx.bias_dtype = x.shape, x.dtype, None if bias is None else bias.dtype
-        return y.to(compute).view(*x.shape[:-1], weight.shape[0])
+        ctx.on_gpu = gpu.runs_on(rows)
+        ctx.dtype, ctx.bias_dtype = rows.dtype, None if bias is None else bias.dtype
+        return y.to(compute)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Any) -> Any:
         rows, weight, gain, inverse, codes, scale, weight_codes, weight_scale, inputs, matrix = ctx.saved_tensors
         rule, (weights, activations), compute = ctx.rule, ctx.strengths, ctx.compute
-        dy = gradients[0].reshape(-1, weight.shape[0]).to(compute)
+        dy = gradients[0].to(compute)
         dx = dweight = dbias = dgain = None
 
         if ctx.needs_input_grad[1]:
@@ -118,15 +127,30 @@ class _TernaryLinear(torch.autograd.Function):
                 matrix = _blend_weights(weight, weight_codes, weight_scale, weights, rule, compute, ctx.pure_weights)
             per_tensor = ctx.pure_weights and weight_scale.numel() == 1
             left = dy * weight_scale.T.to(compute) if ctx.pure_weights and not per_tensor else dy
-            dnormed = (left @ matrix).to(quant.working_dtype(dy))
-            if per_tensor:
-                dnormed *= weight_scale
-            if gain is None:
-                dx = dnormed
+            dnormed = left @ matrix
+            if gain is not None and ctx.on_gpu and dnormed.dtype in gpu.DTYPES:
+                dx, dgain = gpu.norm_backward(rows, inverse, gain, dnormed, weight_scale if per_tensor else None)
             else:
-                dx, dgain = _norm_backward(rows, inverse, gain, dnormed)
-            dx = dx.to(ctx.dtype).view(ctx.shape)
-        return dx, dweight, dbias, dgain, None, None, None, None
+                dnormed = dnormed.to(quant.working_dtype(dy))
+                if per_tensor:
+                    dnormed *= weight_scale
+                dx, dgain = (dnormed, None) if gain is None else _norm_backward(rows, inverse, gain, dnormed)
+            dx = dx.to(ctx.dtype)
+        return dx, dweight, dbias, dgain, None, None, None, None, None, None
+
+
+def _norm_quantize(rows: Tensor, gain: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes and scales of the normed rows, and 1/rms where there is a norm."""
+    if gpu.runs_on(rows):
+        return gpu.norm_quantize(rows, gain, eps)
+    inverse, normed = _norm(rows, gain, eps)
+    return *quant.int8_codes(normed), inverse
+
+
+def _norm(rows: Tensor, gain: Tensor | None, eps: float) -> tuple[Tensor | None, Tensor]:
+    """1/rms, and the normed rows in the working dtype; without a gain None and the rows."""
+    inverse = None if gain is None else _inverse_rms(rows, eps)
+    return inverse, _apply_norm(rows, inverse, gain)
 
 
 def _inverse_rms(rows: Tensor, eps: float) -> Tensor:

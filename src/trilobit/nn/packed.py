@@ -1,7 +1,7 @@
 """Frozen ternary modules for inference: codes and scales instead of latent weights.
 
-Codes are kept as int8: torch's integer product reads them directly. On a CPU with the native kernels they are also packed,
-at the first use, in the layout that those read. On disk they take two bits (formats.py).
+Codes are kept as int8: torch's integer product reads them directly. On a CPU with the native kernels, and on a GPU with
+Triton, they are also packed, at the first use, in the layout that those read. On disk they take two bits (formats.py).
 """
 
 from dataclasses import replace
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from trilobit import quant
 from trilobit.errors import ModelError
-from trilobit.kernels.frozen_linear import frozen_linear, pack_codes, runs_native
+from trilobit.kernels.frozen_linear import frozen_linear, pack_codes, packs
 from trilobit.nn.ternary import InputRMSNorm, TernaryEmbedding, TernaryLinear
 from trilobit.quant import Granularity
 
@@ -67,21 +67,23 @@ class PackedLinear(nn.Module):
             return self._forward(input)
 
     def _forward(self, input: Tensor) -> Tensor:
-        x = input if self.rms_norm is None else quant.rms_norm(input.float(), self.rms_norm.weight, self.rms_norm.eps)
+        gain, eps = (None, 0.0) if self.rms_norm is None else (self.rms_norm.weight, self.rms_norm.eps)
         if not self.int8_activations:
+            x = input if gain is None else quant.rms_norm(input.float(), gain, eps)
             weight = quant.ternary_dequantize(self.codes, self.scale, self.granularity)
             return F.linear(x.float(), weight, self.bias).to(input.dtype)
-        packed = self._packed_codes(x.dtype)
-        rows = x.reshape(-1, self.in_features)
-        y = frozen_linear(rows, self.codes, packed, self.scale, self.bias, self.granularity)
+        rows = input.reshape(-1, self.in_features)
+        rows = rows.float() if gain is not None and rows.dtype == torch.float64 else rows
+        packed = self._packed_codes(rows)
+        y = frozen_linear(rows, self.codes, packed, self.scale, self.bias, self.granularity, gain, eps)
         return y.to(input.dtype).view(*input.shape[:-1], self.out_features)
 
-    def _packed_codes(self, dtype: torch.dtype) -> Tensor | None:
-        """The codes as the native kernels read them, packed again if they have changed; None where torch computes.
+    def _packed_codes(self, rows: Tensor) -> Tensor | None:
+        """The codes as the kernels for such rows read them, packed again if they have changed; None where torch computes.
 
         A compiled graph does not ask for changes (the compiler cannot trace the question): codes are frozen there.
         """
-        if not runs_native(self.codes.device.type, dtype):
+        if not packs(rows):
             return None
         compiling = torch.compiler.is_compiling()
         version = None if compiling or self.codes.is_inference() else self.codes._version

@@ -4,6 +4,9 @@ Their parameters keep the names of the module they replace (`weight`, `bias`), a
 the name transformers uses for it: exporting is then a pack, not a rename (arXiv 2505.08823; transformers' AutoBitLinear).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -82,6 +85,7 @@ class TernaryLinear(nn.Linear, TernaryModule):
         self.rule = Rule(granularity, int8_activations, eps)
         self.dead_zone_bias = dead_zone_bias
         self.ranges = nn.Parameter(torch.ones(out_features, 1, device=device)) if learned_ranges else None
+        self.kept: tuple[Tensor, Tensor] | None = None  # codes and scale inside kept_codes
         self.rms_norm = None
         if norm is not None:
             self.rms_norm = InputRMSNorm(in_features, scalar=norm == "scalar", eps=eps).to(device)
@@ -108,7 +112,7 @@ class TernaryLinear(nn.Linear, TernaryModule):
             faded = _mix(weight, quant.learned_quantize(weight, self.ranges), strength)
             weight, strength = faded, 0.0  # what follows multiplies by it as it is
         bias = self.total_bias(self.weight_strength)
-        return ternary_linear(input, weight, bias, gain, self.rule, strength, self.activation_strength)
+        return ternary_linear(input, weight, bias, gain, self.rule, strength, self.activation_strength, self.kept)
 
     def total_bias(self, strength: Strength = 1.0) -> Tensor | None:
         """The bias, [O], with what the dead zone adds to it at a strength; None if there is neither."""
@@ -159,6 +163,26 @@ class TernaryEmbedding(nn.Embedding, TernaryModule):
         codes = quant.ternary_codes(rows, scale, self.granularity)
         quantized = quant.ternary_dequantize(codes, scale, self.granularity)
         return quant.fade(rows, quantized, self.weight_strength).view(*input.shape, -1)
+
+
+@contextmanager
+def kept_codes(model: nn.Module) -> Iterator[None]:
+    """Inside, the weights of ternary linears at λ_w = 1 do not change, and are quantised once, at the beginning: for the
+    micro-batches of one step. Costs a byte a weight until the end. Weights that are sharded over ranks (DTensor) and learned
+    ranges are quantised at every use, as outside."""
+    linears = [module for module in model.modules() if isinstance(module, TernaryLinear)]
+    chosen = [m for m in linears if m.ranges is None and _is_one(m.weight_strength) and not hasattr(m.weight, "device_mesh")]
+    for linear in chosen:
+        linear.kept = linear.quantized()
+    try:
+        yield
+    finally:
+        for linear in chosen:
+            linear.kept = None
+
+
+def _is_one(strength: Strength) -> bool:
+    return not isinstance(strength, Tensor) and strength == 1
 
 
 def ternary_modules(model: nn.Module) -> list[tuple[str, TernaryModule]]:

@@ -80,13 +80,9 @@ class _MixedLoss(torch.autograd.Function):
         rows = max(1, BLOCK_ELEMENTS[z.device.type == "cpu"] // width)
         for start in range(0, count, rows):
             block = slice(start, start + rows)
-            nats, slope = _cross_entropy_block(z[block].to(dtype, copy=True), labels[block])
-            sums[0] += nats
-            if teacher is not None:
-                other = teacher.flatten(0, -2)[block].to(dtype)
-                distance, other_slope = _divergence_block(z[block].to(dtype, copy=True), other, temperature)
-                sums[1] += distance
-                slope = slope.mul_(1 - weight).add_(other_slope, alpha=weight)
+            other = None if teacher is None else teacher.flatten(0, -2)[block]
+            losses, slope = block_loss(z[block], labels[block], other, weight, temperature, dtype)
+            sums += losses
             if gradient is not None:
                 gradient[block] = slope.div_(count)
         ctx.save_for_backward(gradient)
@@ -107,6 +103,18 @@ class _MixedLoss(torch.autograd.Function):
 
 
 BLOCK_ELEMENTS = {True: 1 << 20, False: 1 << 27}  # CPU: 4 MB of fp32, in cache; elsewhere: few launches
+
+
+def block_loss(
+    z: Tensor, labels: Tensor, teacher: Tensor | None, weight: float, temperature: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Of a block of rows [R, V], computed in `dtype`: the sums over its rows of nats and of divergence, [2], and the gradient
+    with respect to z of (1 − weight) · nats + weight · divergence, not averaged; without a teacher of nats alone."""
+    nats, slope = _cross_entropy_block(z.to(dtype, copy=True), labels)
+    if teacher is None:
+        return torch.stack([nats, torch.zeros_like(nats)]), slope
+    distance, other_slope = _divergence_block(z.to(dtype, copy=True), teacher.to(dtype), temperature)
+    return torch.stack([nats, distance]), slope.mul_(1 - weight).add_(other_slope, alpha=weight)
 
 
 def _cross_entropy_block(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

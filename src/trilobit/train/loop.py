@@ -10,6 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from trilobit.config.training import TrainingConfig
 from trilobit.errors import NonFiniteError, OutputError
+from trilobit.nn.ternary import kept_codes
 from trilobit.train.checkpoint import Progress
 from trilobit.train.distill import Losses
 from trilobit.train.distributed import Ranks, parts_of_step
@@ -191,19 +193,20 @@ def _accumulate(
     totals: dict[str, Tensor] = {}
     batches = parts_of_step(config, spread.team.rank, spread.team.size)
     own = sum(number for _, number in batches)
-    for start, number in batches:
-        batch = windows.samples(first + start, number)
-        batch = batch.pin_memory() if device.type == "cuda" else batch  # else the copy would wait
-        with spread.micro_batch((start, number) == batches[-1]):
-            with autocast(config.precision, device):
-                losses = objective(batch.to(device, non_blocking=True))
-            (losses.total / (own / number)).backward()
-        parts = {"loss": losses.total.detach(), "cross_entropy": losses.cross_entropy, "divergence": losses.divergence}
-        parts |= {"relations": losses.relations, "hidden": losses.hidden}
-        for name, value in parts.items():
-            if value is not None:
-                share = value / (own / number)
-                totals[name] = totals[name] + share if name in totals else share
+    with kept_codes(spread.model) if len(batches) > 1 else nullcontext():
+        for start, number in batches:
+            batch = windows.samples(first + start, number)
+            batch = batch.pin_memory() if device.type == "cuda" else batch  # else the copy would wait
+            with spread.micro_batch((start, number) == batches[-1]):
+                with autocast(config.precision, device):
+                    losses = objective(batch.to(device, non_blocking=True))
+                (losses.total / (own / number)).backward()
+            parts = {"loss": losses.total.detach(), "cross_entropy": losses.cross_entropy, "divergence": losses.divergence}
+            parts |= {"relations": losses.relations, "hidden": losses.hidden}
+            for name, value in parts.items():
+                if value is not None:
+                    share = value / (own / number)
+                    totals[name] = totals[name] + share if name in totals else share
     return spread.team.means(totals)
 
 

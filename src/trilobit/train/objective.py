@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -13,6 +14,7 @@ from trilobit.config.tune import TuneConfig
 from trilobit.errors import ModelError
 from trilobit.surgery.roles import decoder_layers
 from trilobit.train.distill import Losses, hidden_distance, mixed_loss
+from trilobit.train.head_loss import LateHead, head_loss
 from trilobit.train.relations import Recorder, relation_divergence
 
 
@@ -27,14 +29,17 @@ def frozen_copy(model: PreTrainedModel, precision: str) -> PreTrainedModel:
 
 class NextToken:
     """Cross-entropy of a micro-batch of token windows [B, T + 1], as the loop calls it. forward: the model, or what stands in
-    front of it where several ranks train one."""
+    front of it where several ranks train one. late: the model's head, to be applied in the loss, or None."""
 
-    def __init__(self, forward: Callable[..., Any]):
-        self.forward = forward
+    def __init__(self, forward: Callable[..., Any], late: LateHead | None = None):
+        self.forward, self.late = forward, late
 
     def __call__(self, windows: Tensor, /) -> Losses:
-        logits = self.forward(input_ids=windows[:, :-1], use_cache=False).logits
-        return mixed_loss(logits, windows[:, 1:], None, 0.0, 1.0)
+        inputs = {"input_ids": windows[:, :-1], "use_cache": False}
+        output, head = self.late(self.forward, **inputs) if self.late else (self.forward(**inputs), None)
+        if head is not None:
+            return head_loss(output.logits, head, windows[:, 1:], None, 0.0, 1.0)
+        return mixed_loss(output.logits, windows[:, 1:], None, 0.0, 1.0)
 
 
 class TuneObjective:
@@ -47,6 +52,10 @@ class TuneObjective:
     ):  # fmt: skip
         self.config, self.model, self.teacher = config, model, teacher
         self.forward = forward or model
+        # Several ranks may have the head in shards, and a CPU's caches like whole rows of logits.
+        one = self.forward is model and next(model.parameters()).device.type != "cpu"
+        self.late = LateHead(model, one)
+        self.late_teacher = None if teacher is None else LateHead(teacher, one)
         self.recorders: list[Recorder] = []  # of the student and its teacher
         if teacher is not None and config.distill_attention is not None:
             chosen = config.distill_attention_layer
@@ -56,13 +65,22 @@ class TuneObjective:
 
     def __call__(self, windows: Tensor, /) -> Losses:
         inputs, targets, hidden = windows[:, :-1], windows[:, 1:], self.config.distill_hidden
-        student = self.forward(input_ids=inputs, use_cache=False, output_hidden_states=hidden is not None)
-        teacher = None
-        if self.teacher is not None:
+        options = {"input_ids": inputs, "use_cache": False, "output_hidden_states": hidden is not None}
+        student, head = self.late(self.forward, **options)
+        teacher = teacher_head = None
+        if self.teacher is not None and self.late_teacher is not None:
             with torch.no_grad():
-                teacher = self.teacher(input_ids=inputs, use_cache=False, output_hidden_states=hidden is not None)
-        target_logits = None if teacher is None else teacher.logits
-        losses = mixed_loss(student.logits, targets, target_logits, self.config.distill_weight, self.config.temperature)
+                teacher, teacher_head = self.late_teacher(self.teacher, **options)
+        weight, temperature = self.config.distill_weight, self.config.temperature
+        if head is not None and (teacher is None or teacher_head is not None):
+            other = None if teacher is None or teacher_head is None else (teacher.logits, teacher_head)
+            losses = head_loss(student.logits, head, targets, other, weight, temperature)
+        else:
+            logits = student.logits if head is None else F.linear(student.logits, head)
+            target_logits = None if teacher is None else teacher.logits
+            if teacher is not None and teacher_head is not None:
+                target_logits = F.linear(teacher.logits, teacher_head)
+            losses = mixed_loss(logits, targets, target_logits, weight, temperature)
         if hidden is not None and teacher is not None:
             if student.hidden_states is None:
                 raise ModelError(f"--distill-hidden: {type(self.model).__name__} gives no hidden states.")

@@ -30,6 +30,7 @@ from trilobit.surgery.outlier_safe import outlier_safe
 from trilobit.surgery.roles import vocabulary_size
 from trilobit.train.architecture import LLAMAS, fit_vocabulary, read_architecture
 from trilobit.train.data import Tokens
+from trilobit.train.head_loss import LateHead
 from trilobit.train.kurtosis import outlier_probes, site_kurtosis
 from trilobit.train.layers import decide_compile, prepare_layers, set_attention
 from trilobit.train.loop import Hooks, fit
@@ -145,9 +146,10 @@ class _Pretrain(Run[PretrainConfig, PretrainResult]):
         hooks = Hooks(evaluate=self.evaluate)
         hooks.log += [self.track, lambda row: self.listener.row(row, config.max_tokens)]
         spread = self.over_ranks()
+        late = LateHead(self.model, spread.forward is self.model and self.device.type != "cpu")  # as in TuneObjective
         self.progress = fit(
-            self.model, self.windows, NextToken(spread.forward), config, self.peak_lr, self.out, self.device, self.signals,
-            hooks, spread,
+            self.model, self.windows, NextToken(spread.forward, late), config, self.peak_lr, self.out, self.device,
+            self.signals, hooks, spread,
         )  # fmt: skip
         self.model = spread.whole_model()  # pyright: ignore[reportAttributeAccessIssue]
 

@@ -1,0 +1,271 @@
+"""Each Triton kernel: is it right, and how fast is it beside what torch has for the same?
+
+    python bench/gpu_kernels.py                                     on a GPU: the whole table
+    TRITON_INTERPRET=1 python bench/gpu_kernels.py --device cpu     small shapes in Triton's interpreter: right or not, no times
+
+Right: the bits of quant.py where the kernel is exact (`differs` counts numbers that do not have them), else its error against
+float64 as a multiple of the peer's. Fast: the median of calls replayed as a CUDA graph, over operands that together are larger
+than the caches, as a rate and as a share of the roof measured in the same run: a copy's bytes a second, torch._int_mm's and a
+bf16 product's operations a second at 8192³. Peers are torch's own; onebitllms, gemlite and liger-kernel are not measured here.
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trilobit import quant
+from trilobit.formats import LaneTwoBit
+from trilobit.kernels import bf16, dispatch, gpu
+from trilobit.quant import Granularity
+from trilobit.train.head_loss import head_loss
+
+Call = Callable[[int], object]
+EPS = 1e-6
+COLD_BYTES = 1 << 28  # what a kernel walks through before it meets the same operand again
+GRAPHED, ROUNDS = 20, 15
+
+
+class Table:
+    """Prints rows; on a CPU only whether results are right."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.timed = device, device.type == "cuda"
+        self.roofs: dict[str, float] = {}
+
+    def measure_roofs(self) -> None:
+        size = 8192
+        memory = torch.empty(1 << 30, dtype=torch.uint8, device=self.device)
+        codes = torch.ones(size, size, dtype=torch.int8, device=self.device)
+        half = codes.bfloat16()
+        self.roofs = {
+            "GB/s": 2 * memory.numel() / seconds(lambda _: memory.clone()) / 1e9,
+            "int8 TOP/s": 2 * size**3 / seconds(lambda _: torch._int_mm(codes, codes.T)) / 1e12,
+            "bf16 TFLOP/s": 2 * size**3 / seconds(lambda _: half @ half.T) / 1e12,
+        }
+        print("roofs: " + ", ".join(f"{value:,.0f} {unit}" for unit, value in self.roofs.items()))
+
+    def row(
+        self, name: str, right: str, amount: float, unit: str, ours: Call, peers: dict[str, Call], graphed: bool = True
+    ) -> None:
+        """amount: giga- or tera-units of work of one call."""
+        if not self.timed:
+            print(f"{name:<44}{right}", flush=True)
+            return
+        mine = seconds(ours)
+        against = ", ".join(f"{seconds(peer) / mine:.2f} × {label}" for label, peer in peers.items())
+        rate = amount / mine
+        print(
+            f"{name:<44}{right:<20}{1e6 * mine:>9.1f} µs {rate:>9,.0f} {unit} ({rate / self.roofs[unit]:.0%})  {against}",
+            flush=True,
+        )
+
+
+def seconds(call: Call, graphed: bool = True) -> float:
+    """Of one call among several, in a CUDA graph where it can be captured (autograd cannot): the median over replays."""
+    for index in range(3):
+        call(index)
+    torch.cuda.synchronize()
+
+    def several() -> None:
+        for index in range(GRAPHED):
+            call(index)
+
+    replay = several
+    if graphed:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            several()
+        replay = graph.replay
+    times = []
+    for _ in range(ROUNDS):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / 1e3 / GRAPHED)
+    return statistics.median(times)
+
+
+def differs(*pairs: tuple[Tensor, Tensor]) -> str:
+    return f"differs: {sum(int((a != b).sum()) for a, b in pairs)}"
+
+
+def multiple(ours: Tensor, theirs: Tensor, truth: Tensor) -> str:
+    error, baseline = ((found.double() - truth).norm().item() for found in (ours, theirs))
+    return f"error {error / max(baseline, 1e-300):.2f} × peer"
+
+
+def copies(tensor: Tensor, table: Table) -> list[Tensor]:
+    """The tensor, so many times that they do not fit a cache."""
+    return [tensor.clone() for _ in range(min(64, -(-COLD_BYTES // tensor.nbytes)) if table.timed else 1)]
+
+
+def norms(table: Table, tokens: int, inputs: int) -> None:
+    x, gain = torch.randn(tokens, inputs, device=table.device).bfloat16(), torch.rand(inputs, device=table.device) + 0.5
+    xs, shape = copies(x, table), f"{tokens} × {inputs}"
+    codes, scale, inverse = gpu.norm_quantize(x, gain, EPS)
+    assert inverse is not None
+    right = differs(*zip((codes, scale), quant.int8_codes((x.float() * inverse) * gain), strict=True))
+    half = gain.bfloat16()
+    peers: dict[str, Call] = {
+        "F.rms_norm (no int8)": lambda i: F.rms_norm(xs[i % len(xs)], (inputs,), half, EPS),
+        "torch, composed": lambda i: quant.int8_codes(quant.rms_norm(xs[i % len(xs)], gain, EPS)),
+    }
+    ours: Call = lambda i: gpu.norm_quantize(xs[i % len(xs)], gain, EPS)  # noqa: E731
+    table.row(f"norm + int8, {shape}", right, 3 * x.numel() / 1e9, "GB/s", ours, peers)
+
+    dnormed = torch.randn_like(x)
+    leaves = x.double().requires_grad_(), gain.double().requires_grad_()
+    truth = torch.autograd.grad(quant.rms_norm(*leaves, EPS), leaves, dnormed.double())
+    leaf, weight = x.clone().requires_grad_(), half.clone().requires_grad_()
+    y = F.rms_norm(leaf, (inputs,), weight, EPS)
+    theirs = torch.autograd.grad(y, (leaf, weight), dnormed, retain_graph=True)
+    found = gpu.norm_backward(x, inverse, gain, dnormed, None)
+    peers = {"F.rms_norm": lambda _: torch.autograd.grad(y, (leaf, weight), dnormed, retain_graph=True)}
+    ours = lambda i: gpu.norm_backward(xs[i % len(xs)], inverse, gain, dnormed, None)  # noqa: E731
+    right = multiple(found[0], theirs[0], truth[0])
+    table.row(f"norm backward, {shape}", right, 6 * x.numel() / 1e9, "GB/s", ours, peers, graphed=False)
+
+
+def training(table: Table, tokens: int, outputs: int, inputs: int) -> None:
+    weight = torch.randn(outputs, inputs, device=table.device) * 0.02
+    scale, shape = quant.absmean_scale(weight), f"{tokens} × {outputs} × {inputs}"
+    codes = gpu.ternarize(weight, scale, 0)
+    weights = copies(weight, table)
+    table.row(
+        f"ternary codes, {outputs} × {inputs}", differs((codes, quant.ternary_codes(weight, scale))), 5 * weight.numel() / 1e9,
+        "GB/s", lambda i: gpu.ternarize(weights[i % len(weights)], scale, 0),
+        {"torch": lambda i: quant.ternary_codes(weights[i % len(weights)], scale)},
+    )  # fmt: skip
+    x, half = quant.int8_codes(torch.randn(tokens, inputs, device=table.device)), weight.bfloat16()
+    dense = x[0].bfloat16()
+    for granularity in ("tensor", "row", "group-128"):
+        found, operands = product_check(weight, x, granularity)
+        group = quant.group_size(granularity) or 0
+        peers: dict[str, Call] = {
+            "bf16": lambda _: dense @ half.T,
+            "torch._int_mm alone": lambda _, c=operands[2]: dispatch.int8_matmul(x[0], c),
+        }
+        ours: Call = lambda _, o=operands, g=group: gpu.int8_linear(*o, None, g, torch.bfloat16)  # noqa: E731
+        amount = 2 * tokens * outputs * inputs / 1e12
+        table.row(f"int8 product, {granularity}, {shape}", found, amount, "int8 TOP/s", ours, peers)
+
+
+def product_check(
+    weight: Tensor, x: tuple[Tensor, Tensor], granularity: Granularity
+) -> tuple[str, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    scale = quant.absmean_scale(weight, granularity)
+    operands = *x, quant.ternary_codes(weight, scale, granularity), scale
+    found = gpu.int8_linear(*operands, None, quant.group_size(granularity) or 0, torch.float32)
+    return differs((found, quant.integer_linear(*operands, None, granularity))), operands
+
+
+def inference(table: Table, tokens: int, outputs: int, inputs: int) -> None:
+    weight = torch.randn(outputs, inputs, device=table.device) * 0.02
+    halves, shape = copies(weight.bfloat16(), table), f"{tokens} × {outputs} × {inputs}"
+    x = quant.int8_codes(torch.randn(tokens, inputs, device=table.device))
+    dense = x[0].bfloat16()
+    for granularity in ("tensor", "group-128"):
+        _, operands = product_check(weight, x, granularity)
+        packed, group = LaneTwoBit.pack(operands[2]), quant.group_size(granularity) or 0
+        found = gpu.packed_linear(*x, packed, operands[3], None, group, torch.float32)
+        right = differs((found, quant.integer_linear(*operands, None, granularity)))
+        lanes, int8s = copies(packed, table), copies(operands[2], table)
+        peers: dict[str, Call] = {
+            "bf16": lambda i: dense @ halves[i % len(halves)].T,
+            "int8 codes": lambda i, o=operands, w=int8s, g=group: gpu.int8_linear(
+                *x, w[i % len(w)], o[3], None, g, torch.bfloat16
+            ),
+        }
+        ours: Call = lambda i, o=operands, w=lanes, g=group: gpu.packed_linear(  # noqa: E731
+            *x, w[i % len(w)], o[3], None, g, torch.bfloat16
+        )
+        few = tokens <= gpu.FEW
+        amount = packed.nbytes / 1e9 if few else 2 * tokens * outputs * inputs / 1e12
+        table.row(f"two-bit, {granularity}, {shape}", right, amount, "GB/s" if few else "int8 TOP/s", ours, peers)
+
+
+def muon(table: Table, number: int, rows: int, columns: int) -> None:
+    x = torch.randn(number, rows, columns, device=table.device).bfloat16() / columns**0.5
+    shape = f"{number} of {rows} × {columns}"
+    truth, theirs = x.double() @ x.double().mT, torch.bmm(x, x.mT)
+    peers: dict[str, Call] = {"torch.bmm": lambda _: torch.bmm(x, x.mT)}
+    amount = 2 * number * rows * rows * columns / 1e12
+    right = multiple(bf16.gram(x), theirs, truth)
+    table.row(f"X·Xᵀ (as a full product), {shape}", right, amount, "bf16 TFLOP/s", lambda _: bf16.gram(x), peers)
+    a = bf16.gram(x)
+    truth, theirs = a.double() @ a.double() + a.double(), torch.baddbmm(a, a, a)
+    peers = {"torch.baddbmm": lambda _: torch.baddbmm(a, a, a)}
+    right, amount = multiple(bf16.commuting(a, a, of_a=1.0), theirs, truth), 2 * number * rows**3 / 1e12
+    ours: Call = lambda _: bf16.commuting(a, a, of_a=1.0)  # noqa: E731
+    table.row(f"A·A + A (as a full product), {shape[: shape.rindex(' ×')]}²", right, amount, "bf16 TFLOP/s", ours, peers)
+
+
+def loss(table: Table, tokens: int, width: int, vocabulary: int) -> None:
+    """Time of loss and gradients, and the most memory that either takes, in MB."""
+    hidden = torch.randn(1, tokens, width, device=table.device, dtype=torch.bfloat16).requires_grad_()
+    head = (torch.randn(vocabulary, width, device=table.device) * 0.02).requires_grad_()
+    targets = torch.randint(0, vocabulary, (1, tokens), device=table.device)
+
+    def late() -> list[Tensor]:
+        with torch.autocast(table.device.type, torch.bfloat16):
+            total = head_loss(hidden, head, targets, None, 0.0, 1.0).total
+        return [total, *torch.autograd.grad(total, (hidden, head))]
+
+    def early() -> list[Tensor]:
+        with torch.autocast(table.device.type, torch.bfloat16):
+            logits = F.linear(hidden, head)
+        total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        return [total, *torch.autograd.grad(total, (hidden, head))]
+
+    found, expected = late(), early()
+    gap = max(((a - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True))
+    line = f"{f'head + loss, {tokens} × {width} × {vocabulary}':<44}{f'apart by {gap:.1e}':<20}"
+    for name, call in ((" ours", late), (", torch", early)) if table.timed else ():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(5):
+            call()
+        end.record()
+        torch.cuda.synchronize()
+        memory = (torch.cuda.max_memory_allocated() - before) / 1e6
+        line += f"{name} {start.elapsed_time(end) / 5:.2f} ms, {memory:,.0f} MB"
+    print(line, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda")
+    table = Table(torch.device(parser.parse_args().device))
+    torch.manual_seed(0)
+    if table.timed:
+        print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}")
+        table.measure_roofs()
+        norms(table, 8192, 2048)
+        norms(table, 8192, 6912)
+        for outputs, inputs in ((2560, 2560), (6912, 2560), (2560, 6912)):
+            training(table, 8192, outputs, inputs)
+        for tokens in (1, 4, 16, 512, 2048):
+            inference(table, tokens, 6912, 2560)
+        muon(table, 24, 2048, 2048)
+        muon(table, 24, 2048, 5632)
+        loss(table, 8192, 2048, 128_256)
+    else:  # one tile or two of everything
+        gpu.DEVICES = (table.device.type,)
+        norms(table, 9, 300)
+        training(table, 40, 37, 300)
+        for tokens in (1, 5, 40):
+            inference(table, tokens, 37, 300)
+        muon(table, 2, 40, 70)
+        loss(table, 50, 16, 999)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""The Triton kernels against quant.py, bit for bit; in Triton's interpreter where there is no GPU.
+
+The interpreter takes a millisecond or so an operation and program: shapes are odd and small, blocks few.
+"""
+
+import copy
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from trilobit import quant
+from trilobit.formats import LaneTwoBit
+from trilobit.kernels import gpu
+from trilobit.kernels.frozen_linear import frozen_choice
+from trilobit.nn.packed import PackedLinear
+from trilobit.nn.ternary import InputRMSNorm
+from trilobit.quant import Granularity
+
+pytest.importorskip("triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GRANULARITIES: list[Granularity] = ["tensor", "row", "group-64", "group-128", "group-256"]
+EPS = 1e-6
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def kernels_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "DEVICES", (DEVICE,))
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape).to(DEVICE, dtype)
+
+
+def awkward(tokens: int, inputs: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Rows of normal numbers, with a row of zeros, one of ties (codes of k + ½) and one of tiny numbers among them."""
+    x = torch.randn(tokens, inputs) * 3
+    x[0] = 0
+    if tokens > 2:
+        x[1] = (torch.arange(inputs) % 200 - 100).float() + 0.5
+        x[1, 0] = 127
+        x[2] *= 1e-9
+    return x.to(DEVICE, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "inputs"), [(7, 300), (1, 1), (5, 4099), (0, 8)])
+def test_quantiser_has_the_bits_of_the_definition(tokens: int, inputs: int, dtype: torch.dtype) -> None:
+    """Codes and scales without a norm: zeros, ties, tiny rows, rows longer than a tile, none at all."""
+    x = awkward(tokens, inputs, dtype) if tokens else random(tokens, inputs, dtype=dtype)
+    codes, scale, inverse = gpu.norm_quantize(x, None, EPS)
+    expected, expected_scale = quant.int8_codes(x)
+    assert inverse is None
+    assert torch.equal(codes, expected)
+    assert torch.equal(scale, expected_scale)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy, in the interpreter
+def test_quantiser_on_what_is_not_finite() -> None:
+    """A row with NaN has a scale that is NaN, one with infinity an infinite scale; their neighbours are as ever."""
+    x = random(4, 70)
+    x[1, 3], x[2, 5] = float("nan"), float("-inf")
+    codes, scale, _ = gpu.norm_quantize(x, None, EPS)
+    expected, expected_scale = quant.int8_codes(x)
+    assert torch.equal(scale.isnan(), expected_scale.isnan())
+    assert torch.equal(scale.nan_to_num(), expected_scale.nan_to_num())
+    assert torch.equal(codes[[0, 3]], expected[[0, 3]])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "inputs", "scalar"), [(7, 300, False), (6, 300, True), (3, 1, False), (2, 4099, False)])
+def test_norm_and_quantiser_in_one(tokens: int, inputs: int, scalar: bool, dtype: torch.dtype) -> None:
+    """1/rms is that of float64 to two last bits; codes and scales are, to the bit, those of what it and the gain make of x."""
+    x, gain = awkward(tokens, inputs, dtype), (torch.rand(1 if scalar else inputs) + 0.5).to(DEVICE)
+    codes, scale, inverse = gpu.norm_quantize(x, gain, EPS)
+    assert inverse is not None
+    exact = torch.rsqrt(x.double().square().mean(dim=1, keepdim=True) + EPS)
+    assert ((inverse.double() / exact - 1).abs() <= 4 * torch.finfo(torch.float32).eps).all()
+    expected, expected_scale = quant.int8_codes((x.float() * inverse) * gain)
+    assert torch.equal(codes, expected)
+    assert torch.equal(scale, expected_scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "inputs", "scalar"), [(7, 300, False), (6, 300, True), (0, 8, False), (1, 1, False)])
+def test_backward_of_the_norm(tokens: int, inputs: int, scalar: bool, dtype: torch.dtype) -> None:
+    """Both gradients are float64's up to a rounding and the last bits of fp32 sums; with and without a factor."""
+    x, gain = random(tokens, inputs, dtype=dtype), (torch.rand(1 if scalar else inputs) + 0.5).to(DEVICE)
+    dnormed = random(tokens, inputs, dtype=dtype)
+    _, _, inverse = gpu.norm_quantize(x, gain, EPS)
+    assert inverse is not None
+    for factor in (None, torch.tensor([[0.37]], device=DEVICE)):
+        d = dnormed.double() * (1.0 if factor is None else factor.double())
+        leaves = x.double().requires_grad_(), gain.double().requires_grad_()
+        exact = torch.autograd.grad(quant.rms_norm(*leaves, EPS), leaves, d)
+        normalized = x.double() * inverse
+        product, mean = (d * normalized).abs(), (d * normalized * gain).abs().mean(dim=1, keepdim=True) if inputs else 0
+        terms = inverse * ((d * gain).abs() + normalized.abs() * mean), product.sum() if scalar else product.sum(dim=0)
+        found = gpu.norm_backward(x, inverse, gain, dnormed, factor)
+        for got, value, like, magnitude in zip(found, exact, (x, gain), terms, strict=True):
+            assert got.shape == like.shape
+            assert got.dtype == like.dtype
+            bound = 0.51 * torch.finfo(got.dtype).eps * value.abs() + 4 * torch.finfo(torch.float32).eps * magnitude + 1e-7
+            assert ((got.double() - value).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_ternary_codes(granularity: Granularity) -> None:
+    """Codes of weights of odd shapes, with zeros and ties among them, are the definition's."""
+    group = quant.group_size(granularity) or 0
+    for shape in [(5, 300), (1, 1), (3, 1100), (0, 64), (9, 64)]:
+        weight = random(*shape) * 0.05
+        weight.view(-1)[:2] = 0
+        scale = quant.absmean_scale(weight, granularity)
+        if weight.numel() > 4:
+            weight.view(-1)[2:4] = scale.view(-1)[0] / 2  # a tie: code 0
+        assert torch.equal(gpu.ternarize(weight, scale, group), quant.ternary_codes(weight, scale, granularity))
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_linear_has_the_bits_of_the_definition(granularity: Granularity) -> None:
+    """Every granule, with bias and without, of odd shapes, more than one tile, and no tokens; rounded last to any dtype."""
+    for (tokens, outputs, inputs), bias in product([(3, 5, 300), (150, 131, 256), (17, 130, 70), (0, 5, 8)], (True, False)):
+        weight, x = random(outputs, inputs), awkward(tokens, inputs) if tokens else random(tokens, inputs)
+        scale = quant.absmean_scale(weight, granularity)
+        operands = *quant.int8_codes(x), quant.ternary_codes(weight, scale, granularity), scale
+        b = random(outputs) if bias else None
+        expected = quant.integer_linear(*operands, b, granularity)
+        group = quant.group_size(granularity) or 0
+        for dtype in (torch.float32, torch.bfloat16):
+            assert torch.equal(gpu.int8_linear(*operands, b, group, dtype), expected.to(dtype)), (tokens, outputs, inputs)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_two_bit_linear_has_the_bits_of_the_definition(granularity: Granularity) -> None:
+    """One token, a few and many, of odd shapes, every granule, with bias and without; rounded last to any dtype."""
+    shapes = [(1, 37, 300), (2, 1, 16), (5, 37, 1100), (16, 9, 70), (17, 131, 300), (0, 5, 8)]
+    group = quant.group_size(granularity) or 0
+    for number, (tokens, outputs, inputs) in enumerate(shapes):
+        weight, x = random(outputs, inputs), awkward(tokens, inputs) if tokens else random(tokens, inputs)
+        scale = quant.absmean_scale(weight, granularity)
+        codes, x_scale = quant.int8_codes(x)
+        codes[:, :1] = -128
+        weight_codes = quant.ternary_codes(weight, scale, granularity)
+        b = random(outputs) if number % 2 else None
+        expected = quant.integer_linear(codes, x_scale, weight_codes, scale, b, granularity)
+        packed = LaneTwoBit.pack(weight_codes)
+        for dtype in (torch.float32, torch.bfloat16):
+            found = gpu.packed_linear(codes, x_scale, packed, scale, b, group, dtype)
+            assert torch.equal(found, expected.to(dtype)), (tokens, outputs, inputs)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_packed_linear_picks_the_kernels(granularity: Granularity) -> None:
+    """PackedLinear packs lanes at the first use, and has the definition's bits without a norm; with one, those of the kernel's
+    codes; in the input's dtype."""
+    for norm, dtype in product((None, InputRMSNorm(300).to(DEVICE)), (torch.float32, torch.bfloat16)):
+        weight, x = random(37, 300), random(2, 3, 300, dtype=dtype)
+        scale = quant.absmean_scale(weight, granularity)
+        codes, bias = quant.ternary_codes(weight, scale, granularity), random(37)
+        module = PackedLinear(codes, scale, bias, norm, granularity, True)
+        assert frozen_choice(DEVICE, dtype).name == "triton"
+        with torch.no_grad():
+            y = module(x)
+        assert module._packed is not None
+        assert torch.equal(LaneTwoBit.unpack(module._packed[2], 300), codes)
+        levels, x_scale, _ = gpu.norm_quantize(x.flatten(0, 1), None if norm is None else norm.weight.detach(), EPS)
+        expected = quant.integer_linear(levels, x_scale, codes, scale, bias, granularity)
+        assert y.dtype == dtype
+        assert torch.equal(y, expected.to(dtype).view(2, 3, 37))
+
+
+def test_compiled_inference_is_one_graph() -> None:
+    """torch.compile(fullgraph=True) keeps the operators whole and the bits, whether packed before or while tracing."""
+    torch.compiler.reset()
+    weight, x = random(37, 70), random(4, 70)
+    scale = quant.absmean_scale(weight)
+    with torch.no_grad():
+        for warm in (True, False):
+            module = PackedLinear(quant.ternary_codes(weight, scale), scale, None, InputRMSNorm(70).to(DEVICE), "tensor", True)
+            expected = copy.deepcopy(module)(x)
+            if warm:
+                module(x)
+            compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+            assert torch.equal(compiled(x), expected)
+    torch.compiler.reset()
+
+
+def test_operators_are_well_formed() -> None:
+    """torch's own checks of schema, fake kernels and dispatch pass."""
+    x, gain, weight = random(3, 70), random(70), random(5, 70)
+    tests = ("test_schema", "test_faketensor")
+    ops = torch.ops.trilobit
+    codes, scale, inverse = ops.norm_quantize(x, gain, EPS)
+    weight_scale = quant.absmean_scale(weight)
+    weight_codes = ops.ternarize(weight, weight_scale, 0)
+    torch.library.opcheck(ops.norm_quantize.default, (x, None, EPS), test_utils=tests)
+    torch.library.opcheck(ops.norm_backward.default, (x, inverse, gain, x, None), test_utils=tests)
+    torch.library.opcheck(ops.ternarize.default, (weight, weight_scale, 0), test_utils=tests)
+    arguments = (codes, scale, weight_codes, weight_scale, None, 0, torch.bfloat16)
+    torch.library.opcheck(ops.int8_linear.default, arguments, test_utils=tests)
+    arguments = (codes, scale, LaneTwoBit.pack(weight_codes), weight_scale, None, 0, torch.bfloat16)
+    torch.library.opcheck(ops.packed_linear.default, arguments, test_utils=tests)
