@@ -101,7 +101,8 @@ def test_damping_is_raised_until_it_works() -> None:
     """A moment with a negative eigenvalue is factorised with the first damping that makes it positive."""
     moment = torch.eye(6, dtype=torch.float64)
     moment[0, 1] = moment[1, 0] = 1.05
-    upper = inverse_factor(moment, 0.01)
+    upper, damping = inverse_factor(moment, 0.01)
+    assert damping == pytest.approx(0.1)
     assert torch.allclose(upper.T @ upper, torch.linalg.inv(moment + 0.1 * torch.eye(6)), atol=1e-9)
     assert torch.equal(upper, upper.triu())
 

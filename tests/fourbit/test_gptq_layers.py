@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from families import FAMILIES, VOCABULARY, build, logits, tokens
-from trilobit.errors import ModelError
-from trilobit.fourbit import gptq_layers
+from trilobit.errors import ConfigError, ModelError, OutputError
+from trilobit.fourbit import gptq_layers, memory
 from trilobit.fourbit.fake import Prepared, prepare, round_weights
 from trilobit.fourbit.gptq import quantize_columns
 from trilobit.fourbit.gptq_layers import WEIGHTS, gptq, require_memory
@@ -61,7 +61,7 @@ def test_each_linear_sees_its_quantised_predecessors() -> None:
     for ids in windows().split(1):
         logits(model, ids)
     handle.remove()
-    expected, _ = quantize_columns(build("llama").get_submodule(last).weight, moment, OSP)
+    expected, _, _ = quantize_columns(build("llama").get_submodule(last).weight, moment, OSP)
     assert torch.allclose(model.get_submodule(last).weight, expected, atol=1e-5)
 
 
@@ -80,11 +80,11 @@ def test_a_killed_run_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     whole = quantized("llama").model.state_dict()
     write, written = gptq_layers._write_layer, 0
 
-    def dying(prepared: Prepared, index: int, place: Path) -> None:
+    def dying(prepared: Prepared, index: int, *rest: Any) -> None:
         nonlocal written
         if index == killed_after:
             raise KeyboardInterrupt
-        write(prepared, index, place)
+        write(prepared, index, *rest)
         written += 1
 
     with monkeypatch.context() as patched:
@@ -126,7 +126,7 @@ def test_damage_on_disk_is_refused(tmp_path: Path) -> None:
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    with pytest.raises(ModelError, match="does not match"):
+    with pytest.raises(OutputError, match=r"does not match .* Remove .*layer-001"):
         quantized("llama", progress=tmp_path)
 
 
@@ -158,15 +158,15 @@ def test_memory_is_asked_for_before_it_starts(monkeypatch: pytest.MonkeyPatch) -
     prepared, many = prepare(build("llama"), OSP), windows(64, 64)
     needed = require_memory(prepared, many)
     assert needed > many.numel() * 32 * 4
-    monkeypatch.setattr(gptq_layers, "_available", lambda device: needed - 1)
-    with pytest.raises(ModelError, match=r"needs .* GB beside the model.*Lower --calibration-samples"):
+    monkeypatch.setattr(memory, "available", lambda device: needed - 1)
+    with pytest.raises(ConfigError, match=r"needs .* GB beside the model.*Lower --calibration-samples"):
         gptq(prepared, many, OSP)
     assert torch.equal(logits(prepared.model, tokens()), logits(build("llama"), tokens()))
 
 
 def test_free_memory_is_known_here() -> None:
     """Linux says how much is available; it is more than nothing and less than a petabyte."""
-    free = gptq_layers._available(torch.device("cpu"))
+    free = memory.available(torch.device("cpu"))
     assert free is None or 0 < free < 1e15
 
 

@@ -1,6 +1,5 @@
 """run.json: what made a run, written when it begins and read when it is resumed."""
 
-import hashlib
 import os
 import platform
 import subprocess
@@ -12,7 +11,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 
 from trilobit import __version__
 from trilobit.config.training import TrainingConfig
@@ -88,11 +86,3 @@ def _git_revision() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
-
-
-def weights_fingerprint(model: nn.Module) -> str:
-    """Enough of the weights to tell one checkpoint from another: each parameter's name, shape, sum and absolute sum."""
-    parts = [
-        (name, tuple(p.shape), p.double().sum().item(), p.double().abs().sum().item()) for name, p in model.named_parameters()
-    ]
-    return hashlib.sha256(repr(parts).encode()).hexdigest()

@@ -23,14 +23,14 @@ from trilobit.errors import ConfigError, DataError, ModelError, OutputError
 from trilobit.infer.load import pick_device
 from trilobit.listener import SILENT, Listener
 from trilobit.measure.perplexity import nats
-from trilobit.storage import alone_in, read_json, require_free_space, require_new_directory, write_json
+from trilobit.storage import alone_in, read_json, require_free_space, require_new_directory, weights_fingerprint, write_json
 from trilobit.surgery.roles import decoder_layers
 from trilobit.train.checkpoint import BYTES_PER_PARAMETER, list_checkpoints
 from trilobit.train.data import Tokens
 from trilobit.train.distributed import Team, launch_name, open_team, require_even_parts, restarted, several
 from trilobit.train.loop import muon_matrices
 from trilobit.train.mesh import Spread, arrange, device_memory, spread_over
-from trilobit.train.record import record_to_resume, weights_fingerprint
+from trilobit.train.record import record_to_resume
 from trilobit.train.signals import Signals
 from trilobit.train.track import Track, tracker
 from trilobit.train.windows import Windows, evaluation_windows
