@@ -43,6 +43,19 @@ def test_activations_are_the_definition(
     assert not differs.any() or (((got - expected).abs()[differs] < 2 * step).all() and differs.sum() <= 1)  # a tie
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_scales_are_quotients_to_the_last_bit(bits: int) -> None:
+    """max|w| · p / levels in this order, not max|w| · (p / levels): where weights lie on ties, as bf16 ones do, the other
+    order sends some of them to other levels than the public implementations do."""
+    weight = spread(512, 8).bfloat16().float()
+    top, high = weight.abs().amax(1), 2 ** (bits - 1) - 1
+    protocol = replace(OSP, weight_bits=bits)
+    assert torch.equal(weight_scales(weight, replace(protocol, weight_clip="none"))[0][:, 0], top.clamp(min=1e-5) / high)
+    searched = weight_scales(weight, protocol)[0]
+    candidates = torch.stack([top * (1 - i / 100) / high for i in range(80)], 1)
+    assert ((searched == candidates).any(1) | (top < 1e-5)).all()
+
+
 def test_activations_of_any_layout_and_dtype() -> None:
     """Views that are not contiguous and bf16 give what copies and fp32 give, in the dtype they came in."""
     x = spread(3, 5, 4, 8)
