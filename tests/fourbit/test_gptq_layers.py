@@ -1,5 +1,6 @@
 """GPTQ of a whole decoder: in order, on quantised predecessors, and continued where it was killed."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -135,12 +136,16 @@ def test_other_weights_text_or_knobs_share_nothing() -> None:
     model = build("llama")
     base = fingerprint(model, windows(), OSP)
     assert base == fingerprint(model, windows(), OSP.with_bits("4-8-16"))
+    other = build("llama")
+    other.config.rms_norm_eps = 1e-2
     others = [
+        fingerprint(other, windows(), OSP),
         fingerprint(model, windows(seed=6), OSP),
         fingerprint(model, windows(), OSP.with_bits("3-4-4")),
         fingerprint(build("llama", seed=1), windows(), OSP),
     ]
-    assert len({base, *others}) == 4
+    assert len({base, *others}) == 5
+    assert base == fingerprint(model, windows(), replace(OSP, calibration_data="elsewhere.txt"))
 
 
 def test_the_linear_whose_inputs_are_not_finite_is_named() -> None:
@@ -164,6 +169,40 @@ def test_memory_is_asked_for_before_it_starts(monkeypatch: pytest.MonkeyPatch) -
     assert torch.equal(logits(prepared.model, tokens()), logits(build("llama"), tokens()))
 
 
+def test_memory_grows_with_the_square_of_the_widest_input() -> None:
+    """The moment and its factors are K × K float64, at least three of them at once; hidden states come on top."""
+    narrow, wide = (require_memory(prepare(build("llama", intermediate_size=k), OSP), windows()) for k in (480, 4800))
+    assert wide - narrow > 3 * 8 * (4800**2 - 480**2)
+    more = require_memory(prepare(build("llama"), OSP), windows(60)) - require_memory(prepare(build("llama"), OSP), windows(6))
+    assert more == 54 * 16 * 32 * 4
+
+
+def test_disk_is_asked_for_before_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Progress of a whole decoder has to fit; nothing is computed where it does not."""
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr(gptq_layers, "_quantize_layer", None)
+    with pytest.raises(OutputError, match="GPTQ's progress needs"):
+        quantized("llama", progress=tmp_path)
+
+
+def test_damping_that_was_raised_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its linears, also by a run that reads the layer back; scales are read back as well."""
+    moment = gptq_layers.input_moment
+
+    def indefinite(linear: nn.Linear, *rest: Any) -> Tensor:
+        found = moment(linear, *rest)
+        return found - found.diagonal().mean() * 0.5 * torch.eye(len(found)) if linear.in_features == 48 else found
+
+    monkeypatch.setattr(gptq_layers, "input_moment", indefinite)
+    first = quantized("llama", progress=tmp_path)
+    assert len(first.applied) == 3 and all("instead of 0.01: model.layers." in line for line in first.applied)
+    monkeypatch.setattr(gptq_layers, "_quantize_layer", None)
+    again = quantized("llama", progress=tmp_path)
+    assert again.applied == first.applied and again.earlier > 0
+    assert all(torch.equal(scale, again.scales[path]) for path, scale in first.scales.items())
+
+
 def test_free_memory_is_known_here() -> None:
     """Linux says how much is available; it is more than nothing and less than a petabyte."""
     free = memory.available(torch.device("cpu"))
@@ -177,5 +216,6 @@ def test_bf16_models_are_quantised_in_fp32() -> None:
     full = quantized("llama")
     for (_, half), (_, linear) in zip(prepared.linears(), full.linears(), strict=True):
         assert half.weight.dtype == torch.bfloat16
+        assert all(len(row.unique()) <= 16 for row in half.weight)
         step = linear.weight.abs().max() / 7
         assert (half.weight.float() - linear.weight).abs().mean() < 0.5 * step
