@@ -8,9 +8,10 @@ from transformers import AutoModelForCausalLM
 
 from exact import exact
 from families import build, logits, tokens
+from fourbit.turned import attach_qk_hadamard
 from trilobit.errors import UnsupportedError
 from trilobit.fourbit.hadamard import hadamard_matrix
-from trilobit.fourbit.online import attach_ffn_hadamard, attach_head_hadamard, attach_qk_hadamard
+from trilobit.fourbit.online import attach_ffn_hadamard, attach_head_hadamard
 from trilobit.fourbit.quarot import head_rotation, head_width, matrix, quarot, random_rotation
 
 

@@ -138,7 +138,7 @@ def label(protocol: Protocol) -> str:
     """What a single column is called."""
     parts = [{"rtn": "RTN", "gptq": "GPTQ"}[protocol.method]]
     if protocol.residual_rotation != "none":
-        parts.append("learned rotation" if protocol.residual_rotation == "learned" else "rotation")
+        parts.append("learned rotation" if protocol.residual_rotation == "learned" else "Hadamard rotation")
     elif protocol.ffn_hadamard:
         parts.append("FFN Hadamard")
     return " + ".join(parts)

@@ -2,7 +2,7 @@
 
     what the MLP's last linear reads      x → x R, W → W R                 behind a product of two activations
     what the attention's last reads       the same across heads: H ⊗ I     behind mixtures that differ by head
-    queries and keys, after RoPE          q → q R, k → k R                 behind a rotation that differs by position
+    queries and keys, after RoPE          q → q R, k → k R                 in attention.py: behind one that differs by position
 
 R = Hᵀ/√n (hadamard.py). The logits stay what they are: (x R)(W R)ᵀ = x Wᵀ and (q R)(k R)ᵀ = q kᵀ. Weights are turned once,
 in float64; inputs are turned by forward pre-hooks, queries and keys by an attention function. Order matters: pre-hooks and
@@ -80,14 +80,6 @@ def attach_head_hadamard(model: PreTrainedModel) -> OnlineReport:
     for linear in linears.values():
         _transform_input(linear, partial(_across_heads, width))
     return OnlineReport(what, counts[-1], tuple(linears), made)
-
-
-def attach_qk_hadamard(model: PreTrainedModel) -> OnlineReport:
-    """Transform queries and keys after RoPE, head by head. Raises UnsupportedError for head widths out of reach; ModelError."""
-    width = head_width(model)
-    made = construction(width)
-    attach_attention(model, _transform_qk)
-    return OnlineReport("queries and keys, after RoPE", width, tuple(path for path, _ in decoder_layers(model)), made)
 
 
 def attach_attention(model: PreTrainedModel, change: Change) -> Callable[[], None]:
@@ -184,10 +176,6 @@ def _turned(turn: Callable[[Tensor], Tensor], module: nn.Module, inputs: tuple[A
 def _across_heads(width: int, x: Tensor) -> Tensor:
     """[..., H W] → the same, channel w of all heads transformed together."""
     return transform(x.unflatten(-1, (-1, width)).mT).mT.reshape(x.shape)
-
-
-def _transform_qk(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return transform(query), transform(key), value
 
 
 def _changed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *arguments: Any, **options: Any) -> Any:

@@ -211,9 +211,9 @@ def _quantised(model: PreTrainedModel, stream: Stream, rotation: Tensor, how: _H
 
     new: dict[str, Tensor] = {}
     with ExitStack() as stack:
+        stack.enter_context(how.changing(model))
         for norm in dict.fromkeys(decoder.values()):
             stack.callback(model.get_submodule(norm).register_forward_hook(partial(after_norm, norm)).remove)
-        stack.enter_context(how.changing(model))
         for path in stream.writers:
             hook = partial(before_writer, outputs if roles[path] == "attention-output" else activations)
             stack.callback(model.get_submodule(path).register_forward_pre_hook(hook).remove)
