@@ -1,8 +1,10 @@
 """`trilobit quantize`: measure every cell, and with --out keep each as it comes and write a report of all.
 
-OUT/ has run.json, cells/ (a JSON of each finished cell), progress/ (GPTQ's finished layers) and, at the end, report/:
-fourbit.json (all that is known), fourbit.csv (a line a cell), table.md, perplexity.png, and protocols/ with the knobs of
-each protocol, which `--protocol` reads. A run that was stopped goes on with --resume: what is there is not computed again.
+OUT/ has run.json (settings, and hashes of each model and text), cells/ (a JSON of each finished cell with its protocol),
+progress/ (GPTQ's finished layers, until their cells are there) and, at the end, report/: fourbit.json (all that is known),
+fourbit.csv (a line a cell), table.md, perplexity.png, and protocols/ with the knobs of each protocol, which `--protocol`
+reads. A run that was stopped goes on with --resume: what is there is not computed again, if it is of the same protocol,
+model, text and version, and refused by name if it is not.
 """
 
 import csv
