@@ -35,6 +35,7 @@ def test_windows_are_drawn_with_the_protocols_seed(tmp_path: Path) -> None:
     pieces = ["".join(byte_tokenizer().convert_ids_to_tokens(row)) for row in found.tolist()]  # pyright: ignore
     pool = [TEXT[i : i + 10] for i in range(0, 320, 10)]
     assert found.shape == (4, 10) and len(set(pieces)) == 4 and set(pieces) <= set(pool)
+    assert not set(pieces) <= set(pool[:16])  # of all of them, not of the first few
     assert torch.equal(found, calibration_windows(loaded(), config(tmp_path), PROTOCOL))
     other = replace(PROTOCOL, calibration_seed=1)
     assert not torch.equal(found, calibration_windows(loaded(), config(tmp_path), other))
