@@ -77,6 +77,15 @@ def documents(data: str, *, text_field: str = "text", split: Split | None = None
         raise DataError(f"--data {data} holds no text: everything in it is empty.")
 
 
+def overlap(one: str, other: str) -> bool:
+    """Whether two `--data` strings name a file in common, or the same data set, however they are spelt. The two parts of
+    stdlib have nothing in common. Raises DataError if either is nothing we can read."""
+    first, second = _source(one), _source(other)
+    if isinstance(first, list) and isinstance(second, list):
+        return not {path.resolve() for path in first}.isdisjoint(path.resolve() for path in second)
+    return first == second != "stdlib"
+
+
 def is_stream(data: str) -> bool:
     """True if `data` is read over the network and may have no end. Raises DataError if it is nothing we can read."""
     return isinstance(_source(data), Hub)

@@ -22,7 +22,7 @@ from trilobit.errors import ModelError, OutputError
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
 
 MANIFEST = "manifest.json"
 MOST_BYTES = 5_000_000_000  # of a file, as hubs like it
@@ -169,6 +169,17 @@ def require_free_space(path: Path, needed: int, purpose: str) -> None:
     free = shutil.disk_usage(above).free
     if free < needed:
         raise OutputError(f"{purpose} needs {needed / 1e9:.2f} GB under {path}, but {free / 1e9:.2f} GB are free.")
+
+
+def weights_fingerprint(model: "nn.Module") -> str:
+    """SHA-256 of every parameter's name, dtype, shape and bytes, which no device and no number of threads changes."""
+    import torch
+
+    found = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        found.update(repr((name, str(parameter.dtype), tuple(parameter.shape))).encode())
+        found.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def save_tensors(tensors: "dict[str, Tensor]", path: Path) -> None:

@@ -44,11 +44,13 @@ def activation(
     return result
 
 
-def weight_scale(row: Any, bits: int, symmetric: bool = True, grid: int = 100, shrink: float = 0.8, norm: float = 2.4) -> Any:
+def weight_scale(
+    row: Any, bits: int, symmetric: bool = True, grid: int = 100, shrink: float = 0.8, norm: float = 2.4, inside: bool = True
+) -> Any:
     """Scale and zero point of one row: the share of its range with the least error."""
     best, least = (1.0, 0.0), math.inf
     for i in range(int(shrink * grid)):
-        scale, zero = range_scale(row, bits, symmetric, 1 - i / grid, True)
+        scale, zero = range_scale(row, bits, symmetric, 1 - i / grid, inside)
         error = (abs(fake(row, scale, zero, bits, symmetric) - row) ** norm).sum()
         if error < least:
             best, least = (scale, zero), error
@@ -63,9 +65,9 @@ def weight(matrix: Any, bits: int, symmetric: bool = True) -> Any:
     return np.array(rows)
 
 
-def gptq(matrix: Any, moment: Any, bits: int, damping: float = 0.01) -> Any:
+def gptq(matrix: Any, moment: Any, bits: int, damping: float = 0.01, group: int | None = None) -> Any:
     """Optimal brain surgery, column by column: the remaining weights move by −e · H⁻¹_j: / H⁻¹_jj, then row and column j are
-    eliminated from H⁻¹."""
+    eliminated from H⁻¹. group: columns with a scale of their own, of what they are when the first of them has its turn."""
     matrix, moment = np.array(matrix, dtype=np.float64), np.array(moment, dtype=np.float64)
     for j in range(len(moment)):
         if moment[j, j] == 0:
@@ -74,6 +76,8 @@ def gptq(matrix: Any, moment: Any, bits: int, damping: float = 0.01) -> Any:
     grids = [weight_scale(row, bits) for row in matrix]
     result = np.zeros_like(matrix)
     for j in range(len(moment)):
+        if group is not None and j % group == 0:
+            grids = [weight_scale(row[j : j + group], bits) for row in matrix]
         result[:, j] = [fake(w, scale, zero, bits, True) for w, (scale, zero) in zip(matrix[:, j], grids, strict=True)]
         error = (matrix[:, j] - result[:, j]) / inverse[j, j]
         matrix -= np.outer(error, inverse[j])

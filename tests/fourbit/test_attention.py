@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from families import FAMILIES, build, logits, tokens
+from fourbit.turned import attach_qk_hadamard
 from trilobit.errors import ModelError, UnsupportedError
 from trilobit.fourbit.attention import cache_quantizer, changed_attention
 from trilobit.fourbit.hadamard import transform
-from trilobit.fourbit.online import attach_qk_hadamard
 from trilobit.fourbit.protocol import PRESETS
 
 OSP = PRESETS["osp"]

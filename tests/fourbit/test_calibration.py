@@ -9,10 +9,12 @@ import torch
 
 from infer.checkpoints import byte_model, byte_tokenizer
 from trilobit.config.quantize import QuantizeConfig
+from trilobit.corpus import stdlib_documents
 from trilobit.errors import ConfigError, DataError, ModelError
 from trilobit.fourbit.calibration import calibration_source, calibration_windows
 from trilobit.fourbit.protocol import PRESETS
 from trilobit.infer.load import Loaded
+from trilobit.measure.perplexity import text_windows
 
 TEXT = "".join(f"{i:03}" for i in range(134))
 PROTOCOL = replace(PRESETS["osp"], calibration_samples=4, calibration_length=10)
@@ -33,6 +35,7 @@ def test_windows_are_drawn_with_the_protocols_seed(tmp_path: Path) -> None:
     pieces = ["".join(byte_tokenizer().convert_ids_to_tokens(row)) for row in found.tolist()]  # pyright: ignore
     pool = [TEXT[i : i + 10] for i in range(0, 320, 10)]
     assert found.shape == (4, 10) and len(set(pieces)) == 4 and set(pieces) <= set(pool)
+    assert not set(pieces) <= set(pool[:16])  # of all of them, not of the first few
     assert torch.equal(found, calibration_windows(loaded(), config(tmp_path), PROTOCOL))
     other = replace(PROTOCOL, calibration_seed=1)
     assert not torch.equal(found, calibration_windows(loaded(), config(tmp_path), other))
@@ -52,6 +55,26 @@ def test_too_little_text(tmp_path: Path) -> None:
         calibration_windows(loaded(), config(tmp_path, TEXT[:9]), PROTOCOL)
     with pytest.raises(ModelError, match="--calibration-length 65 is longer than the model's 64 positions"):
         calibration_windows(loaded(), config(tmp_path), replace(PROTOCOL, calibration_length=65))
+
+
+def test_stdlib_is_calibrated_on_its_training_part() -> None:
+    """Where --data is stdlib, of which the held-out part is measured: every sequence is of the other."""
+    protocol = replace(PROTOCOL, calibration_length=40)
+    found = calibration_windows(loaded(), QuantizeConfig(models=("m",), data="stdlib"), protocol).tolist()
+
+    def windows_of(split: Any) -> list[list[int]]:
+        texts = (text for _, text in stdlib_documents(split) if text)
+        return text_windows(texts, byte_tokenizer(), 40, False, 8 * 4)[0].tolist()
+
+    assert all(row in windows_of("train") for row in found)
+    assert not any(row in windows_of("heldout") for row in found)
+
+
+def test_tokens_beyond_the_embedding_are_refused(tmp_path: Path) -> None:
+    """A tokenizer of more tokens than the model has rows."""
+    small = Loaded(byte_model(num_hidden_layers=1, vocab_size=20), byte_tokenizer(), None, "pretrained")
+    with pytest.raises(ModelError, match=r"token \d+, beyond the model's embedding"):
+        calibration_windows(small, config(tmp_path), PROTOCOL)
 
 
 def test_where_the_text_comes_from(tmp_path: Path) -> None:

@@ -77,6 +77,15 @@ def test_groups_take_their_scale_when_they_begin(block: int) -> None:
     assert cost(weight, got, moment) < cost(weight, round_to_nearest(weight, protocol), moment)
 
 
+@pytest.mark.parametrize(("block", "group", "inputs"), [(128, 8, 24), (5, 8, 22), (8, 3, 20), (1, 1, 9)])
+def test_groups_are_of_weights_that_have_moved(block: int, group: int, inputs: int) -> None:
+    """A group's scale is of what every column before it has made of its weights, which the elimination in float64 confirms."""
+    weight, moment = problem(6, inputs)
+    got = quantized(weight, moment, replace(OSP, weight_group=group, gptq_block=block))
+    expected = torch.tensor(naive.gptq(weight.numpy(), moment.numpy(), 4, group=group))
+    assert torch.allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_act_order_quantises_what_weighs_most_first() -> None:
     """It is GPTQ of the permuted problem, put back."""
     weight, moment = problem(4, 20)
@@ -101,7 +110,8 @@ def test_damping_is_raised_until_it_works() -> None:
     """A moment with a negative eigenvalue is factorised with the first damping that makes it positive."""
     moment = torch.eye(6, dtype=torch.float64)
     moment[0, 1] = moment[1, 0] = 1.05
-    upper = inverse_factor(moment, 0.01)
+    upper, damping = inverse_factor(moment, 0.01)
+    assert damping == pytest.approx(0.1)
     assert torch.allclose(upper.T @ upper, torch.linalg.inv(moment + 0.1 * torch.eye(6)), atol=1e-9)
     assert torch.equal(upper, upper.triu())
 

@@ -1,5 +1,6 @@
 """GPTQ of a whole decoder: in order, on quantised predecessors, and continued where it was killed."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from families import FAMILIES, VOCABULARY, build, logits, tokens
-from trilobit.errors import ModelError
-from trilobit.fourbit import gptq_layers
+from trilobit.errors import ConfigError, ModelError, OutputError
+from trilobit.fourbit import gptq_layers, memory
 from trilobit.fourbit.fake import Prepared, prepare, round_weights
 from trilobit.fourbit.gptq import quantize_columns
 from trilobit.fourbit.gptq_layers import WEIGHTS, gptq, require_memory
@@ -61,7 +62,7 @@ def test_each_linear_sees_its_quantised_predecessors() -> None:
     for ids in windows().split(1):
         logits(model, ids)
     handle.remove()
-    expected, _ = quantize_columns(build("llama").get_submodule(last).weight, moment, OSP)
+    expected, _, _ = quantize_columns(build("llama").get_submodule(last).weight, moment, OSP)
     assert torch.allclose(model.get_submodule(last).weight, expected, atol=1e-5)
 
 
@@ -80,11 +81,11 @@ def test_a_killed_run_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     whole = quantized("llama").model.state_dict()
     write, written = gptq_layers._write_layer, 0
 
-    def dying(prepared: Prepared, index: int, place: Path) -> None:
+    def dying(prepared: Prepared, index: int, *rest: Any) -> None:
         nonlocal written
         if index == killed_after:
             raise KeyboardInterrupt
-        write(prepared, index, place)
+        write(prepared, index, *rest)
         written += 1
 
     with monkeypatch.context() as patched:
@@ -126,7 +127,7 @@ def test_damage_on_disk_is_refused(tmp_path: Path) -> None:
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    with pytest.raises(ModelError, match="does not match"):
+    with pytest.raises(OutputError, match=r"does not match .* Remove .*layer-001"):
         quantized("llama", progress=tmp_path)
 
 
@@ -135,12 +136,16 @@ def test_other_weights_text_or_knobs_share_nothing() -> None:
     model = build("llama")
     base = fingerprint(model, windows(), OSP)
     assert base == fingerprint(model, windows(), OSP.with_bits("4-8-16"))
+    other = build("llama")
+    other.config.rms_norm_eps = 1e-2
     others = [
+        fingerprint(other, windows(), OSP),
         fingerprint(model, windows(seed=6), OSP),
         fingerprint(model, windows(), OSP.with_bits("3-4-4")),
         fingerprint(build("llama", seed=1), windows(), OSP),
     ]
-    assert len({base, *others}) == 4
+    assert len({base, *others}) == 5
+    assert base == fingerprint(model, windows(), replace(OSP, calibration_data="elsewhere.txt"))
 
 
 def test_the_linear_whose_inputs_are_not_finite_is_named() -> None:
@@ -158,15 +163,49 @@ def test_memory_is_asked_for_before_it_starts(monkeypatch: pytest.MonkeyPatch) -
     prepared, many = prepare(build("llama"), OSP), windows(64, 64)
     needed = require_memory(prepared, many)
     assert needed > many.numel() * 32 * 4
-    monkeypatch.setattr(gptq_layers, "_available", lambda device: needed - 1)
-    with pytest.raises(ModelError, match=r"needs .* GB beside the model.*Lower --calibration-samples"):
+    monkeypatch.setattr(memory, "available", lambda device: needed - 1)
+    with pytest.raises(ConfigError, match=r"needs .* GB beside the model.*Lower --calibration-samples"):
         gptq(prepared, many, OSP)
     assert torch.equal(logits(prepared.model, tokens()), logits(build("llama"), tokens()))
 
 
+def test_memory_grows_with_the_square_of_the_widest_input() -> None:
+    """The moment and its factors are K × K float64, at least three of them at once; hidden states come on top."""
+    narrow, wide = (require_memory(prepare(build("llama", intermediate_size=k), OSP), windows()) for k in (480, 4800))
+    assert wide - narrow > 3 * 8 * (4800**2 - 480**2)
+    more = require_memory(prepare(build("llama"), OSP), windows(60)) - require_memory(prepare(build("llama"), OSP), windows(6))
+    assert more == 54 * 16 * 32 * 4
+
+
+def test_disk_is_asked_for_before_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Progress of a whole decoder has to fit; nothing is computed where it does not."""
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr(gptq_layers, "_quantize_layer", None)
+    with pytest.raises(OutputError, match="GPTQ's progress needs"):
+        quantized("llama", progress=tmp_path)
+
+
+def test_damping_that_was_raised_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its linears, also by a run that reads the layer back; scales are read back as well."""
+    moment = gptq_layers.input_moment
+
+    def indefinite(linear: nn.Linear, *rest: Any) -> Tensor:
+        found = moment(linear, *rest)
+        return found - found.diagonal().mean() * 0.5 * torch.eye(len(found)) if linear.in_features == 48 else found
+
+    monkeypatch.setattr(gptq_layers, "input_moment", indefinite)
+    first = quantized("llama", progress=tmp_path)
+    assert len(first.applied) == 3 and all("instead of 0.01: model.layers." in line for line in first.applied)
+    monkeypatch.setattr(gptq_layers, "_quantize_layer", None)
+    again = quantized("llama", progress=tmp_path)
+    assert again.applied == first.applied and again.earlier > 0
+    assert all(torch.equal(scale, again.scales[path]) for path, scale in first.scales.items())
+
+
 def test_free_memory_is_known_here() -> None:
     """Linux says how much is available; it is more than nothing and less than a petabyte."""
-    free = gptq_layers._available(torch.device("cpu"))
+    free = memory.available(torch.device("cpu"))
     assert free is None or 0 < free < 1e15
 
 
@@ -177,5 +216,6 @@ def test_bf16_models_are_quantised_in_fp32() -> None:
     full = quantized("llama")
     for (_, half), (_, linear) in zip(prepared.linears(), full.linears(), strict=True):
         assert half.weight.dtype == torch.bfloat16
+        assert all(len(row.unique()) <= 16 for row in half.weight)
         step = linear.weight.abs().max() / 7
         assert (half.weight.float() - linear.weight).abs().mean() < 0.5 * step

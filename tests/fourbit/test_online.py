@@ -8,9 +8,10 @@ from torch import Tensor
 
 from exact import exact
 from families import FAMILIES, build, logits, tokens
+from fourbit.turned import attach_qk_hadamard
 from trilobit.errors import ModelError, UnsupportedError
 from trilobit.fourbit.hadamard import transform
-from trilobit.fourbit.online import attach_attention, attach_ffn_hadamard, attach_head_hadamard, attach_qk_hadamard
+from trilobit.fourbit.online import attach_attention, attach_ffn_hadamard, attach_head_hadamard
 from trilobit.fourbit.quarot import quarot
 from trilobit.surgery.roles import find_sites
 

@@ -36,9 +36,9 @@ def test_the_hash_is_of_every_knob() -> None:
     assert replace(base).sha256 == base.sha256
     other: dict[str, Any] = {
         "name": "x", "weight_clip": "none", "weight_group": 32, "output_group": "token", "ranges_with_zero": (),
-        "residual_rotation": "learned", "query_key_hadamard": "none", "method": "gptq", "calibration_data": "text",
+        "residual_rotation": "learned", "query_key_hadamard": "none", "method": "gptq", "calibration_sha256": "0",
     }  # fmt: skip
-    pinned = {"full_precision", "arithmetic", "gptq_order", "calibration_draw"}
+    pinned = {"full_precision", "arithmetic", "gptq_order", "calibration_draw", "calibration_data"}
     hashes = {base.sha256}
     for field in fields(Protocol):
         value = getattr(base, field.name)
@@ -48,6 +48,7 @@ def test_the_hash_is_of_every_knob() -> None:
             other[field.name] = not value if isinstance(value, bool) else value / 2 if isinstance(value, float) else value + 1
         hashes.add(replace(base, **{field.name: other[field.name]}).sha256)
     assert len(hashes) == len(fields(Protocol)) - len(pinned) + 1
+    assert replace(base, calibration_data="elsewhere.txt").sha256 == base.sha256  # a path is no text
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -82,6 +83,15 @@ def test_bad_files(tmp_path: Path, change: dict[str, Any], says: str) -> None:
     path.write_text(json.dumps(asdict(PRESETS["osp"]) | change))
     with pytest.raises(ConfigError, match=re.escape(says)):
         find_protocol(str(path))
+
+
+@pytest.mark.parametrize(
+    "typo", [{"weight_clip": "MSE"}, {"output_group": "Head"}, {"method": "GPTQ"}, {"residual_rotation": "Hadamard"}]
+)
+def test_typos_in_python_are_refused(typo: dict[str, Any]) -> None:
+    """A value that no file may have, no code may have."""
+    with pytest.raises(ConfigError, match="cannot be"):
+        replace(PRESETS["osp"], **typo)
 
 
 def test_a_protocol_leaves_nothing_open(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from families import FAMILIES, VOCABULARY, build, logits, tokens
-from trilobit.errors import ModelError, UnsupportedError
+from trilobit.errors import ModelError, OutputError, UnsupportedError
 from trilobit.fourbit import rotation
 from trilobit.fourbit.fake import prepare
 from trilobit.fourbit.protocol import PRESETS
@@ -94,17 +94,19 @@ def test_a_learned_rotation_is_learned_once(tmp_path: Path, monkeypatch: pytest.
     """The second time it is read back, bit by bit; other text, weights or budget are learned anew."""
     protocol = replace(PRESETS["spinquant"], **SHORT)
     heard = Heard()
-    first = learned_rotation(build("llama"), protocol, windows(), tmp_path, heard)
+    first, seconds = learned_rotation(build("llama"), protocol, windows(), tmp_path, heard)
+    assert seconds == 0
     assert heard.steps == [24, 48, 72]
-    assert torch.allclose(first @ first.T, torch.eye(32, dtype=torch.float64), atol=1e-9)
+    assert torch.allclose(first.matrix @ first.matrix.T, torch.eye(32, dtype=torch.float64), atol=1e-9)
     with monkeypatch.context() as patched:
         patched.setattr(rotation, "learn", None)
-        assert torch.equal(learned_rotation(build("llama"), protocol, windows(), tmp_path, heard), first)
+        again, seconds = learned_rotation(build("llama"), protocol, windows(), tmp_path, heard)
+        assert torch.equal(again.matrix, first.matrix) and replace(again, matrix=first.matrix) == first and seconds > 0
     for model, changed, text in (
         (build("llama", seed=1), protocol, windows()), (build("llama"), replace(protocol, learning_steps=4), windows()),
         (build("llama"), protocol, windows(4)),
     ):  # fmt: skip
-        assert not torch.equal(learned_rotation(model, changed, text, tmp_path, heard), first)
+        assert not torch.equal(learned_rotation(model, changed, text, tmp_path, heard)[0].matrix, first.matrix)
     assert len(list(tmp_path.glob("rotation-*/" + MATRIX))) == 4
 
 
@@ -116,5 +118,5 @@ def test_a_damaged_rotation_is_refused(tmp_path: Path) -> None:
     data = bytearray(kept.read_bytes())
     data[-1] ^= 1
     kept.write_bytes(data)
-    with pytest.raises(ModelError, match="does not match"):
+    with pytest.raises(OutputError, match="does not match"):
         learned_rotation(build("llama"), protocol, windows(), tmp_path, Heard())

@@ -112,6 +112,29 @@ def test_groups_are_rows_of_their_own(group: int, symmetric: bool) -> None:
     assert weight_scales(weight, protocol)[0].shape == (3, -(-40 // group))
 
 
+@pytest.mark.parametrize("group", [None, 4, 40])
+@pytest.mark.parametrize("inside", [True, False])
+def test_whether_ranges_of_weights_hold_zero(group: int | None, inside: bool) -> None:
+    """The knob decides it, and not whether there are groups: the definition's scales of rows that are positive."""
+    weight = spread(3, 40).abs() + 1
+    zeros = ("inputs", "keys", "weights") if inside else ("inputs", "keys")
+    protocol = replace(OSP, weight_symmetric=False, weight_group=group, ranges_with_zero=zeros)
+    expected = [
+        [naive.weight_scale(part, 4, False, inside=inside)[0] for part in np.split(row, 40 // (group or 40))]
+        for row in weight.double().numpy()
+    ]
+    assert torch.allclose(weight_scales(weight.double(), protocol)[0], torch.tensor(expected, dtype=torch.float64), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("shrink", "grid", "least"), [(0.57, 100, 0.44), (0.8, 100, 0.21), (0.29, 100, 0.72), (0.25, 10, 0.9)])
+def test_how_far_clips_go(shrink: float, grid: int, least: float) -> None:
+    """⌊shrink · grid⌋ candidates, as written: of a weight for which the smallest range is best, the last of them."""
+    weight = torch.full((1, 1000), -0.9 * least)
+    weight[0, 0] = 1.0
+    protocol = replace(OSP, weight_bits=2, clip_shrink=shrink, clip_grid=grid)
+    assert weight_scales(weight, protocol)[0].item() == pytest.approx(least, rel=1e-5)
+
+
 def test_blocks_of_rows_change_nothing() -> None:
     """A matrix larger than a block gives what its rows give alone."""
     weight = spread(70, 1000)
@@ -127,7 +150,7 @@ def test_levels_are_kept() -> None:
     once = round_weight(weight, scale, zero, OSP)
     assert torch.equal(round_weight(once, scale, zero, OSP), once)
     codes = once / scale
-    assert (codes.round().min(), codes.round().max()) >= (weight_grid(OSP).low, 0)
+    assert weight_grid(OSP).low <= codes.round().min() < 0 < codes.round().max() <= weight_grid(OSP).high
     assert torch.allclose(codes, codes.round(), atol=1e-5)
 
 

@@ -180,7 +180,7 @@ def test_learning_beats_random_rotations(made) -> None:
     turns still costs."""
     model, windows = made
     train, held_out = windows[:32], windows[32:]
-    learned = learn(model, train, quantise_activations=four_bits, steps=80, batch=16)
+    learned = learn(model, train, quantise_activations=four_bits, steps=80, batch=16, through_ranges=True)
 
     def loss(rotation: Tensor | None, on: Tensor) -> float:
         return quantised_loss(model, on, rotation, four_bits)

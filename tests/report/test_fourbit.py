@@ -1,7 +1,9 @@
 """`trilobit quantize` as a whole: cells, grids that are continued, reports, refusals."""
 
 import csv
+import hashlib
 import json
+import shutil
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,10 +17,12 @@ from matplotlib.image import imread
 from infer.checkpoints import byte_model, byte_tokenizer, save
 from trilobit.cli import main
 from trilobit.config.eval import EvalConfig
-from trilobit.config.quantize import QuantizeConfig
-from trilobit.errors import ConfigError, ModelError, OutputError
-from trilobit.fourbit import evaluate
-from trilobit.fourbit.evaluate import COLUMNS, ORIGINAL, ROWS
+from trilobit.config.quantize import ROWS, QuantizeConfig
+from trilobit.errors import ConfigError, DataError, ModelError, OutputError, UnsupportedError
+from trilobit.fourbit import evaluate, gptq_layers
+from trilobit.fourbit.calibration import calibration_windows
+from trilobit.fourbit.evaluate import COLUMNS, ORIGINAL
+from trilobit.fourbit.progress import windows_fingerprint
 from trilobit.fourbit.protocol import PRESETS, find_protocol
 from trilobit.fourbit.result import QuantizeResult
 from trilobit.infer.load import load
@@ -73,7 +77,8 @@ def test_a_single_cell(place: Path) -> None:
     assert cell.loss == pytest.approx(cell.nats_per_token - original.nats_per_token)
     assert abs(cell.loss) > 1e-4
     protocol = replace(PRESETS["osp"], calibration_samples=6, calibration_length=16, learning_steps=2)
-    assert result.protocols == {protocol.sha256: protocol.text} and cell.protocol_sha256 == protocol.sha256
+    assert result.protocols[cell.protocol_sha256] == protocol.text and cell.protocol_sha256 == protocol.sha256
+    assert set(result.protocols) == {original.protocol_sha256, protocol.sha256}
     assert cell.excess_kurtosis == original.excess_kurtosis  # RTN turns nothing
     assert all(part in result.summary() for part in (protocol.sha256, "weight_clip", "4-4-4", "RTN", "above"))
 
@@ -98,7 +103,7 @@ def test_settings_reach_the_protocol(place: Path, more: Any, column: str) -> Non
     cell = result.cells[1]
     assert cell.column == column and cell.bits == more.get("bits", "4-4-4")
     assert cell.nats_per_token != base.nats_per_token
-    (text,) = result.protocols.values()
+    text = result.protocols[cell.protocol_sha256]
     rows = dict(line.split(maxsplit=1) for line in text.splitlines())
     assert rows["ffn_hadamard"] == ("true" if "FFN" in column else "false")
     assert rows["method"] == ('"gptq"' if "GPTQ" in column else '"rtn"')
@@ -139,7 +144,7 @@ def test_the_report_is_whole(grid: tuple[QuantizeResult, Path]) -> None:
     assert [row["perplexity"] for row in rows] == ["" if c.perplexity is None else str(c.perplexity) for c in result.cells]
     table = (report / "table.md").read_text(encoding="utf-8")
     assert table.count("| 4-4-4 |") == 2 and "| bits | RTN | + FFN Hadamard | + GPTQ | QuaRot | SpinQuant |" in table
-    assert all(row in result.summary() for row in (*ROWS, "kurtosis", "seconds"))
+    assert all(row in result.summary() for row in (*ROWS, "kurtosis", "seconds", "QuaRot: values:"))
     image = imread(report / "perplexity.png")[..., :3]
     assert (np.ptp(image, axis=-1) > 0.2).sum() > 500
     for digest in result.protocols:
@@ -177,9 +182,9 @@ def test_a_stopped_grid_continues(place: Path, tmp_path: Path, monkeypatch: pyte
     whole = {(c.column, c.bits): c for c in grid[0].cells if c.model.endswith("model")}
     assert kept == sum(cell.refused is None for cell in whole.values())
     assert [c.nats_per_token for c in result.cells] == [whole[c.column, c.bits].nats_per_token for c in result.cells]
-    monkeypatch.setattr(evaluate, "load", None)  # a third time nothing is loaded
-    if all(cell.refused is None for cell in result.cells):
-        assert run(replace(config, resume=True)) == result
+    monkeypatch.setattr(evaluate, "measure", None)  # a third time nothing is measured
+    assert run(replace(config, resume=True)) == result
+    assert not list((out / "progress").glob("*/layer-*")), "GPTQ's layers are of no use once their cells are kept"
 
 
 def test_other_settings_are_no_continuation(place: Path, grid: tuple[QuantizeResult, Path]) -> None:
@@ -189,6 +194,177 @@ def test_other_settings_are_no_continuation(place: Path, grid: tuple[QuantizeRes
         run(config)
     with pytest.raises(ConfigError, match=r"--max-tokens was 100, is 50; --seed was None, is 1\."):
         run(replace(config, resume=True, max_tokens=50, seed=1))
+
+
+def test_a_continuation_is_of_the_same_protocol_model_and_text(place: Path, tmp_path: Path) -> None:
+    """--resume with a protocol file, weights, a config or a text that changed under the same path names what changed."""
+    for name in ("model", "text.txt", "other.txt"):
+        (shutil.copytree if name == "model" else shutil.copy)(place / name, tmp_path / name)
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(asdict(replace(PRESETS["osp"], method="gptq", calibration_samples=6, calibration_length=16))))
+    config = settings(tmp_path, protocol=str(path), out=str(tmp_path / "out"))
+    first = run(config)
+    assert run(replace(config, resume=True)) == first
+
+    def refused(says: str) -> None:
+        with pytest.raises(ConfigError, match=says):
+            run(replace(config, resume=True))
+
+    before = path.read_text()
+    path.write_text(before.replace('"clip_norm": 2.4', '"clip_norm": 2.0'))
+    refused(r"--resume.*another protocol_sha256 \(clip_norm was 2\.4, is 2\.0\)")
+    path.write_text(before)
+    (tmp_path / "other.txt").write_text(OTHER[1:])
+    refused("calibration_sha256 was")
+    (tmp_path / "other.txt").write_text(OTHER)
+    (tmp_path / "text.txt").write_text(TEXT[2:])
+    refused("windows_sha256 was")
+    (tmp_path / "text.txt").write_text(TEXT)
+    weights = (tmp_path / "model" / "model.safetensors").read_bytes()
+    save(tmp_path / "model", byte_model(num_hidden_layers=1, intermediate_size=32, seed=7), byte_tokenizer(adds_bos=True))
+    refused("model_sha256 was")
+    (tmp_path / "model" / "model.safetensors").write_bytes(weights)
+    content = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(content | {"rms_norm_eps": 1e-3}))
+    refused("model_sha256 was")
+    (tmp_path / "model" / "config.json").write_text(json.dumps(content))
+    assert run(replace(config, resume=True)) == first
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    (measured,) = record["measured"].values()
+    assert measured["model_sha256"] == first.cells[0].model_sha256 and measured["version"] == first.cells[0].version
+    record["versions"]["trilobit"] = "0.0.1"
+    (tmp_path / "out" / "run.json").write_text(json.dumps(record))
+    refused("begun by trilobit 0.0.1")
+
+
+def test_the_hashes_say_what_compares(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another dtype, beginning or measured text is another measurement; another calibration text another protocol; another
+    spelling of its path neither."""
+
+    def hashes(**more: Any) -> tuple[str, str]:
+        cell = run(settings(place, **{"method": "gptq", **more})).cells[1]
+        return cell.protocol_sha256, cell.measurement_sha256
+
+    protocol, measurement = hashes()
+    assert hashes(precision="bf16")[1] != measurement != hashes(max_tokens=50)[1]
+    assert hashes(bos="no")[1] != measurement
+    (place / "third.txt").write_text("And a third text, of which nobody knows why it is there at all.\n" * 8)
+    other = hashes(calibration=str(place / "third.txt"))
+    assert other[0] != protocol and other[1] == measurement
+    monkeypatch.chdir(place)
+    assert hashes(calibration="other.txt") == (protocol, measurement)
+    (place / "again").mkdir()
+    (place / "again" / "copy.txt").write_text(OTHER)
+    assert hashes(calibration="again") == (protocol, measurement)
+
+
+def test_what_was_applied_is_in_the_result(place: Path, tmp_path: Path) -> None:
+    """Heads without a matrix, values left alone, the budget of a learned rotation: in cells, summary and table."""
+    shape = {"hidden_size": 36, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 4, "intermediate_size": 32}
+    save(tmp_path / "nine", byte_model(num_hidden_layers=1, **shape), byte_tokenizer())
+    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "other.txt").write_text(OTHER)
+    result = run(settings(tmp_path, "nine", protocol="quarot", out=str(tmp_path / "out")))
+    said = " ".join(result.cells[1].applied)
+    assert all(
+        part in said for part in ("no Hadamard matrix of 9 heads", "signs, seed 0", "MLP output: Sylvester", "after RoPE")
+    )
+    assert "no Hadamard matrix of 9 heads" in result.summary()
+    assert "no Hadamard matrix of 9 heads" in (tmp_path / "out" / "report" / "table.md").read_text(encoding="utf-8")
+    learned = run(settings(place, protocol="spinquant")).cells[1]
+    assert any("2 steps, 256 tokens, lr 1.5, seed 0, loss" in line for line in learned.applied)
+
+
+def test_what_the_user_must_mend_ends_a_grid(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A calibration file that does not exist ends the run before a cell is measured; a disk that refuses, when it does."""
+    missing = settings(place, grid="osp", calibration=str(place / "nowhere.txt"), out=str(tmp_path / "a"))
+    with pytest.raises(DataError, match=r"calibration text .*nowhere\.txt"):
+        run(missing)
+    assert not list((tmp_path / "a" / "cells").iterdir())
+
+    def full(*arguments: Any) -> None:
+        raise OutputError("the disk is full")
+
+    monkeypatch.setattr(gptq_layers, "_write_layer", full)
+    with pytest.raises(OutputError, match="disk is full"):
+        run(settings(place, grid="osp", out=str(tmp_path / "b")))
+
+
+def test_what_a_model_cannot_have_is_said_before_it_costs(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads of six and an attention that is not reached are refused before GPTQ, with a remedy that works; in a grid the rows
+    without a quantised cache are measured."""
+    six = byte_model(num_hidden_layers=1, head_dim=6, intermediate_size=32)
+    capped = byte_model("gemma2", num_hidden_layers=1, head_dim=8, sliding_window=4, query_pre_attn_scalar=8)
+    save(tmp_path / "six", six, byte_tokenizer())
+    save(tmp_path / "capped", capped, byte_tokenizer())
+    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "other.txt").write_text(OTHER)
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluate, "gptq", None)
+        with pytest.raises(UnsupportedError, match=r"width 6 .*--bits 4-4-16-4"):
+            run(settings(tmp_path, "six", method="gptq"))
+        with pytest.raises(ModelError, match=r"as eager.*--bits 4-4-16"):
+            run(settings(tmp_path, "capped", method="gptq"))
+    assert run(settings(tmp_path, "six", bits="4-4-16-4")).cells[1].perplexity
+    assert run(settings(tmp_path, "capped", bits="4-4-16")).cells[1].perplexity
+    cells = run(settings(tmp_path, "six", grid="osp", out=str(tmp_path / "out"))).cells
+    refused = {(cell.column, cell.bits) for cell in cells if cell.refused is not None}
+    assert {bits for column, bits in refused if column == "+ GPTQ"} == {"4-8-8", "4-4-4"}
+
+
+def test_the_original_is_not_calibrated_on(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The measured file under another spelling, in a folder or a list; and a copy of its text under another name."""
+    monkeypatch.chdir(place)
+    for spelling in ("./text.txt", "../place/text.txt".replace("../place", f"../{place.name}"), "text.txt,other.txt", "*.txt"):
+        with pytest.raises(ConfigError, match="must not be fitted to what is measured"):
+            run(settings(place, data=str(place / "text.txt"), method="gptq", calibration=spelling))
+    (place / "copy").mkdir()
+    (place / "copy" / "text.txt").write_text(TEXT)
+    long: Any = {"sequence_length": 40, "calibration_length": 40, "calibration_samples": 2}
+    with pytest.raises(DataError, match="one of those that are measured"):
+        run(settings(place, method="gptq", calibration="copy/text.txt", **long))
+
+
+def test_seconds_of_processes_that_were_killed_count(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPTQ's finished layers bring the seconds that they took; weights take some in any case."""
+    assert (run(settings(place)).cells[1].seconds_weights or 0) > 0
+    config, real = settings(place, method="gptq", out=str(tmp_path / "out")), evaluate.measure
+    calls = 0
+
+    def dying(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(evaluate, "measure", dying)
+    with pytest.raises(KeyboardInterrupt):
+        run(config)
+    (record,) = (tmp_path / "out" / "progress").glob("*/layer-000/layer.json")
+    content = json.loads(record.read_text())
+    assert content["seconds"] > 0
+    record.write_text(json.dumps(content | {"seconds": 5000.0}))
+    manifest = json.loads((record.parent / "manifest.json").read_text())
+    data = record.read_bytes()
+    manifest["files"]["layer.json"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (record.parent / "manifest.json").write_text(json.dumps(manifest))
+    (record.parent.parent / ".layer-001.partial-1").mkdir()
+    (tmp_path / "out" / "cells" / ".x.json.1").write_text("{")
+    cell = run(replace(config, resume=True)).cells[1]
+    assert (cell.seconds_weights or 0) > 5000
+    left = [path for path in (tmp_path / "out").rglob("*") if "partial" in path.name or path.name.startswith(".")]
+    assert not left and not list((tmp_path / "out" / "progress").glob("*/layer-*"))
+
+
+def test_rows_that_are_in_no_grid_are_refused() -> None:
+    """--task-bits takes rows of the grid in any spelling, and at least one where there are tasks."""
+    common: Any = {"models": ("m",), "data": "d", "grid": "osp", "out": "o", "tasks": "five"}
+    assert QuantizeConfig(**common, task_bits="4-4-4-4, 16-16-16").task_rows() == ("4-4-4", "16-16-16")
+    with pytest.raises(ConfigError, match="3-3-3 is no row of --grid osp"):
+        QuantizeConfig(**common, task_bits="3-3-3")
+    with pytest.raises(ConfigError, match="names no row"):
+        QuantizeConfig(**common, task_bits="")
 
 
 def test_refusals(place: Path, tmp_path: Path) -> None:
@@ -228,8 +404,18 @@ def test_a_protocol_file_is_left_as_it_is(place: Path, tmp_path: Path) -> None:
     path.write_text(json.dumps(asdict(protocol)))
     plain: Any = {"calibration": None, "calibration_samples": None, "calibration_length": None, "learning_steps": None}
     cell = run(settings(place, protocol=str(path), **plain)).cells[1]
-    assert (cell.bits, cell.protocol_sha256) == ("3-8-8", protocol.sha256)
+    drawn = json.loads(json.dumps(asdict(protocol)))["calibration_data"]
+    assert cell.bits == "3-8-8" and drawn == str(place / "other.txt")
+    digest = windows_fingerprint(calibration_windows(load(place / "model"), settings(place, **plain), protocol))
+    pinned = replace(protocol, calibration_sha256=digest)
+    assert cell.protocol_sha256 == pinned.sha256 != protocol.sha256
     other = run(settings(place, protocol=str(path), **plain | {"seed": 9})).cells[1]
-    assert other.protocol_sha256 == replace(protocol, rotation_seed=9, calibration_seed=9).sha256
+    assert other.protocol_sha256 != cell.protocol_sha256
+    path.write_text(json.dumps(asdict(pinned)))
+    assert run(settings(place, protocol=str(path), **plain)).cells[1].protocol_sha256 == pinned.sha256
+    path.write_text(json.dumps(asdict(replace(pinned, calibration_sha256="0" * 64))))
+    with pytest.raises(DataError, match="calibrated on other sequences"):
+        run(settings(place, protocol=str(path), **plain))
+    path.write_text(json.dumps(asdict(protocol)))
     with pytest.raises(ConfigError, match="must not be fitted to what is measured"):
         run(settings(place, protocol=str(path), **plain | {"data": str(place / "other.txt")}))

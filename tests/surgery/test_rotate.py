@@ -130,6 +130,21 @@ def test_bf16_is_rounded_once() -> None:
     assert all(torch.equal(p, q.bfloat16()) for p, q in zip(low.parameters(), high.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_small_dependence_on_channels_is_noticed_in_any_dtype(dtype: torch.dtype) -> None:
+    """Channels of the stream that are scaled by a few per cent move the logits by less than bf16 forgave; refused, and every
+    bit of the model is as it was."""
+    model = build("llama").to(dtype)
+    scale = 1 + 0.05 * torch.randn(WIDTH, generator=torch.Generator().manual_seed(0)).to(dtype)
+    handle = model.model.layers[1].register_forward_pre_hook(lambda module, inputs: (inputs[0] * scale, *inputs[1:]))
+    before = kept(model)
+    with pytest.raises(ModelError, match="move by 0\\.0"):
+        rotate(model, matrix())
+    assert unchanged(model, before) and model.dtype == dtype
+    handle.remove()
+    rotate(model, matrix())
+
+
 def _layer_norms() -> PreTrainedModel:
     config = OPTConfig(
         vocab_size=97, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32,

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from trilobit.storage import weights_fingerprint
 from trilobit.train import record
 
 
@@ -25,14 +26,14 @@ def test_a_fingerprint_is_of_the_bits_alone() -> None:
     """Two swapped weights, a cast or another name change it; the number of threads, by which float sums differ, does not."""
     torch.manual_seed(0)
     model, threads = nn.Sequential(nn.Linear(1000, 1001), nn.Embedding(1, 0)), torch.get_num_threads()
-    before = record.weights_fingerprint(model)
+    before = weights_fingerprint(model)
     try:
         torch.set_num_threads(threads + 1)
-        assert record.weights_fingerprint(model) == before
+        assert weights_fingerprint(model) == before
     finally:
         torch.set_num_threads(threads)
-    assert record.weights_fingerprint(nn.Sequential(model)) != before
+    assert weights_fingerprint(nn.Sequential(model)) != before
     weight = model[0].weight.data
     weight[0, :2] = weight[0, :2].flip(0)
-    swapped = record.weights_fingerprint(model)
-    assert len({before, swapped, record.weights_fingerprint(model.bfloat16())}) == 3
+    swapped = weights_fingerprint(model)
+    assert len({before, swapped, weights_fingerprint(model.bfloat16())}) == 3

@@ -12,6 +12,9 @@ Method = Literal["rtn", "gptq"]
 Rotation = Literal["none", "ffn", "quarot", "spinquant"]
 
 WIDTHS = (*range(2, 9), 16)
+FULL = "16-16-16"
+ROWS = (FULL, "4-8-16", "4-8-8", "4-4-16", "4-4-4")
+"""Of --grid osp."""
 TASK_BITS = "16-16-16,4-4-4"
 
 
@@ -109,8 +112,11 @@ class QuantizeConfig:
                 raise ConfigError(f"--grid {self.grid} has every --{name} of the table in it: leave it out.")
         if self.grid is not None and self.out is None:
             raise ConfigError(f"--grid {self.grid} takes long: give --out, so that it can be continued.")
-        for row in self.task_rows():
-            parse_bits(row)
+        for row in self.task_rows() if self.grid is not None else ():
+            if row not in ROWS:
+                raise ConfigError(f"--task-bits {row} is no row of --grid {self.grid}: there are {', '.join(ROWS)}.")
+        if self.grid is not None and self.tasks is not None and not self.task_rows():
+            raise ConfigError("--task-bits names no row, so that --tasks would ask nothing. Leave one of them out.")
         for name in ("sequence_length", "calibration_length"):
             if (value := getattr(self, name)) is not None and value < 2:
                 raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be at least 2.")
@@ -128,5 +134,5 @@ class QuantizeConfig:
             require_seed(self.seed)
 
     def task_rows(self) -> tuple[str, ...]:
-        """The rows of --task-bits."""
-        return tuple(part.strip() for part in self.task_bits.split(",") if part.strip())
+        """The rows of --task-bits, each in its shortest spelling. Raises ConfigError."""
+        return tuple(format_bits(*parse_bits(part.strip())) for part in self.task_bits.split(",") if part.strip())

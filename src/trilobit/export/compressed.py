@@ -33,6 +33,7 @@ from trilobit.fourbit.calibration import calibration_windows
 from trilobit.fourbit.evaluate import plan
 from trilobit.fourbit.fake import Prepared, prepare, round_weights
 from trilobit.fourbit.gptq_layers import gptq
+from trilobit.fourbit.progress import windows_fingerprint
 from trilobit.fourbit.protocol import PRESETS, Protocol
 from trilobit.fourbit.quarot import head_width
 from trilobit.infer.load import load
@@ -99,6 +100,8 @@ def write(config: ExportConfig, place: Path, directory: Path, listener: Listener
         raise ExportError(f"--to {FORM} quantises full-precision models, and this one is ternary: --to native, gguf or hf.")
     windows = probe_windows(loaded, config.data, PROBE_WINDOWS[FORM])
     calibration = calibration_windows(loaded, settings, protocol) if protocol.calibrates else None
+    if calibration is not None:
+        protocol = replace(protocol, calibration_sha256=windows_fingerprint(calibration))
     prepared = prepare(loaded.model, protocol, calibration, None, listener)
     _require_groups(prepared, protocol)
     _round_kept(prepared)

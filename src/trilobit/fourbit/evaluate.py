@@ -2,24 +2,30 @@
 
 The original is measured first, untouched; every other cell's loss is stated in nats above it. A column's model is loaded
 anew, rotated, its kurtosis taken, its weights quantised once, and then read at each setting of activations and cache.
+
+A cell says what it hinges on: the protocol, the model (weights and config), the measurement (the token ids that are measured,
+with what they begin, the model's dtype), the package's version. All texts are read before the first cell.
 """
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from trilobit import __version__
 from trilobit.config.eval import EvalConfig
-from trilobit.config.quantize import Method, QuantizeConfig, Rotation
-from trilobit.errors import TrilobitError
-from trilobit.fourbit.calibration import calibration_source, calibration_windows
-from trilobit.fourbit.fake import Prepared, prepare, round_weights
+from trilobit.config.quantize import FULL, ROWS, Method, QuantizeConfig, Rotation
+from trilobit.errors import DataError, ModelError, NonFiniteError, TrilobitError, UnsupportedError
+from trilobit.fourbit.calibration import calibration_source, calibration_windows, require_apart
+from trilobit.fourbit.fake import Prepared, prepare, require_capability, round_weights
 from trilobit.fourbit.gptq_layers import gptq
+from trilobit.fourbit.progress import model_fingerprint, windows_fingerprint
 from trilobit.fourbit.protocol import Protocol, find_protocol
 from trilobit.infer.load import Loaded, load, pick_device
 from trilobit.listener import Listener
@@ -27,15 +33,35 @@ from trilobit.measure.contextual import measure_contextual
 from trilobit.measure.perplexity import Perplexity, Text, measure, read
 from trilobit.measure.scores import TaskScore, averages, compared
 from trilobit.measure.tasks import Tasks, offline
+from trilobit.storage import remove_directory
 
-FULL = "16-16-16"
 ORIGINAL = "original"
-ROWS = (FULL, "4-8-16", "4-8-8", "4-4-16", "4-4-4")
 COLUMNS: dict[str, tuple[Method, Rotation]] = {
     "RTN": ("rtn", "none"), "+ FFN Hadamard": ("rtn", "ffn"), "+ GPTQ": ("gptq", "ffn"), "QuaRot": ("gptq", "quarot"),
     "SpinQuant": ("gptq", "spinquant"),
 }  # fmt: skip
 KURTOSIS_WINDOWS, KURTOSIS_LENGTH = 16, 512
+REFUSALS = (ModelError, UnsupportedError, NonFiniteError)
+"""What a model cannot have: of a grid a cell without numbers. Everything else (settings, texts, disks) ends the run."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the cells of one model hinge on beside their protocols. model_sha256: of weights and config. windows_sha256: of
+    the token ids that are measured."""
+
+    model_sha256: str
+    windows_sha256: str
+    sequence_length: int
+    bos: bool
+    precision: str
+    version: str
+
+    @property
+    def measurement_sha256(self) -> str:
+        """Of what two models have in common whose numbers compare: windows and dtype."""
+        parts = self.windows_sha256, self.sequence_length, self.bos, self.precision
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -43,7 +69,8 @@ class Cell:
     """One measurement. column: how it was made. loss: nats per token above the original's. refused: why there are no numbers.
 
     excess_kurtosis, kurtosis_mlp_output: of the residual stream and of what the MLPs' last linears read, after the column's
-    rotations and before quantisation. seconds_weights: of rotating and quantising, shared by a column; seconds: of measuring.
+    rotations and before quantisation. seconds_weights: of rotating and quantising, shared by a column, processes that were
+    killed included; seconds: of measuring. applied: what the protocol came to on this model, and what it has no room for.
     """
 
     model: str
@@ -51,6 +78,10 @@ class Cell:
     bits: str
     method: str
     protocol_sha256: str
+    model_sha256: str
+    measurement_sha256: str
+    version: str
+    applied: list[str] = field(default_factory=list)
     perplexity: float | None = None
     nats_per_token: float | None = None
     bits_per_byte: float | None = None
@@ -81,6 +112,9 @@ def plan(config: QuantizeConfig) -> list[Column]:
         "learning_steps": config.learning_steps, "rotation_seed": config.seed, "calibration_seed": config.seed,
     }  # fmt: skip
     base = replace(find_protocol(config.protocol), **{name: value for name, value in changes.items() if value is not None})
+    drawn = config.calibration, config.calibration_samples, config.calibration_length, config.seed
+    if any(value is not None for value in drawn):
+        base = replace(base, calibration_sha256=None)  # another text, or other pieces of it, than the file pins
     if config.grid is None:
         protocol = base if config.bits is None else base.with_bits(config.bits)
         protocol = protocol if config.method is None else replace(protocol, method=config.method)
@@ -93,8 +127,9 @@ def plan(config: QuantizeConfig) -> list[Column]:
         ]  # fmt: skip
 
     def complete(protocol: Protocol) -> Protocol:
-        data = calibration_source(config, protocol) if protocol.calibrates else None
-        return replace(protocol, calibration_data=data)
+        if not protocol.calibrates:
+            return replace(protocol, calibration_data=None, calibration_sha256=None)
+        return replace(protocol, calibration_data=calibration_source(config, protocol))
 
     return [Column(column.name, tuple(map(complete, column.protocols))) for column in columns]
 
@@ -103,7 +138,7 @@ def label(protocol: Protocol) -> str:
     """What a single column is called."""
     parts = [{"rtn": "RTN", "gptq": "GPTQ"}[protocol.method]]
     if protocol.residual_rotation != "none":
-        parts.append("learned rotation" if protocol.residual_rotation == "learned" else "rotation")
+        parts.append("learned rotation" if protocol.residual_rotation == "learned" else "Hadamard rotation")
     elif protocol.ffn_hadamard:
         parts.append("FFN Hadamard")
     return " + ".join(parts)
@@ -111,64 +146,116 @@ def label(protocol: Protocol) -> str:
 
 @dataclass
 class Measure:
-    """What all cells of a model share. known: what an earlier run found. keep: hears of each new cell."""
+    """What all cells of a model share. begin: hears what they hinge on. known: an unmeasured cell and its protocol → what an
+    earlier run found. keep: hears of each new cell. protocols: of all cells so far, by sha256."""
 
     config: QuantizeConfig
     listener: Listener
     tasks: Tasks | None
-    known: Callable[[str, str, str], Cell | None]
-    keep: Callable[[Cell], None]
+    begin: Callable[[str, Facts], None]
+    known: Callable[[Cell, Protocol], Cell | None]
+    keep: Callable[[Cell, Protocol], None]
     progress: Path | None = None
     text: Text | None = None
+    protocols: dict[str, Protocol] = field(default_factory=dict)
+    windows: dict[str, Tensor] = field(default_factory=dict)
 
     def cells(self, model: str, columns: list[Column]) -> Iterator[Cell]:
-        """Every cell of one model: the original, then column by column. In a grid a column that this model cannot have is a
-        cell that says why; alone, it raises."""
-        self.text = None  # another model, another tokenizer
-        original = self.known(model, ORIGINAL, FULL) or self._original(model)
+        """Every cell of one model: the original, then column by column. In a grid what this model cannot have is a cell that
+        says why; alone, it raises."""
+        self.text, self.windows = None, {}  # another model, another tokenizer
+        loaded = self._load(model)
+        text, _ = self._text(loaded)
+        facts = Facts(
+            model_fingerprint(loaded.model), windows_fingerprint(text.windows), self.config.sequence_length, text.bos,
+            self.config.precision, __version__,
+        )  # fmt: skip
+        self.begin(model, facts)
+        columns = [Column(column.name, self._calibrated(loaded, column.protocols)) for column in columns]
+        untouched = find_protocol(self.config.protocol).with_bits(FULL).rotated("none")
+        untouched = replace(untouched, calibration_data=None, calibration_sha256=None)
+        blank = self._blank(model, ORIGINAL, untouched, facts)
+        original = self.known(blank, untouched) or self._original(loaded, blank, untouched)
+        del loaded  # each column loads it anew
         yield original
         for column in columns:
-            found = {p.bits: self.known(model, column.name, p.bits) for p in column.protocols}
+            blanks = {p.bits: self._blank(model, column.name, p, facts) for p in column.protocols}
+            found = {p.bits: self.known(blanks[p.bits], p) for p in column.protocols}
             missing = [p for p in column.protocols if found[p.bits] is None]
             yield from (cell for cell in found.values() if cell is not None)
             if missing:
-                yield from self._column(model, Column(column.name, tuple(missing)), original)
+                yield from self._column(missing, blanks, original)
 
-    def _original(self, model: str) -> Cell:
-        loaded = self._load(model)
-        untouched = find_protocol(self.config.protocol).with_bits(FULL).rotated("none")
-        cell = Cell(model, ORIGINAL, FULL, "none", untouched.sha256)
-        cell = self._measured(loaded, replace(cell, **self._kurtosis(loaded)), FULL)
+    def _blank(self, model: str, column: str, protocol: Protocol, facts: Facts) -> Cell:
+        """A cell that says what it hinges on, and has no numbers yet."""
+        self.protocols[protocol.sha256] = protocol
+        method = "none" if column == ORIGINAL else protocol.method
+        shared = facts.model_sha256, facts.measurement_sha256, facts.version
+        return Cell(model, column, protocol.bits, method, protocol.sha256, *shared)
+
+    def _calibrated(self, loaded: Loaded, protocols: tuple[Protocol, ...]) -> tuple[Protocol, ...]:
+        """The protocols with the sha256 of the sequences that are drawn for them. Raises DataError for others than they pin,
+        and for some that are measured."""
+        first = protocols[0]
+        if not first.calibrates:
+            return protocols
+        windows = calibration_windows(loaded, self.config, first)
+        digest, pinned = windows_fingerprint(windows), first.calibration_sha256
+        if pinned not in (None, digest):
+            raise DataError(
+                f"the protocol was calibrated on other sequences (sha256 {pinned[:16]}) than this tokenizer and "
+                f"{first.calibration_data} give ({digest[:16]}). To take these, give --calibration {first.calibration_data}."
+            )
+        require_apart(windows, self._text(loaded)[0].windows)
+        self.windows[digest] = windows
+        return tuple(replace(protocol, calibration_sha256=digest) for protocol in protocols)
+
+    def _original(self, loaded: Loaded, blank: Cell, protocol: Protocol) -> Cell:
+        cell = self._measured(loaded, replace(blank, **self._kurtosis(loaded)), FULL)
         cell = replace(cell, loss=0.0)
-        self.keep(cell)
+        self.keep(cell, protocol)
         return cell
 
-    def _column(self, model: str, column: Column, original: Cell) -> Iterator[Cell]:
-        first, start = column.protocols[0], time.perf_counter()
-        try:
-            loaded = self._load(model)
-            self.listener.note(f"{model}: {column.name}")
-            windows = calibration_windows(loaded, self.config, first) if first.calibrates else None
-            prepared = prepare(loaded.model, first, windows, self.progress, self.listener)
-            kurtosis = self._kurtosis(loaded)
-            self._weights(prepared, first, windows)
-        except TrilobitError as error:
-            for p in column.protocols:
-                yield self._refused(Cell(model, column.name, p.bits, p.method, p.sha256), error)
+    def _column(self, protocols: list[Protocol], blanks: dict[str, Cell], original: Cell) -> Iterator[Cell]:
+        first, start = protocols[0], time.perf_counter()
+        model, column = blanks[first.bits].model, blanks[first.bits].column
+        loaded = self._load(model)
+        self.listener.note(f"{model}: {column}")
+        able = []
+        for protocol in protocols:
+            try:
+                require_capability(loaded.model, protocol)
+                able.append(protocol)
+            except REFUSALS as error:
+                yield self._refused(blanks[protocol.bits], error)
+        if not able:
             return
-        seconds = time.perf_counter() - start
-        for protocol in column.protocols:
-            cell = Cell(model, column.name, protocol.bits, protocol.method, protocol.sha256, seconds_weights=seconds)
+        windows = None if first.calibration_sha256 is None else self.windows[first.calibration_sha256]
+        try:
+            prepared = prepare(loaded.model, able[0], windows, self.progress, self.listener)
+            kurtosis = self._kurtosis(loaded)
+            self._weights(prepared, able[0], windows)
+        except REFUSALS as error:
+            for protocol in able:
+                yield self._refused(blanks[protocol.bits], error)
+            return
+        seconds = time.perf_counter() - start + prepared.earlier
+        kept = 0
+        for protocol in able:
+            cell = replace(blanks[protocol.bits], seconds_weights=seconds, applied=prepared.applied_by(protocol), **kurtosis)
             try:
                 with prepared.computing(protocol):
-                    cell = self._measured(loaded, replace(cell, **kurtosis), protocol.bits)
-            except TrilobitError as error:
+                    cell = self._measured(loaded, cell, protocol.bits)
+            except REFUSALS as error:
                 yield self._refused(cell, error)
                 continue
             assert cell.nats_per_token is not None and original.nats_per_token is not None
             cell = replace(cell, loss=cell.nats_per_token - original.nats_per_token)
-            self.keep(cell)
+            self.keep(cell, protocol)
+            kept += 1
             yield cell
+        if kept == len(able) and prepared.progress is not None:
+            remove_directory(prepared.progress)  # its cells are on disk: nobody reads these weights again
 
     def _refused(self, cell: Cell, error: TrilobitError) -> Cell:
         """A cell of a grid that says why it has no numbers; alone, the error. It is not kept: what is refused now may be
@@ -196,11 +283,11 @@ class Measure:
             self.text = read(loaded, settings)
         return self.text, settings
 
-    def _kurtosis(self, loaded: Loaded) -> dict[str, float]:
+    def _kurtosis(self, loaded: Loaded) -> dict[str, float | None]:
         windows = self._text(loaded)[0].windows[:KURTOSIS_WINDOWS, :KURTOSIS_LENGTH]
         found = measure_contextual(loaded.model, windows, str)
         reads = [row.later.excess_kurtosis for row in found.sites if row.site == "mlp-output"]
-        return {"excess_kurtosis": found.excess_kurtosis, "kurtosis_mlp_output": sum(reads) / len(reads)}
+        return {"excess_kurtosis": found.excess_kurtosis, "kurtosis_mlp_output": sum(reads) / len(reads) if reads else None}
 
     def _measured(self, loaded: Loaded, cell: Cell, bits: str) -> Cell:
         """Perplexity of the model as it computes now, and benchmarks where this row is asked them."""

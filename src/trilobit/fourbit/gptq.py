@@ -4,9 +4,10 @@
     ŵ_j = Q(w_j),    w_k ← w_k − (w_j − ŵ_j) · U_jk / U_jj    for k > j
 
 Columns are quantised one after the other; each one's error is paid for by those to come. Updates are applied at once within a
-block of columns and by one product beyond it. A row's scale comes from the weights as they were, a group's from what they
-have become when the group begins. Inputs that are never anything but zero lose their weights, as in the authors' code. Where
-H cannot be factorised, damping is raised tenfold until it can.
+block of columns and by one product beyond it. Inputs that are never anything but zero lose their weights first, as in the
+authors' code. A row's scale comes from what is then there, a group's from what that has become, by every column before it,
+when the group begins (the authors leave out those of the block that it begins in). Where H cannot be factorised, damping is
+raised tenfold until it can.
 
 Letters: O outputs, K inputs.
 """
@@ -23,8 +24,9 @@ from trilobit.fourbit.rtn import weight_grid, weight_scales
 MOST_DAMPING = 1e3
 
 
-def inverse_factor(moment: Tensor, damping: float, where: str = "a linear") -> Tensor:
-    """U [K, K] of H⁻¹ = Uᵀ U, H the damped moment. Inputs that are never anything but zero get a diagonal of one.
+def inverse_factor(moment: Tensor, damping: float, where: str = "a linear") -> tuple[Tensor, float]:
+    """U [K, K] of H⁻¹ = Uᵀ U, H the damped moment, and the damping that it took. Inputs that are never anything but zero get a
+    diagonal of one.
 
     Raises ModelError that names `where`: for a moment that is not finite, and where no damping helps.
     """
@@ -33,25 +35,29 @@ def inverse_factor(moment: Tensor, damping: float, where: str = "a linear") -> T
             f"{where}: what it reads on the calibration text is not finite, so GPTQ has no Hessian there. The model's weights "
             "are damaged, or its activations overflow: try --precision fp32, or --method rtn."
         )
-    moment = moment.clone()
-    diagonal = moment.diagonal()
+    damped = moment.clone()
+    diagonal = moment.diagonal().clone()
     diagonal[diagonal == 0] = 1
     mean, tried = diagonal.mean(), []
     while damping <= MOST_DAMPING:
         tried.append(f"{damping:g}")
-        damped = moment + torch.eye(len(moment), dtype=moment.dtype, device=moment.device) * (damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        damped.diagonal().copy_(diagonal + damping * mean)
+        factor, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            factor = torch.cholesky_inverse(factor)  # the factor before is let go
+            factor, failed = torch.linalg.cholesky_ex(factor, upper=True)
             if not failed:
-                return upper
+                return factor, damping
+        del factor
         damping *= 10
     raise ModelError(f"{where}: GPTQ cannot factorise its Hessian with damping of {', '.join(tried)}. Use --method rtn.")
 
 
-def quantize_columns(weight: Tensor, moment: Tensor, protocol: Protocol, where: str = "a linear") -> tuple[Tensor, Tensor]:
-    """The fake-quantised weight [O, K] and its scales [O, G], for inputs with Σ x xᵀ = `moment` [K, K] float64. `weight` is
-    left as it is.
+def quantize_columns(
+    weight: Tensor, moment: Tensor, protocol: Protocol, where: str = "a linear"
+) -> tuple[Tensor, Tensor, float]:
+    """The fake-quantised weight [O, K], its scales [O, G] and the damping that it took, for inputs with Σ x xᵀ = `moment`
+    [K, K] float64. `weight` is left as it is.
 
     Computes in fp32, or in float64 if `weight` is. Raises ModelError as inverse_factor.
     """
@@ -62,7 +68,8 @@ def quantize_columns(weight: Tensor, moment: Tensor, protocol: Protocol, where: 
     rows = weight.detach().to(dtype).masked_fill(dead, 0)
     if order is not None:
         rows, moment = rows[:, order], moment[order][:, order]
-    upper = inverse_factor(moment, protocol.gptq_damping, where).to(dtype)
+    upper, damping = inverse_factor(moment, protocol.gptq_damping, where)
+    upper = upper.to(dtype)
     diagonal = upper.diagonal().tolist()
     columns = rows.T.contiguous()  # [K, O]: a column is contiguous
     result = torch.empty_like(columns)
@@ -89,7 +96,7 @@ def quantize_columns(weight: Tensor, moment: Tensor, protocol: Protocol, where: 
     found = result.T
     if order is not None:
         found = found[:, order.argsort()]
-    return found.to(weight.dtype), torch.stack(scales, 1)
+    return found.to(weight.dtype), torch.stack(scales, 1), damping
 
 
 def _blocks(inputs: int, protocol: Protocol) -> Iterator[tuple[int, int, bool]]:

@@ -18,20 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from trilobit.errors import ModelError
 from trilobit.fourbit.fake import Prepared
 from trilobit.fourbit.gptq import quantize_columns
-from trilobit.fourbit.progress import fingerprint
+from trilobit.fourbit.memory import require_available
+from trilobit.fourbit.progress import fingerprint, read_kept
 from trilobit.fourbit.protocol import Protocol
 from trilobit.listener import SILENT, Listener
-from trilobit.storage import atomic_directory, is_whole, save_tensors, verify_manifest
+from trilobit.storage import atomic_directory, is_whole, read_json, require_free_space, save_tensors, write_json
 from trilobit.surgery.layerwise import Stopped, first_layer_inputs, hidden_states_of, layer_calls
 from trilobit.surgery.roles import decoder_layers, evaluating
 
-WEIGHTS = "weights.safetensors"
+WEIGHTS, SCALES, RECORD = "weights.safetensors", "scales.safetensors", "layer.json"
 
 
 def gptq(
@@ -39,12 +38,19 @@ def gptq(
 ) -> None:
     """Quantise the decoder's linears in place. windows: token ids [N, T]. progress: folder for finished layers.
 
-    Raises ModelError where memory will not do, and naming the linear whose inputs are not finite.
+    Raises ConfigError where memory will not do and for a protocol that the model was not prepared by, OutputError where the
+    disk will not, ModelError that names the linear whose inputs are not finite.
     """
+    prepared.require(protocol)
+    prepared.protocol = protocol
     needed = require_memory(prepared, windows)
     layers = [layer for _, layer in decoder_layers(prepared.model)]
     place = None if progress is None else progress / fingerprint(prepared.model, windows, protocol)[:16]
     done = _finished(place, len(layers))
+    prepared.progress = place
+    if place is not None:
+        left = sum(linear.weight.nbytes for site, linear in prepared.linears() if site.layer >= done)
+        require_free_space(place, left, "GPTQ's progress")
     if done:
         listener.note(f"GPTQ: {done} of {len(layers)} layers were finished before.")
     for index in range(done):
@@ -64,9 +70,10 @@ def gptq(
                 return hidden_states_of(layer(x, **calls[index]))
 
             if index >= done:
-                _quantize_layer(prepared, index, states, run, protocol)
+                began = time.perf_counter()
+                raised = _quantize_layer(prepared, index, states, run, protocol)
                 if place is not None:
-                    _write_layer(prepared, index, place)
+                    _write_layer(prepared, index, place, raised, time.perf_counter() - began)
                 left = len(layers) - done
                 listener.progress("GPTQ layers", index + 1 - done, left, time.perf_counter() - start)
             for number, x in enumerate(states):
@@ -75,17 +82,23 @@ def gptq(
 
 def _quantize_layer(
     prepared: Prepared, index: int, states: list[Tensor], run: Callable[[Tensor], Tensor], protocol: Protocol
-) -> None:
+) -> list[str]:
+    """Returns a line for each input where damping had to be raised."""
+    raised: list[str] = []
     members = [(site, linear) for site, linear in prepared.linears() if site.layer == index]
     for _, group in groupby(members, key=lambda member: member[0].group):
         together = list(group)
         where = ", ".join(site.path for site, _ in together)
         moment = input_moment(together[0][1], states, run)
-        found = quantize_columns(torch.cat([linear.weight for _, linear in together]), moment, protocol, where)
+        *found, damping = quantize_columns(torch.cat([linear.weight for _, linear in together]), moment, protocol, where)
+        if damping != protocol.gptq_damping:
+            raised.append(f"GPTQ damping {damping:g} instead of {protocol.gptq_damping:g}: {where}")
         outputs = [linear.out_features for _, linear in together]
         for (site, linear), weight, scale in zip(together, *(part.split(outputs) for part in found), strict=True):
             linear.weight.copy_(weight)
             prepared.scales[site.path] = scale
+    prepared.applied += raised
+    return raised
 
 
 def input_moment(linear: nn.Linear, states: list[Tensor], run: Callable[[Tensor], Tensor]) -> Tensor:
@@ -119,45 +132,37 @@ def _layer(place: Path, index: int) -> Path:
     return place / f"layer-{index:03}"
 
 
-def _write_layer(prepared: Prepared, index: int, place: Path) -> None:
+def _write_layer(prepared: Prepared, index: int, place: Path, raised: list[str], seconds: float) -> None:
     weights = {site.path: linear.weight.detach() for site, linear in prepared.linears() if site.layer == index}
     with atomic_directory(_layer(place, index)) as directory:
         save_tensors(weights, directory / WEIGHTS)
+        save_tensors({path: prepared.scales[path] for path in weights}, directory / SCALES)
+        write_json(directory / RECORD, {"raised": raised, "seconds": seconds})
 
 
 def _read_layer(prepared: Prepared, index: int, place: Path) -> None:
-    verify_manifest(_layer(place, index))
-    weights = load_file(_layer(place, index) / WEIGHTS)
+    weights, scales = (read_kept(_layer(place, index), name) for name in (WEIGHTS, SCALES))
+    record = read_json(_layer(place, index) / RECORD)
     with torch.no_grad():
         for site, linear in prepared.linears():
             if site.layer == index:
                 linear.weight.copy_(weights[site.path])
+                prepared.scales[site.path] = scales[site.path].to(linear.weight.device)
+    prepared.applied += record["raised"]
+    prepared.earlier += record["seconds"]
 
 
 def require_memory(prepared: Prepared, windows: Tensor) -> int:
     """Bytes that GPTQ needs beyond the model: hidden states, a moment with its factors, a layer's activations. Raises
-    ModelError, with what would help, if this machine has fewer."""
+    ConfigError, with what would help, if this machine has fewer."""
     linears = [linear for _, linear in prepared.linears()]
     widest, rows = max(x.in_features for x in linears), max(x.out_features for x in linears)
     embedding: Any = prepared.model.get_input_embeddings()
     states: int = windows.numel() * embedding.embedding_dim * prepared.model.dtype.itemsize
     needed = states + 5 * 8 * widest**2 + 4 * 4 * rows * widest + 16 * 4 * windows.shape[1] * widest
-    free = _available(linears[0].weight.device)
-    if free is not None and needed > free:
-        raise ModelError(
-            f"GPTQ on {len(windows)} × {windows.shape[1]} tokens needs {needed / 1e9:.2f} GB beside the model, of which "
-            f"{states / 1e9:.2f} for hidden states; {free / 1e9:.2f} GB are free. Lower --calibration-samples, or "
-            "--precision bf16."
-        )
+    what = (
+        f"GPTQ on {len(windows)} × {windows.shape[1]} tokens needs {needed / 1e9:.2f} GB beside the model, of which "
+        f"{states / 1e9:.2f} for hidden states"
+    )
+    require_available(needed, linears[0].weight.device, what, "Lower --calibration-samples, or --precision bf16.")
     return needed
-
-
-def _available(device: torch.device) -> int | None:
-    """Bytes that are free on `device`; None where that is not known."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)

@@ -54,15 +54,17 @@ class Construction:
         return " × ".join(parts)
 
 
-def find_construction(n: int) -> Construction:
-    """The construction of order n with the smallest Paley factor. Raises UnsupportedError where Sylvester × Paley has none."""
+def find_construction(n: int, remedy: str = "") -> Construction:
+    """The construction of order n with the smallest Paley factor. Raises UnsupportedError, which ends in the caller's `remedy`,
+    where Sylvester × Paley has none."""
     made = _search(n)
     if made is not None:
         return made
     why = "Hadamard matrices have orders 1, 2 and multiples of 4" if n % 4 else "Sylvester × Paley I/II does not reach it"
-    block = next(size for size in range(n - 1, 0, -1) if n % size == 0 and constructible(size))
-    blocks = f", or transform blocks of {block}: x.unflatten(-1, (-1, {block}))" if block > 1 else ""
-    raise UnsupportedError(f"no Hadamard matrix of width {n} can be constructed here: {why}. Use `--rotate none`{blocks}.")
+    if not remedy:
+        block = next(size for size in range(n - 1, 0, -1) if n % size == 0 and constructible(size))
+        remedy = f"The largest block that divides it and has one is {block}." if block > 1 else "No block of it has one."
+    raise UnsupportedError(f"no Hadamard matrix of width {n} can be constructed here: {why}. {remedy}")
 
 
 @lru_cache(maxsize=4096)
@@ -82,9 +84,9 @@ def _search(n: int) -> Construction | None:
     return None
 
 
-def construction(n: int) -> str:
+def construction(n: int, remedy: str = "") -> str:
     """How the Hadamard matrix of order n is made, e.g. "Sylvester 16 × Paley I 344 (GF(7³))". Raises UnsupportedError."""
-    return str(find_construction(n))
+    return str(find_construction(n, remedy))
 
 
 def constructible(n: int) -> bool:

@@ -2,7 +2,7 @@
 
     what the MLP's last linear reads      x → x R, W → W R                 behind a product of two activations
     what the attention's last reads       the same across heads: H ⊗ I     behind mixtures that differ by head
-    queries and keys, after RoPE          q → q R, k → k R                 behind a rotation that differs by position
+    queries and keys, after RoPE          q → q R, k → k R                 in attention.py: behind one that differs by position
 
 R = Hᵀ/√n (hadamard.py). The logits stay what they are: (x R)(W R)ᵀ = x Wᵀ and (q R)(k R)ᵀ = q kᵀ. Weights are turned once,
 in float64; inputs are turned by forward pre-hooks, queries and keys by an attention function. Order matters: pre-hooks and
@@ -33,6 +33,7 @@ Change = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 """(Q [B, H, T, W], K [B, N, T', W], V [B, N, T', W]) after RoPE and cache → the same, changed."""
 
 ATTENTION = "trilobit_changed_sdpa"
+NO_FFN = "Use --rotate none, which transforms no MLP."
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,15 @@ def attach_ffn_hadamard(model: PreTrainedModel) -> OnlineReport:
     """Transform what the last linear of every MLP reads. Raises UnsupportedError, with nothing changed, if it cannot."""
     linears = _ends(model, "mlp-output")
     widths = sorted({linear.in_features for linear in linears.values()})
-    made = ", ".join(construction(width) for width in widths)
+    made = ", ".join(construction(width, NO_FFN) for width in widths)
     for linear in linears.values():
         _transform_input(linear, transform)
     return OnlineReport("MLP output", widths[-1], tuple(linears), made)
+
+
+def has_online_transform(linear: nn.Module) -> bool:
+    """Whether a transform of what `linear` reads is attached."""
+    return any(isinstance(hook, partial) and hook.func is _turned for hook in linear._forward_pre_hooks.values())
 
 
 def attach_head_hadamard(model: PreTrainedModel) -> OnlineReport:
@@ -76,14 +82,6 @@ def attach_head_hadamard(model: PreTrainedModel) -> OnlineReport:
     return OnlineReport(what, counts[-1], tuple(linears), made)
 
 
-def attach_qk_hadamard(model: PreTrainedModel) -> OnlineReport:
-    """Transform queries and keys after RoPE, head by head. Raises UnsupportedError for head widths out of reach; ModelError."""
-    width = head_width(model)
-    made = construction(width)
-    attach_attention(model, _transform_qk)
-    return OnlineReport("queries and keys, after RoPE", width, tuple(path for path, _ in decoder_layers(model)), made)
-
-
 def attach_attention(model: PreTrainedModel, change: Change) -> Callable[[], None]:
     """Let `change` replace queries, keys and values of every layer after RoPE, in front of the attention's products; what is
     returned, called, takes it out again.
@@ -94,8 +92,9 @@ def attach_attention(model: PreTrainedModel, change: Change) -> Callable[[], Non
     name = model.config._attn_implementation
     if name not in ("sdpa", ATTENTION):
         raise ModelError(
-            f"{type(model).__name__} runs its attention as {name}, where queries and keys cannot be reached after RoPE: load "
-            'it with attn_implementation="sdpa".'
+            f"{type(model).__name__} runs its attention as {name}, where keys and values cannot be reached after RoPE: "
+            "leave the cache at 16 bits (--bits 4-4-16); in Python, load a model whose architecture has it with "
+            'attn_implementation="sdpa".'
         )
     layers = decoder_layers(model)
     if name == "sdpa":
@@ -104,19 +103,26 @@ def attach_attention(model: PreTrainedModel, change: Change) -> Callable[[], Non
             for module in layer.modules():
                 module._trilobit_changes = changes  # pyright: ignore[reportArgumentType]
         model.set_attn_implementation(ATTENTION)
-        _require_all_layers(model, changes, len(layers))
+        _require_all_layers(model, changes, layers)
     attached: Any = layers[0][1]._trilobit_changes
     attached.append(change)
 
     def detach() -> None:
         attached.remove(change)
         if not attached:
-            model.set_attn_implementation("sdpa")
+            _put_back(model, layers)
 
     return detach
 
 
-def _require_all_layers(model: PreTrainedModel, changes: list[Change], layers: int) -> None:
+def _put_back(model: PreTrainedModel, layers: list[tuple[str, nn.Module]]) -> None:
+    model.set_attn_implementation("sdpa")
+    for _, layer in layers:
+        for module in layer.modules():
+            del module._trilobit_changes
+
+
+def _require_all_layers(model: PreTrainedModel, changes: list[Change], layers: list[tuple[str, nn.Module]]) -> None:
     """Raise ModelError, sdpa put back, unless a forward passes `changes` as often as there are layers."""
     calls = 0
 
@@ -126,15 +132,22 @@ def _require_all_layers(model: PreTrainedModel, changes: list[Change], layers: i
         return query, key, value
 
     changes.append(count)
+    try:
+        probe(model)
+    finally:
+        changes.pop()
+    if calls != len(layers):
+        _put_back(model, layers)
+        raise ModelError(
+            f"{calls} of the {len(layers)} layers of {type(model).__name__} run an attention whose queries and keys can be "
+            "changed after RoPE; all have to, or the cache stays at 16 bits (--bits 4-4-16)."
+        )
+
+
+def probe(model: PreTrainedModel) -> None:
+    """A forward over a few tokens, for what watches it."""
     with evaluating(model):
         model(input_ids=torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=model.device), use_cache=False)
-    changes.pop()
-    if calls != layers:
-        model.set_attn_implementation("sdpa")
-        raise ModelError(
-            f"{calls} of the {layers} layers of {type(model).__name__} run an attention whose queries and keys can be changed "
-            "after RoPE; all have to."
-        )
 
 
 def _ends(model: PreTrainedModel, role: Role) -> dict[str, nn.Linear]:
@@ -163,10 +176,6 @@ def _turned(turn: Callable[[Tensor], Tensor], module: nn.Module, inputs: tuple[A
 def _across_heads(width: int, x: Tensor) -> Tensor:
     """[..., H W] → the same, channel w of all heads transformed together."""
     return transform(x.unflatten(-1, (-1, width)).mT).mT.reshape(x.shape)
-
-
-def _transform_qk(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return transform(query), transform(key), value
 
 
 def _changed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *arguments: Any, **options: Any) -> Any:

@@ -13,6 +13,7 @@ import difflib
 import hashlib
 import json
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -20,12 +21,17 @@ from trilobit.config.quantize import WIDTHS, Method, Rotation, format_bits, pars
 from trilobit.errors import ConfigError
 from trilobit.storage import read_json
 
-Range = Literal["inputs", "outputs", "keys", "values"]
+Range = Literal["inputs", "outputs", "keys", "values", "weights"]
+ROTATIONS = (
+    "residual_rotation", "value_hadamard", "head_hadamard", "ffn_hadamard", "rotation_seed", "learning_steps", "learning_batch",
+    "learning_rate", "learning_activation_bits", "learning_cache_bits", "learning_through_ranges",
+)  # fmt: skip
+"""Knobs that a prepared model follows from, whatever its bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """Every knob of a fake-quantised evaluation. All values are JSON; `sha256` is of the sorted JSON."""
+    """Every knob of a fake-quantised evaluation. All values are JSON. Raises ConfigError for values that a knob cannot have."""
 
     name: str
     """A label. It is part of the hash."""
@@ -52,7 +58,7 @@ class Protocol:
     clip_grid: int = 100
     """p = 1 − i/grid."""
     clip_shrink: float = 0.8
-    """i < shrink · grid: the least p is 1 − shrink + 1/grid."""
+    """i < ⌊shrink · grid⌋: the least p is 1 − shrink + 1/grid."""
     clip_norm: float = 2.4
     """The power of the error."""
     activation_symmetric: bool = False
@@ -65,7 +71,7 @@ class Protocol:
     """Of keys and values, as weight_symmetric."""
     cache_clip: float = 1.0
     """Of keys and values, each token and head apart."""
-    ranges_with_zero: tuple[Range, ...] = ("inputs", "keys")
+    ranges_with_zero: tuple[Range, ...] = ("inputs", "keys", "weights")
     """Which asymmetric ranges are widened to hold zero. outputs: what the attention's last linear reads, by head."""
     residual_rotation: Literal["none", "hadamard", "learned"] = "none"
     """Fused into the weights: signs and a Hadamard, or learned from there on the Stiefel manifold."""
@@ -84,7 +90,7 @@ class Protocol:
     gptq_damping: float = 0.01
     """Of the mean of the diagonal; ten times as much wherever the factorisation fails."""
     gptq_block: int = 128
-    """Columns between lazy updates: changes rounding errors alone, and where a group may begin."""
+    """Columns between lazy updates: changes rounding errors alone."""
     gptq_act_order: bool = False
     """Columns by falling diagonal instead of their own order."""
     gptq_order: Literal["by input, on inputs of quantised predecessors"] = "by input, on inputs of quantised predecessors"
@@ -97,6 +103,8 @@ class Protocol:
     """Of the learned rotation, falling to 0 along a cosine."""
     learning_activation_bits: int = 4
     """Of what linears read while the rotation is learned, whatever they read later. Weights: rounded if `method` is rtn."""
+    learning_cache_bits: int = 4
+    """Of keys and values while the rotation is learned, whatever the cache has later; 16: in full."""
     learning_through_ranges: bool = False
     """Whether the size of rounding errors has a gradient while the rotation is learned, or their direction alone."""
     calibration_samples: int = 128
@@ -104,7 +112,9 @@ class Protocol:
     calibration_length: int = 2048
     """Tokens of each."""
     calibration_data: str | None = None
-    """The text, as on the command line. Which sequences: `calibration_draw`."""
+    """The text, as on the command line. Not part of the hash: `calibration_sha256` is."""
+    calibration_sha256: str | None = None
+    """Of the token ids that were drawn, whatever the path of their text; null until they are."""
     calibration_draw: Literal["samples of the first 8 × samples windows, at random"] = (
         "samples of the first 8 × samples windows, at random"
     )
@@ -113,7 +123,10 @@ class Protocol:
     """Of the choice."""
 
     def __post_init__(self) -> None:
-        for name in ("weight_bits", "activation_bits", "key_bits", "value_bits", "learning_activation_bits"):
+        for field in fields(self):
+            object.__setattr__(self, field.name, _checked(field.name, getattr(self, field.name)))
+        bits = "weight_bits", "activation_bits", "key_bits", "value_bits", "learning_activation_bits", "learning_cache_bits"
+        for name in bits:
             if getattr(self, name) not in WIDTHS:
                 raise ConfigError(f"{name} is {getattr(self, name)}: from 2 to 8, or 16.")
         for name in ("activation_clip", "cache_clip"):
@@ -154,8 +167,10 @@ class Protocol:
 
     @property
     def sha256(self) -> str:
-        """Of the sorted JSON of all knobs."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        """Of the sorted JSON of all knobs but the path of the calibration text."""
+        values = asdict(self)
+        del values["calibration_data"]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def with_bits(self, bits: str) -> "Protocol":
         """The same at other bits, `W-A-KV` or `W-A-K-V`."""
@@ -175,6 +190,34 @@ class Protocol:
     def weights_alone(self) -> "Protocol":
         """The same at 16 bits but for the weights: equal ones make equal weights."""
         return replace(self, activation_bits=16, key_bits=16, value_bits=16)
+
+    def changed(self, other: "Protocol", names: tuple[str, ...] | None = None) -> list[str]:
+        """`knob (here, in other)` of those among `names` (of all, if None) that differ; paths of text left out."""
+        mine, theirs = asdict(self), asdict(other)
+        wanted = [name for name in mine if name != "calibration_data" and (names is None or name in names)]
+        return [f"{name} ({mine[name]}, {theirs[name]})" for name in wanted if mine[name] != theirs[name]]
+
+
+@cache
+def _hints() -> dict[str, Any]:
+    return get_type_hints(Protocol)
+
+
+def _checked(key: str, value: Any) -> Any:
+    """`value` if it is of the kind that the knob wants, lists as tuples."""
+    hint: Any = _hints()[key]
+    value = tuple(value) if isinstance(value, list) else value
+    kinds = [kind for kind in (hint, *get_args(hint)) if isinstance(kind, type)]
+    if key == "ranges_with_zero":
+        fine = isinstance(value, tuple) and set(value) <= set(get_args(Range))
+    elif kinds:
+        exact = type(value) in kinds or (value is None and type(None) in kinds)
+        fine = exact or (type(value) is int and float in kinds)
+    else:
+        fine = value in get_args(hint)
+    if not fine:
+        raise ConfigError(f"{key} cannot be {value!r}.")
+    return float(value) if float in kinds and type(value) is int else value
 
 
 PRESETS = {
@@ -207,21 +250,7 @@ def find_protocol(name: str) -> Protocol:
         raise ConfigError(f"--protocol {name} has knobs that do not exist: {', '.join(unknown)}.")
     if missing := sorted(known - values.keys()):
         raise ConfigError(f"--protocol {name} leaves knobs open: {', '.join(missing)}. A protocol pins every one.")
-    return Protocol(**{key: _checked(name, key, value) for key, value in values.items()})
-
-
-def _checked(path: str, key: str, value: Any) -> Any:
-    """`value` if it is of the kind that the knob wants, lists as tuples."""
-    hint: Any = get_type_hints(Protocol)[key]
-    value = tuple(value) if isinstance(value, list) else value
-    kinds = [kind for kind in (hint, *get_args(hint)) if isinstance(kind, type)]
-    if key == "ranges_with_zero":
-        fine = isinstance(value, tuple) and set(value) <= set(get_args(Range))
-    elif kinds:
-        exact = type(value) in kinds or (value is None and type(None) in kinds)
-        fine = exact or (type(value) is int and float in kinds)
-    else:
-        fine = value in get_args(hint)
-    if not fine:
-        raise ConfigError(f"--protocol {path}: {key} cannot be {value!r}.")
-    return float(value) if float in kinds and type(value) is int else value
+    try:
+        return Protocol(**values)
+    except ConfigError as error:
+        raise ConfigError(f"--protocol {name}: {error}") from error

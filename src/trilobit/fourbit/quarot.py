@@ -55,10 +55,14 @@ def quarot(model: PreTrainedModel, *, seed: int = 0, values: bool = True) -> Rot
     values: also turn each head's values, where head width and architecture allow; the report says what was done. Raises
     ModelError, with nothing changed, for models whose residual stream cannot be turned (see surgery/rotate.py).
     """
+    embedding: Any = model.get_input_embeddings()
+    return turned(model, random_rotation(embedding.embedding_dim, seed), values)
+
+
+def turned(model: PreTrainedModel, rotation: Rotation, values: bool) -> RotationReport:
+    """`rotate` with a Hadamard transform of each head's values, if they are wanted and there is one; the report says so."""
     width = head_width(model)
     reachable = constructible(width)
-    embedding: Any = model.get_input_embeddings()
-    rotation = random_rotation(embedding.embedding_dim, seed)
     report = rotate(model, rotation, head_rotation(width) if values and reachable else None)
     if values and not reachable:
         report = replace(report, values=f"left alone: there is no Hadamard matrix for heads of {width}")

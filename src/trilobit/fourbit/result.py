@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from trilobit.fourbit.evaluate import FULL, ORIGINAL, Cell
+from trilobit.config.quantize import FULL
+from trilobit.fourbit.evaluate import ORIGINAL, Cell
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,11 @@ class QuantizeResult:
             lines += [model, *(single(cells) if len(cells) <= 2 else table(cells)), ""]
         refused = {f"{c.column}: {c.refused}": None for c in self.cells if c.refused is not None}
         tokens = next((cell.tokens for cell in self.cells if cell.tokens is not None), 0)
-        lines += [*refused, f"data {self.data}, {tokens:,} tokens, {self.precision}"]
-        if len(self.protocols) == 1:
-            ((digest, text),) = self.protocols.items()
+        lines += [*footnotes(self.cells), *refused, f"data {self.data}, {tokens:,} tokens, {self.precision}"]
+        made = {cell.protocol_sha256 for cell in self.cells if cell.column != ORIGINAL}
+        if len(made) == 1:
+            (digest,) = made
+            text = self.protocols[digest]
             lines += ["", text, f"protocol sha256  {digest}"]
         else:
             lines.append(f"{len(self.protocols)} protocols, by sha256 in the JSON; bits are weights-activations-KV cache")
@@ -35,7 +38,7 @@ class QuantizeResult:
 
 def single(cells: list[Cell]) -> list[str]:
     """A line for each cell."""
-    rows = [["bits", "made by", "perplexity", "nats", "above", "average", "kurtosis", "MLP output's", "seconds"]]
+    rows = [["bits", "made by", "perplexity", "nats", "above", "average", "kurtosis", "MLP kurtosis", "seconds"]]
     for cell in cells:
         average = "" if cell.average is None else f"{cell.average:.4f} ± {cell.average_stderr or 0:.4f}"
         numbers = [_number(value) for value in (cell.perplexity, cell.nats_per_token, cell.loss)]
@@ -43,6 +46,11 @@ def single(cells: list[Cell]) -> list[str]:
         seconds = (cell.seconds or 0.0) + (cell.seconds_weights or 0.0)
         rows.append([cell.bits, cell.column, *numbers, average, *kurtosis, f"{seconds:,.0f}"])
     return aligned(rows)
+
+
+def footnotes(cells: list[Cell]) -> list[str]:
+    """What was done to the models of each column, and what they had no room for: a line each, once."""
+    return list(dict.fromkeys(f"{cell.column}: {line}" for cell in cells for line in cell.applied))
 
 
 def table(cells: list[Cell]) -> list[str]:
@@ -58,9 +66,10 @@ def grid_rows(cells: list[Cell]) -> list[list[str]]:
     rows = [["bits", *columns], [FULL, _shown(original), *["="] * (len(columns) - 1)]]
     for bits in dict.fromkeys(cell.bits for cell in cells if cell.column != ORIGINAL):
         rows.append([bits, *(_shown(at.get((bits, column))) for column in columns)])
-    firsts = [next(cell for cell in cells if cell.column == column) for column in columns]
-    rows.append(["kurtosis", *(_number(cell.excess_kurtosis, 2) for cell in firsts)])
-    rows.append(["MLP output's", *(_number(cell.kurtosis_mlp_output, 2) for cell in firsts)])
+    measured = sorted(cells, key=lambda cell: cell.perplexity is None)  # stable: refused ones last
+    firsts = [next(cell for cell in measured if cell.column == column) for column in columns]
+    rows.append(["excess kurtosis", *(_number(cell.excess_kurtosis, 2) for cell in firsts)])
+    rows.append(["kurtosis at MLP outputs", *(_number(cell.kurtosis_mlp_output, 2) for cell in firsts)])
     seconds = [
         sum(c.seconds or 0.0 for c in cells if c.column == column) + (first.seconds_weights or 0.0)
         for column, first in zip(columns, firsts, strict=True)

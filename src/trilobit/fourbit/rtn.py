@@ -19,7 +19,8 @@ from trilobit.fourbit.protocol import Protocol
 
 TINY = 1e-12  # the least scale: rows of zeros stay zeros
 LEAST_WEIGHT = 1e-5  # the least max|w| of a row, as the authors' code has it
-BLOCK_ELEMENTS = 1 << 16  # of a weight that is searched at once: temporaries stay in the cache
+BLOCK_ELEMENTS = 1 << 16  # of a weight that is searched at once: temporaries stay in the cache of a CPU
+DEVICE_ELEMENTS = 1 << 24  # elsewhere, where a small block would not fill the device
 
 
 @dataclass(frozen=True)
@@ -82,9 +83,10 @@ def weight_scales(weight: Tensor, protocol: Protocol) -> tuple[Tensor, Tensor]:
     weight = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
     group = protocol.weight_group or weight.shape[1]
     whole = weight.shape[1] // group * group
+    most = BLOCK_ELEMENTS if weight.device.type == "cpu" else DEVICE_ELEMENTS
     parts = []
     if whole:
-        blocks = weight[:, :whole].unflatten(1, (-1, group)).split(max(1, BLOCK_ELEMENTS // whole))
+        blocks = weight[:, :whole].unflatten(1, (-1, group)).split(max(1, most // whole))
         parts.append([torch.cat(found) for found in zip(*(_search(block, protocol) for block in blocks), strict=True)])
     if whole < weight.shape[1]:
         parts.append(_search(weight[:, whole:].unsqueeze(1), protocol))
@@ -96,9 +98,9 @@ def _search(weight: Tensor, protocol: Protocol) -> tuple[Tensor, Tensor]:
     """Scale and zero point [O, G] of [O, G, g]."""
     grid = weight_grid(protocol)
     low, high = weight.amin(-1), weight.amax(-1)
-    if protocol.weight_group is None:
+    if "weights" in protocol.ranges_with_zero:
         low, high = low.clamp(max=0), high.clamp(min=0)
-    candidates = max(1, int(protocol.clip_shrink * protocol.clip_grid)) if protocol.weight_clip == "mse" else 1
+    candidates = max(1, int(round(protocol.clip_shrink * protocol.clip_grid, 9))) if protocol.weight_clip == "mse" else 1
     best, best_zero, least = torch.empty(0), torch.empty(0), torch.full_like(low, torch.inf)
     for i in range(candidates):
         share = 1 - i / protocol.clip_grid

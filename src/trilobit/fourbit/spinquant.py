@@ -12,17 +12,17 @@ what is rounded: that gradient says what a turn does to the *size* of the errors
 
 The budget of the authors' published script: 100 steps, each on 8 windows of 2,048 tokens of WikiText-2's training split
 (1.6 M tokens), lr 1.5 decayed to zero along a cosine, no momentum, five fixed-point iterations for the step, one rotation of
-the values per layer learned as well, weights quantised only if they are later rounded to nearest, ranges without a
-gradient (`through_ranges=False`). The paper's own numbers come from a code base that is not public: its order of windows and
-its seed cannot be known. Here: R of the residual stream alone, no momentum, `learn`'s defaults for the rest; what was used
-is in the result.
+the values per layer learned as well, keys and values quantised and the attention's output by head, weights quantised only if
+they are later rounded to nearest, ranges without a gradient. The paper's own numbers come from a code base that is not
+public: its order of windows and its seed cannot be known. Here: R of the residual stream alone; the rest as there, by the
+knobs of the protocol.
 
 Letters: D width, N windows, T tokens of a window.
 """
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -34,6 +34,7 @@ from transformers import PreTrainedModel
 
 from trilobit import quant
 from trilobit.errors import DataError, NonFiniteError
+from trilobit.fourbit.attention import CacheQuantizer, changed_attention
 from trilobit.fourbit.quarot import matrix, random_rotation
 from trilobit.listener import SILENT, Listener
 from trilobit.surgery.roles import evaluating
@@ -63,16 +64,19 @@ class LearnedRotation:
     def rotation(self) -> Rotation:
         """For `rotate`, with the budget in its description."""
         budget = f"{self.steps} steps, {self.tokens:,} tokens, lr {self.lr:g}, seed {self.seed}"
+        budget += f", loss {self.losses[0]:.4f} to {self.losses[-1]:.4f}, {self.skipped} skipped"
         return Rotation(len(self.matrix), lambda x: x @ self.matrix.to(x), f"a rotation learned by Cayley steps ({budget})")
 
 
 def learn(
-    model: PreTrainedModel, windows: Tensor, *, quantise_activations: Quantise, quantise_weights: Quantise | None = None,
-    steps: int = 100, batch: int = 8, lr: float = 1.5, seed: int = 0, through_ranges: bool = True, listener: Listener = SILENT,
+    model: PreTrainedModel, windows: Tensor, *, quantise_activations: Quantise, quantise_outputs: Quantise | None = None,
+    quantise_weights: Quantise | None = None, cache: CacheQuantizer | None = None, steps: int = 100, batch: int = 8,
+    lr: float = 1.5, seed: int = 0, through_ranges: bool = False, listener: Listener = SILENT,
 ) -> LearnedRotation:  # fmt: skip
     """Learn a rotation of the residual stream on windows [N, T] of token ids; `model` is left as it was.
 
-    quantise_activations: of what decoder linears read; quantise_weights: of their turned weights [O, K], by row. What turns
+    quantise_activations: of what decoder linears read; quantise_outputs: of what the attention's last ones read, if another;
+    quantise_weights: of their turned weights [O, K], by row; cache: of keys and values. What turns
     values (rotate, with R = I) or runs online belongs to the quantised model: attach it first. Starts from quarot's
     randomised Hadamard matrix of the same seed. A step takes `batch` windows, in an order drawn from the seed; lr
     falls to zero along a cosine. through_ranges: see straight_through. A step whose loss or gradient is not finite is
@@ -85,7 +89,7 @@ def learn(
         )
     stream = find_stream(model)
     rotation = matrix(random_rotation(stream.width, seed)).to(model.device)
-    how = _How(quantise_activations, quantise_weights, through_ranges)
+    how = _How(quantise_activations, quantise_outputs or quantise_activations, quantise_weights, cache, through_ranges)
     generator = torch.Generator().manual_seed(seed)
     rounds = -(-steps * batch // len(windows))
     order = torch.cat([torch.randperm(len(windows), generator=generator) for _ in range(rounds)])
@@ -121,12 +125,12 @@ def cayley_step(rotation: Tensor, gradient: Tensor, lr: float) -> Tensor:
 
 def quantised_loss(
     model: PreTrainedModel, windows: Tensor, rotation: Tensor | None, quantise_activations: Quantise,
-    quantise_weights: Quantise | None = None,
+    quantise_weights: Quantise | None = None, quantise_outputs: Quantise | None = None, cache: CacheQuantizer | None = None,
 ) -> float:  # fmt: skip
     """Mean cross-entropy over windows [N, T] of the model that `learn` sees, at R [D, D]; None: not turned."""
     stream = find_stream(model)
     turned = torch.eye(stream.width, dtype=torch.float64) if rotation is None else rotation
-    how = _How(quantise_activations, quantise_weights, through_ranges=False)
+    how = _How(quantise_activations, quantise_outputs or quantise_activations, quantise_weights, cache, through_ranges=False)
     with torch.no_grad():
         return sum(loss.item() for loss in _losses(model, stream, turned.to(model.device), windows, how))
 
@@ -134,8 +138,21 @@ def quantised_loss(
 @dataclass(frozen=True)
 class _How:
     activations: Quantise
+    outputs: Quantise
     weights: Quantise | None
+    cache: CacheQuantizer | None
     through_ranges: bool
+
+    def through(self, quantise: Quantise) -> Quantise:
+        """`quantise` with a gradient."""
+        return partial(straight_through, quantise=quantise, through_ranges=self.through_ranges)
+
+    def changing(self, model: PreTrainedModel) -> AbstractContextManager[None]:
+        """Within, keys and values are quantised."""
+        if self.cache is None:
+            return nullcontext()
+        keys, values = (None if x is None else self.through(x) for x in (self.cache.keys, self.cache.values))
+        return changed_attention(model, CacheQuantizer(keys, values, self.cache.turn))
 
 
 def _loss_and_gradient(
@@ -172,8 +189,9 @@ def _losses(model: PreTrainedModel, stream: Stream, rotation: Tensor, windows: T
 def _quantised(model: PreTrainedModel, stream: Stream, rotation: Tensor, how: _How) -> Iterator[dict[str, Tensor]]:
     """Hooks that make `model` compute as if turned and quantised; yields the parameters that replace its own."""
     decoder = {path: norm for path, norm in stream.readers.items() if path != stream.roles.head}
-    activations = partial(straight_through, quantise=how.activations, through_ranges=how.through_ranges)
-    weights = how.weights and partial(straight_through, quantise=how.weights, through_ranges=how.through_ranges)
+    roles = {site.path: site.role for site in stream.roles.sites}
+    activations, outputs = how.through(how.activations), how.through(how.outputs)
+    weights = how.weights and how.through(how.weights)
 
     def gain_of(norm: str) -> Tensor:
         rule = stream.norms[norm]
@@ -185,18 +203,20 @@ def _quantised(model: PreTrainedModel, stream: Stream, rotation: Tensor, how: _H
         turned = activations(plain @ rotation.to(plain))
         return turned if weights is not None else turned @ rotation.T.to(plain) * gain
 
-    def before_writer(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return activations(inputs[0]), *inputs[1:]
+    def before_writer(quantise: Quantise, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return quantise(inputs[0]), *inputs[1:]
 
     def after_writer(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         return output @ rotation.T.to(output)
 
     new: dict[str, Tensor] = {}
     with ExitStack() as stack:
+        stack.enter_context(how.changing(model))
         for norm in dict.fromkeys(decoder.values()):
             stack.callback(model.get_submodule(norm).register_forward_hook(partial(after_norm, norm)).remove)
         for path in stream.writers:
-            stack.callback(model.get_submodule(path).register_forward_pre_hook(before_writer).remove)
+            hook = partial(before_writer, outputs if roles[path] == "attention-output" else activations)
+            stack.callback(model.get_submodule(path).register_forward_pre_hook(hook).remove)
         if weights is not None:
             for path, norm in decoder.items():
                 weight = model.get_parameter(f"{path}.weight")
@@ -210,7 +230,7 @@ def _quantised(model: PreTrainedModel, stream: Stream, rotation: Tensor, how: _H
         yield new
 
 
-def straight_through(x: Tensor, quantise: Quantise, through_ranges: bool = True) -> Tensor:
+def straight_through(x: Tensor, quantise: Quantise, through_ranges: bool = False) -> Tensor:
     """quantise(x), with the gradient of x (Bengio et al., arXiv 1308.3432) and, with through_ranges, that of the errors' size.
 
     The codes taken as fixed, an error is a fixed multiple of the scale, and the scale one of the range of its row, max − min:

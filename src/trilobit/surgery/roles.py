@@ -125,7 +125,7 @@ def _refuse_foreign_matrix(name: str, module: nn.Module) -> None:
         if parameter.ndim >= 2:
             raise ModelError(
                 f"{name} is a {type(module).__name__} that owns {parameter_name} {tuple(parameter.shape)}: only nn.Linear "
-                "is made ternary, so this architecture (experts, Conv1D, …) is refused rather than half-converted."
+                "is converted, so this architecture (experts, Conv1D, …) is refused rather than half-converted."
             )
 
 

@@ -4,7 +4,8 @@ Roles (roles.py) say which linears read the stream through which norm, and which
 hooks turn everything that is written, turn back what norms read, turn what they return and turn back what the readers
 read: if the logits stay, every part of the model but these hooks commutes with an orthogonal turn of the stream, and the
 turns may be moved into the weights (rotate.py). Gains behind the block, layer scales, a gate that reads a norm as well:
-whatever depends on single channels moves the logits, and the model is refused with its weights untouched.
+whatever depends on single channels moves the logits, and the model is refused with its weights untouched. The proof runs in
+fp32 whatever the model's dtype: in bf16 an outlier that is turned is rounded in every channel, which would have to be forgiven.
 
 The first position attends to itself alone, so there each head of what the attention's last linear reads *is* the value of
 a key-value head: blocks of linears' outputs that agree with it are the values, fused projections included. Hooks that
@@ -28,7 +29,6 @@ from trilobit.surgery.outlier_safe import NormRule, embedding_scale, probe_norm
 from trilobit.surgery.roles import PROBE_TOKENS, Roles, Site, evaluating, find_roles, is_norm, vocabulary_size
 
 NOTICED = 1e-3  # of the logits' length: what a turn that does not commute moves them by, at the least
-NOTICED_LOW = 0.25  # in bf16 and fp16, where an outlier that is turned is rounded in every channel
 ELSEWHERE = "Use `--rotate ffn` or `--rotate none`, which leave the residual stream alone."
 
 
@@ -95,7 +95,7 @@ def find_stream(model: PreTrainedModel) -> Stream:
     stream = Stream(embedding.embedding_dim, roles, norms, readers, tuple(writers))
     _require_partition(model, stream)
     moved = _moved(model, partial(_turned_stream, model, stream))
-    if moved > _noticed(model):
+    if moved > NOTICED:
         raise ModelError(
             f"the logits of {type(model).__name__} move by {moved:.2g} of their length when its residual stream is turned and "
             f"turned back, so something in it depends on single channels (a gain behind the block?). {ELSEWHERE}"
@@ -121,7 +121,7 @@ def find_values(model: PreTrainedModel, roles: Roles, width: int) -> tuple[list[
         found.append(ValueHeads(heads[0], heads[1], output.path, width))
     if len({len(layer.starts) for layer in found}) != 1 or len(found) != len(roles.layers):
         return [], "left alone: the layers differ in their attention"
-    if _moved(model, partial(_turned_values, model, found)) > _noticed(model):
+    if _moved(model, partial(_turned_values, model, found)) > NOTICED:
         return [], "left alone: what attention does with values does not commute with turning each head"
     return found, ""
 
@@ -207,21 +207,30 @@ def _first_position(model: PreTrainedModel, roles: Roles) -> dict[str, tuple[Ten
         x, y = (value.reshape(PROBE_TOKENS, -1)[0].float() for value in (inputs[0], output))
         seen[site.path] = x, y
 
-    with evaluating(model), _hooked() as hook:
+    with _exact(model), evaluating(model), _hooked() as hook:
         for site in roles.sites:
             hook(model.get_submodule(site.path).register_forward_hook(partial(after, site)))
         model(input_ids=_probe_tokens(model), use_cache=False)
     return seen
 
 
-def _noticed(model: PreTrainedModel) -> float:
-    return NOTICED if model.dtype in (torch.float32, torch.float64) else NOTICED_LOW
+@contextmanager
+def _exact(model: PreTrainedModel) -> Iterator[None]:
+    """Within, parameters and buffers of fewer bits are fp32; afterwards they are, bit by bit, what they were."""
+    low = [(x, x.dtype) for x in (*model.parameters(), *model.buffers()) if x.dtype in (torch.bfloat16, torch.float16)]
+    try:
+        for x, _ in low:
+            x.data = x.data.float()
+        yield
+    finally:
+        for x, dtype in low:
+            x.data = x.data.to(dtype)
 
 
 def _moved(model: PreTrainedModel, turned: Any) -> float:
     """How far the logits move inside `turned()`, relative to their length: the median over positions."""
     tokens = _probe_tokens(model)
-    with evaluating(model):
+    with _exact(model), evaluating(model):
         before = model(input_ids=tokens, use_cache=False).logits.double()
         with turned():
             after = model(input_ids=tokens, use_cache=False).logits.double()

@@ -24,7 +24,7 @@ from trilobit.export.hf import write_full_precision
 from trilobit.infer.load import load_tokenizer, quiet_transformers
 from trilobit.listener import SILENT, Listener
 from trilobit.measure.perplexity import nats, perplexity
-from trilobit.storage import atomic_directory, is_whole
+from trilobit.storage import atomic_directory, is_whole, weights_fingerprint
 from trilobit.surgery.fold import fold
 from trilobit.surgery.outlier_safe import outlier_safe
 from trilobit.surgery.roles import vocabulary_size
@@ -36,7 +36,7 @@ from trilobit.train.layers import decide_compile, prepare_layers, set_attention
 from trilobit.train.loop import Hooks, fit
 from trilobit.train.objective import NextToken
 from trilobit.train.plots import plot_kurtosis, plot_loss
-from trilobit.train.record import new_record, weights_fingerprint
+from trilobit.train.record import new_record
 from trilobit.train.run import Run, start
 from trilobit.train.text import read_corpus
 from trilobit.train.tokenizer import train_tokenizer, wrap_tokenizer

@@ -1,6 +1,5 @@
 """run.json: what made a run, written when it begins and read when it is resumed."""
 
-import hashlib
 import os
 import platform
 import subprocess
@@ -12,7 +11,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 
 from trilobit import __version__
 from trilobit.config.training import TrainingConfig
@@ -85,12 +83,3 @@ def _git_revision() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
-
-
-def weights_fingerprint(model: nn.Module) -> str:
-    """SHA-256 of every parameter's name, dtype, shape and bytes, which no device and no number of threads changes."""
-    found = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        found.update(repr((name, str(parameter.dtype), tuple(parameter.shape))).encode())
-        found.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()

@@ -23,7 +23,7 @@ from trilobit.errors import ConfigError, DataError, ModelError, OutputError
 from trilobit.infer.load import pick_device
 from trilobit.listener import SILENT, Listener
 from trilobit.measure.perplexity import nats
-from trilobit.storage import alone_in, read_json, require_free_space, require_new_directory, write_json
+from trilobit.storage import alone_in, read_json, require_free_space, require_new_directory, weights_fingerprint, write_json
 from trilobit.surgery.roles import decoder_layers
 from trilobit.train.checkpoint import BYTES_PER_PARAMETER, list_checkpoints
 from trilobit.train.data import Tokens
@@ -31,7 +31,7 @@ from trilobit.train.distributed import Team, require_even_parts
 from trilobit.train.loop import muon_matrices
 from trilobit.train.meeting import open_team, restarts, several
 from trilobit.train.mesh import Spread, arrange, arrangement_for, device_memory, spread_over
-from trilobit.train.record import record_to_resume, weights_fingerprint
+from trilobit.train.record import record_to_resume
 from trilobit.train.signals import Signals
 from trilobit.train.track import Track, tracker
 from trilobit.train.windows import Windows, evaluation_windows

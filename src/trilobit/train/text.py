@@ -9,10 +9,10 @@ from trilobit.config.tune import TuneConfig
 from trilobit.errors import ConfigError
 from trilobit.infer.hf import sample_windows
 from trilobit.infer.load import Loaded
+from trilobit.storage import weights_fingerprint
 from trilobit.surgery.roles import vocabulary_size
 from trilobit.train.data import Tokens, from_tokens, prepare
 from trilobit.train.loop import Signals
-from trilobit.train.record import weights_fingerprint
 
 HELDOUT_TOKENS = 262_144
 

@@ -27,6 +27,7 @@ from trilobit.infer.load import load_pretrained
 from trilobit.listener import SILENT, Listener
 from trilobit.measure.perplexity import nats, perplexity, require_positions
 from trilobit.nn.ternary import ternary_modules
+from trilobit.storage import weights_fingerprint
 from trilobit.surgery.roles import find_roles
 from trilobit.surgery.single_scale import hold_single_scales, release_single_scales, single_scale_norms
 from trilobit.surgery.ternary import Plan, TernarySpec, apply_plan, make_plan, measure_rms, set_gains, set_strengths
@@ -38,7 +39,7 @@ from trilobit.train.loop import Hooks, autocast, fit
 from trilobit.train.objective import TuneObjective, frozen_copy
 from trilobit.train.plots import plot_flips, plot_loss, plot_strengths
 from trilobit.train.reconstruct import reconstruct
-from trilobit.train.record import new_record, weights_fingerprint
+from trilobit.train.record import new_record
 from trilobit.train.run import Run, start
 from trilobit.train.schedule import StrengthSchedule, sensitivity_schedule, strength_schedule
 from trilobit.train.sensitivity import layer_costs
