@@ -64,7 +64,7 @@ def round_to_nearest(weight: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
 
 def quantize_columns(weight: Tensor, moment: Tensor, rule: Rule, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
     """Codes [O, K] int8 and scales [O, G] of `weight` [O, K] for inputs with Σ x xᵀ = `moment` [K, K]."""
-    upper = inverse_factor(moment, damping).to(weight.dtype)
+    upper = inverse_factor(moment, damping)[0].to(weight.dtype)
     weight = weight.detach().clone()
     codes, scales = torch.empty_like(weight, dtype=torch.int8), []
     for start in range(0, weight.shape[1], GROUP):
