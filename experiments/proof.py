@@ -44,12 +44,12 @@ from trilobit.infer.hf import sample_windows
 from trilobit.infer.load import load, load_pretrained
 from trilobit.listener import Listener
 from trilobit.measure.perplexity import nats, text_windows
+from trilobit.storage import weights_fingerprint
 from trilobit.surgery.roles import vocabulary_size
 from trilobit.train import tune
 from trilobit.train.data import from_tokens
 from trilobit.train.loop import Interrupted
 from trilobit.train.plots import read_log
-from trilobit.train.record import weights_fingerprint
 from trilobit.train.windows import evaluation_windows
 
 RECORDS = Path(__file__).parents[1] / "docs" / "data" / "proof"
