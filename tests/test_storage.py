@@ -133,6 +133,34 @@ def test_killed_writer_leaves_the_old_state(tmp_path: Path, where: str) -> None:
     assert [name for name in only(tmp_path) if not name.startswith(".")] == ["out"]
 
 
+def test_what_a_killed_writer_left_is_cleared_away(tmp_path: Path) -> None:
+    """By the next writer of that name, and what one that is still at work has is left alone; so is another name's."""
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "out"), "block"], check=False)
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "out[1]"), "block"], check=False)
+    assert len(only(tmp_path)) == 2
+    with atomic_directory(tmp_path / "out") as first, atomic_directory(tmp_path / "out") as second:
+        assert first.exists() and second.exists()
+        assert len(only(tmp_path)) == 3  # these two, and what is left of out[1]
+    make(tmp_path / "out[1]", "first")
+    assert only(tmp_path) == ["out", "out[1]"]
+
+
+def test_an_atomic_file_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files move beside the target, the target's own after the others; an exception leaves none."""
+    moved = []
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (moved.append(Path(b).name), replace(a, b)))
+    with storage.atomic_file(tmp_path / "b.gguf") as directory:
+        for name in ("b.gguf", "a.md", "c.md"):
+            (directory / name).write_text(name)
+    assert only(tmp_path) == ["a.md", "b.gguf", "c.md"]
+    assert moved[-1] == "b.gguf"
+    with pytest.raises(RuntimeError), storage.atomic_file(tmp_path / "never") as directory:
+        (directory / "never").write_text("")
+        raise RuntimeError
+    assert only(tmp_path) == ["a.md", "b.gguf", "c.md"]
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="one-step exchange of directories needs Linux")
 def test_killed_between_the_renames_leaves_a_state(tmp_path: Path) -> None:
     """A process that dies between moving the old directory away and the new one in leaves one of them in place."""

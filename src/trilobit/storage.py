@@ -6,6 +6,7 @@ that is killed at any instant leaves the previous state. Only safetensors and JS
 """
 
 import ctypes
+import glob
 import hashlib
 import json
 import math
@@ -63,23 +64,70 @@ def atomic_directory(
     already, and need not be read again for their sha256. replace: False leaves a whole `target` that another process has made
     meanwhile, which somebody may be reading, as it is. Raises OutputError when the disk refuses.
     """
-    partial = target.with_name(f".{target.name}.partial-{_own()}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir()
+    with _partial_directory(target) as partial:
         yield partial
         _seal(partial, known or {})
         if not replace and is_whole(target):
             return
         if target.exists():
-            _exchange(partial, target)  # what was there is now `partial`, and is removed below
+            _exchange(partial, target)  # what was there is now `partial`, and is removed
         else:
             os.replace(partial, target)
         _fsync(target.parent)
+
+
+@contextmanager
+def atomic_file(target: Path) -> Iterator[Path]:
+    """Give a temporary directory whose files are moved beside `target`, the file of that name last, when the block ends
+    without an exception: whoever finds `target` finds all of it. Raises OutputError when the disk refuses."""
+    with _partial_directory(target) as partial:
+        yield partial
+        for file in sorted(partial.iterdir(), key=lambda file: file.name == target.name):
+            flushed(file)
+            os.replace(file, target.with_name(file.name))
+        _fsync(target.parent)
+
+
+@contextmanager
+def _partial_directory(target: Path) -> Iterator[Path]:
+    """An empty directory beside `target` while the block runs, held by a lock: one that nobody holds was left by a writer that
+    was killed, and is cleared away by the next one of the same name."""
+    partial = target.with_name(f".{target.name}.partial-{_own()}")
+    begun = partial.with_name(partial.name.replace(".partial-", ".begun-"))
+    held: list[int] = []
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for left in target.parent.glob(f".{glob.escape(target.name)}.partial-*"):
+            if (lock := _locked(left)) is not None:
+                remove_directory(left)
+                os.close(lock)
+        begun.mkdir()
+        held += [lock for lock in [_locked(begun)] if lock is not None]
+        os.replace(begun, partial)  # under this name it is held already
+        yield partial
     except OSError as error:
         raise OutputError(f"cannot write {target}: {error.strerror or error}. Nothing was left behind.") from error
     finally:
         remove_directory(partial)
+        for lock in held:
+            os.close(lock)
+
+
+def _locked(directory: Path) -> int | None:
+    """A descriptor that holds `directory` until it is closed, or the process ends; None where another holds it, or there are no
+    such locks (Windows, some network file systems)."""
+    try:
+        import fcntl
+
+        handle = os.open(directory, os.O_RDONLY)
+    except (ImportError, OSError):
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
 
 
 def _own() -> str:

@@ -34,7 +34,8 @@ def exported(folder: Path, to: str, settings: dict[str, Any] | None = None, **sp
     write_json(
         folder / "run" / "run.json", {"config": {"model": "someone/base", "placement": "output"}, "result": {"tokens": 7}}
     )
-    return convert.run(ExportConfig(model=str(folder / "run"), out=str(folder / "out"), to=to, **(settings or {})))  # pyright: ignore
+    config: dict[str, Any] = {"model": str(folder / "run"), "out": str(folder / "out"), "to": to} | (settings or {})
+    return convert.run(ExportConfig(**config))
 
 
 @pytest.mark.skipif(not llama_cpp.available(), reason="xllamacpp is not installed")
@@ -52,6 +53,27 @@ def test_gguf(tmp_path: Path) -> None:
     assert "library_name: gguf" in card
     assert "llama-cli -m out.gguf" in card
     assert all(line in card for line in result.check.table())
+
+
+@pytest.mark.skipif(not llama_cpp.available(), reason="xllamacpp is not installed")
+def test_gguf_as_one_file(tmp_path: Path) -> None:
+    """--out that ends in .gguf is that file, its card beside it (it was a directory with NAME.gguf.gguf inside); neither is
+    written over, and neither is left of an export that fails."""
+    file = tmp_path / "there" / "it.gguf"
+    settings = {"type": "f32", "head": "f16", "out": str(file)}
+    result = exported(tmp_path, "gguf", settings, placement="output")
+    assert result.path == str(file) and result.bytes == file.stat().st_size
+    assert sorted(p.name for p in file.parent.iterdir()) == ["it.gguf", "it.md"]
+    card = (file.parent / "it.md").read_text()
+    assert card.splitlines()[0] == "---" and "\n# it\n" in card and "llama-cli -m it.gguf" in card
+    with pytest.raises(OutputError, match=r"it\.gguf exists already"):
+        exported(tmp_path, "gguf", settings, placement="output")
+    file.unlink()
+    with pytest.raises(OutputError, match=r"it\.md exists already"):
+        exported(tmp_path, "gguf", settings, placement="output")
+    with pytest.raises(ExportError):
+        exported(tmp_path, "gguf", settings | {"out": str(tmp_path / "other.gguf")}, placement="every")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "there"]
 
 
 @pytest.mark.parametrize(
@@ -126,7 +148,7 @@ def test_the_card_says_whose_licence_applies(tmp_path: Path) -> None:
         (None, "Made from llama-3m by"),
     ):
         write_json(tmp_path / "run.json", {"config": {"model": model, "architecture": "llama-3m"}, "result": {}})
-        write_card(tmp_path, tmp_path, "it", "hf", "form", Check(why_not="a test"))
+        write_card(tmp_path / "README.md", tmp_path, "it", "hf", "form", Check(why_not="a test"))
         card = (tmp_path / "README.md").read_text()
         assert says in card
         assert ("licence of the base model" in card) == (says == "could not be read here")
@@ -140,13 +162,13 @@ def test_the_card_of_what_others_made(tmp_path: Path) -> None:
     theirs.mkdir()
     (theirs / "README.md").write_text("---\nlicense: mit\n---\n# theirs\n")
     check = Check(why_not="a test")
-    write_card(tmp_path, theirs, "it", "hf", "form", check)
+    write_card(tmp_path / "README.md", theirs, "it", "hf", "form", check)
     card = (tmp_path / "README.md").read_text()
     assert "license: mit" in card and "Made from theirs by trilobit" in card and str(tmp_path) not in card
-    write_card(tmp_path, theirs, "it", "hf", "form", check, "someone/theirs")
+    write_card(tmp_path / "README.md", theirs, "it", "hf", "form", check, "someone/theirs")
     assert "base_model: someone/theirs" in (tmp_path / "README.md").read_text()
     write_json(tmp_path / "run.json", {"config": {"model": str(theirs), "placement": "none"}, "result": {"tokens": 7}})
-    write_card(tmp_path, tmp_path / "model", "it", "hf", "form", check, str(tmp_path / "model"))
+    write_card(tmp_path / "README.md", tmp_path / "model", "it", "hf", "form", check, str(tmp_path / "model"))
     card = (tmp_path / "README.md").read_text()
     assert "license: mit" in card and "Made from theirs by trilobit" in card and "placement none, tokens 7" in card
 
@@ -236,6 +258,11 @@ def test_the_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found == ["mit", None, None, None, None]
     assert [name for name, _ in asked] == ["some/one", "no/card", "no/network"]
     assert max(seconds for _, seconds in asked) <= 10
+
+
+def test_a_file_is_not_uploaded() -> None:
+    with pytest.raises(ConfigError, match="without .gguf"):
+        ExportConfig(model="x", out="x.gguf", to="gguf", push="someone/x")
 
 
 def test_settings_of_another_target_are_refused() -> None:

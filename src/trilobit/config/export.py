@@ -16,8 +16,8 @@ class ExportConfig:
 
     model: ModelPath
     """Run directory, or a directory or hub id of a ternary model, trilobit's own or another's (`bitnet` in transformers)."""
-    out: Annotated[str, tyro.conf.arg(metavar="DIR")]
-    """Directory to write. It must not exist."""
+    out: Annotated[str, tyro.conf.arg(metavar="PATH")]
+    """Directory to write; or, of gguf, a file that ends in .gguf. It must not exist."""
     to: Literal["native", "hf", "gguf", "bf16", "compressed-tensors"] = "native"
     """native: this package's CPU engine. hf: transformers, in two bits where its classes hold the model, else as bf16 does.
     gguf: llama.cpp and what is built on it. bf16: an ordinary checkpoint of code · scale (no inserted norms).
@@ -60,5 +60,7 @@ class ExportConfig:
                 raise ConfigError(f"{flag} is a choice of --to compressed-tensors, not of --to {self.to}.")
             if isinstance(value, int) and value < 1:
                 raise ConfigError(f"{flag} is {value}; it must be at least 1.")
+        if self.push is not None and self.to == "gguf" and self.out.endswith(".gguf"):
+            raise ConfigError("--push uploads a directory: give --out a name without .gguf.")
         if self.bits is not None:
             parse_bits(self.bits)

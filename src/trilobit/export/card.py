@@ -19,8 +19,8 @@ HUB_SECONDS = 10.0
 LIBRARY = {"native": "trilobit", "gguf": "gguf"}  # all else: transformers
 
 
-def write_card(directory: Path, source: Path, name: str, to: str, form: str, check: Check, asked: str | None = None) -> None:
-    """Write README.md into `directory` for the export of `source`: a run, or model/ or latent/ in it, or what somebody else has
+def write_card(card: Path, source: Path, name: str, to: str, form: str, check: Check, asked: str | None = None) -> None:
+    """Write the file `card` for the export of `source`: a run, or model/ or latent/ in it, or what somebody else has
     made, which is then its own base. asked: what the user called it, if that is not where it lies."""
     runs = (place for place in (source, source.parent) if (place / "run.json").exists())
     record = read_json(place / "run.json") if (place := next(runs, None)) is not None else {}
@@ -45,7 +45,7 @@ def write_card(directory: Path, source: Path, name: str, to: str, form: str, che
     if measured := _measured(result):
         parts.append(measured)
     parts.append("## What was written, read back\n\n" + "\n".join(check.table()))
-    (directory / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    card.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 def is_hub_id(base: str) -> bool:

@@ -3,6 +3,8 @@
 out/                the files of that form (forms.py, gguf.py, native.py), read from the model tensor by tensor
 out/README.md       a model card with the table of the check (card.py)
 
+`--to gguf --out NAME.gguf` writes that one file, with its card in NAME.md beside it.
+
 The check runs in a process of its own (verification.py): writing needs no more memory than the largest matrix, comparing needs
 both models. Weights that are quantised on the way (compressed.py) are in memory, and checked there. An artefact that its
 consumer reads as another model is not left behind.
@@ -27,7 +29,7 @@ from trilobit.export.verification import Check, verify
 from trilobit.infer.engine import require_library
 from trilobit.infer.load import locate
 from trilobit.listener import SILENT, Listener, timed
-from trilobit.storage import atomic_directory, require_new_directory, stream_tensors
+from trilobit.storage import atomic_directory, atomic_file, require_new_directory, stream_tensors
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,10 @@ def run(config: ExportConfig, listener: Listener = SILENT) -> ExportResult:
     its consumer reads another one; nothing is left then."""
     started = time.perf_counter()
     target = Path(config.out)
-    require_new_directory(target, "Choose another --out.")
+    alone = config.to == "gguf" and target.suffix == ".gguf"  # one file, not a directory
+    name, card = (target.stem, target.with_suffix(".md")) if alone else (target.name, target / "README.md")
+    for new in (target, card) if alone else (target,):
+        require_new_directory(new, "Choose another --out.")
     if config.to == "native":
         require_library()
     if config.to == "gguf" and find_spec("gguf") is None:
@@ -64,7 +69,7 @@ def run(config: ExportConfig, listener: Listener = SILENT) -> ExportResult:
         compressed.require_package()
         compressed.settings_of(config)  # refused before anything is loaded
     place = locate(config.model)
-    with atomic_directory(target) as directory:
+    with (atomic_file if alone else atomic_directory)(target) as directory:
         if config.to == "compressed-tensors":
             (form, reason, check), details = compressed.write(config, place, directory, listener), {}
         else:
@@ -72,10 +77,10 @@ def run(config: ExportConfig, listener: Listener = SILENT) -> ExportResult:
             if config.to == "native":
                 form, reason, details = native.write(source, directory, config.layout, listener)
             else:
-                (form, reason), details = _write(config, source, directory, target.name, listener), {}
+                (form, reason), details = _write(config, source, directory, name, listener), {}
             check = verify(place, directory, config.to, config.data, listener)
         size = sum(f.stat().st_size for f in directory.iterdir() if f.suffix in (".safetensors", ".gguf"))
-        write_card(directory, place, target.name, config.to, form, check, str(config.model))
+        write_card(directory / card.name, place, name, config.to, form, check, str(config.model))
     url = push(target, config.push) if config.push is not None else None
     return ExportResult(
         str(target), config.to, form, reason, size, time.perf_counter() - started, check, details, url
