@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from families import build
 from measure import bench_files
 from trilobit.cli import COMMANDS, main, parse
 from trilobit.demo import MODEL
+from trilobit.export import llama_cpp
+from trilobit.infer.load import load
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -21,6 +24,10 @@ def commands() -> list[str]:
     lines = [line for block in blocks for line in block.splitlines()]
     inline = re.findall(r"`(trilobit [^`]+)`", README)
     return [line for line in [*lines, *inline] if line.startswith("trilobit ") and "--help" not in line]
+
+
+def block_with(text: str) -> str:
+    return next(block for block in re.findall(r"```\n(.*?)```", README, re.DOTALL) if text in block)
 
 
 @pytest.mark.parametrize("line", commands())
@@ -44,8 +51,7 @@ def test_the_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     text = "".join((ROOT / "src" / "trilobit" / name).read_text() for name in ("quant.py", "cli.py", "storage.py"))
     (tmp_path / "wiki.test.raw").write_text(text)
     monkeypatch.chdir(tmp_path)
-    block = next(b for b in re.findall(r"```\n(.*?)```", README, re.DOTALL) if "trilobit tune" in b)
-    for line in block.splitlines():
+    for line in block_with("HuggingFaceFW/fineweb-edu").splitlines():
         words = shlex.split(line)[1:]
         words = [str(MODEL) if word == "HuggingFaceTB/SmolLM2-135M" else word for word in words]
         words = ["wiki.test.raw" if word.startswith("HuggingFaceFW/") else word for word in words]
@@ -64,6 +70,27 @@ def test_the_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert (tmp_path / "out" / "smollm2" / "model" / "trilobit.json").exists()
     assert (tmp_path / "out" / "outliers" / "index.html").exists()
     assert (tmp_path / "out" / "llama-3m-pretrained" / "model" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not llama_cpp.available(), reason="xllamacpp is not installed")
+def test_the_way_to_llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The second block, on a small tied Llama in the place of SmolLM2 and with few tokens, ends with a file that was checked.
+    (.ci/run executes the first, after `make demo`.)"""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = load(MODEL).tokenizer
+    base = build(
+        "llama", tied=True, vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, max_position_embeddings=256
+    )
+    base.save_pretrained("out/smollm2-base")
+    tokenizer.save_pretrained("out/smollm2-base")
+    first, *lines = block_with("make smollm2").splitlines()
+    assert first == "make smollm2"
+    for line in lines:
+        words = [{"330k": "4k", "4096": "1k", "256": "64"}.get(word, word) for word in shlex.split(line)[1:]]
+        assert main([*words, "--json"]) == 0, capsys.readouterr().err
+    assert Path("out/smollm2.gguf").stat().st_size > 10_000
+    assert "| llama.cpp |" in Path("out/smollm2.md").read_text()
 
 
 def test_make_targets_exist() -> None:

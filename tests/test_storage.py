@@ -155,9 +155,8 @@ def test_an_atomic_file_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             (directory / name).write_text(name)
     assert only(tmp_path) == ["a.md", "b.gguf", "c.md"]
     assert moved[-1] == "b.gguf"
-    with pytest.raises(RuntimeError), storage.atomic_file(tmp_path / "never") as directory:
-        (directory / "never").write_text("")
-        raise RuntimeError
+    with pytest.raises(OutputError), storage.atomic_file(tmp_path / "never") as directory:
+        (directory / "never").write_text((directory / "not there").read_text())
     assert only(tmp_path) == ["a.md", "b.gguf", "c.md"]
 
 

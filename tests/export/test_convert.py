@@ -261,7 +261,7 @@ def test_the_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_file_is_not_uploaded() -> None:
-    with pytest.raises(ConfigError, match="without .gguf"):
+    with pytest.raises(ConfigError, match=r"without \.gguf"):
         ExportConfig(model="x", out="x.gguf", to="gguf", push="someone/x")
 
 
