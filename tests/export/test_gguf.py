@@ -1,5 +1,6 @@
 """GGUF files: stock llama.cpp runs them as the model they were made from, or there is none; what no graph holds is refused."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,15 @@ def test_the_check_ranks_a_thousand_tokens(tmp_path: Path, monkeypatch: pytest.M
     check = verification.check_llama_cpp(frozen(tmp_path / "model"), file, windows())
     assert found[0].ids.shape == (32, llama_cpp.TOP) == (32, 1024)
     assert check.theirs[:4] == check.ours[:4] != ""
+
+
+def test_a_model_that_int8_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An 8-bit head may be further off than int8 activations are, where neither matters (old code: refused)."""
+    file, _ = written(tmp_path, "f32", "q8_0", placement="none", settings={"initializer_range": 0.002})
+    own = verification._own_distance
+    monkeypatch.setattr(verification, "_own_distance", lambda *a: replace(own(*a), kl=1e-9))
+    llama, int8 = verification.check_llama_cpp(frozen(tmp_path / "model"), file, windows()).rows
+    assert 2 * int8.agreement.kl < llama.agreement.kl < 1e-5
 
 
 def test_what_no_graph_holds_is_refused(tmp_path: Path) -> None:
