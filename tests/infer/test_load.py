@@ -17,7 +17,8 @@ from infer.checkpoints import byte_model, byte_tokenizer, save
 from trilobit.errors import ModelError
 from trilobit.export.hf import write_latent, write_model
 from trilobit.infer import load as load_module
-from trilobit.infer.load import check_tokenizer, load, load_pretrained, pick_device
+from trilobit.infer.load import load, load_pretrained
+from trilobit.infer.loaded import check_tokenizer, pick_device
 from trilobit.nn.packed import PackedLinear
 from trilobit.surgery.ternary import TernarySpec, ternarize
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from trilobit.errors import VerificationError
-from trilobit.infer.load import quiet_transformers
+from trilobit.infer.quiet import quiet_transformers
 from trilobit.measure.perplexity import perplexity
 
 POSITIONS = 8192  # at 1,000 the perplexity of small models would move by most of its limit from int8 flips alone

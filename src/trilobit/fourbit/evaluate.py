@@ -27,7 +27,8 @@ from trilobit.fourbit.fake import Prepared, prepare, require_capability, round_w
 from trilobit.fourbit.gptq_layers import gptq
 from trilobit.fourbit.progress import model_fingerprint, windows_fingerprint
 from trilobit.fourbit.protocol import Protocol, find_protocol
-from trilobit.infer.load import Loaded, load, pick_device
+from trilobit.infer.load import load
+from trilobit.infer.loaded import Loaded, pick_device
 from trilobit.listener import Listener
 from trilobit.measure.contextual import measure_contextual
 from trilobit.measure.perplexity import Perplexity, Text, measure, read

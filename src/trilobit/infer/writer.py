@@ -21,7 +21,8 @@ from trilobit.errors import ConfigError
 from trilobit.infer.compiler import NotNative
 from trilobit.infer.engine import Engine, Timing, engine_of, is_native, open_native, require_library
 from trilobit.infer.hf import continue_tokens
-from trilobit.infer.load import Loaded, load, pick_device
+from trilobit.infer.load import load
+from trilobit.infer.loaded import Loaded, pick_device
 from trilobit.kernels import native
 from trilobit.kernels.engine import Sampling
 from trilobit.listener import SILENT, Listener

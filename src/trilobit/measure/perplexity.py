@@ -22,7 +22,7 @@ from torch import Tensor
 from trilobit.config.eval import EvalConfig
 from trilobit.corpus import documents
 from trilobit.errors import DataError, ModelError
-from trilobit.infer.load import Loaded
+from trilobit.infer.loaded import Loaded
 from trilobit.listener import SILENT, Listener
 from trilobit.surgery.roles import vocabulary_size
 

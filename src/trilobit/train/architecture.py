@@ -5,7 +5,7 @@ from typing import Any
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
 from trilobit.errors import ModelError
-from trilobit.infer.load import clear_errors
+from trilobit.infer.quiet import clear_errors
 
 POSITIONS = 2048
 

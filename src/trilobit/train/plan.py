@@ -27,7 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
 from trilobit.errors import ConfigError
-from trilobit.infer.load import quiet_transformers
+from trilobit.infer.quiet import quiet_transformers
 from trilobit.nn.ternary import TernaryLinear
 from trilobit.surgery.roles import decoder_layers
 from trilobit.train.architecture import LLAMAS, read_architecture

@@ -21,7 +21,8 @@ from trilobit.config.pretrain import PretrainConfig
 from trilobit.corpus import documents
 from trilobit.errors import ModelError
 from trilobit.export.hf import write_full_precision
-from trilobit.infer.load import load_tokenizer, quiet_transformers
+from trilobit.infer.loaded import load_tokenizer
+from trilobit.infer.quiet import quiet_transformers
 from trilobit.listener import SILENT, Listener
 from trilobit.measure.perplexity import nats, perplexity
 from trilobit.storage import atomic_directory, is_whole, weights_fingerprint

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from trilobit.config.training import TrainingConfig
 from trilobit.errors import ConfigError, DataError, ModelError, OutputError
-from trilobit.infer.load import pick_device
+from trilobit.infer.loaded import pick_device
 from trilobit.listener import SILENT, Listener
 from trilobit.measure.perplexity import nats
 from trilobit.storage import alone_in, read_json, require_free_space, require_new_directory, weights_fingerprint, write_json
