@@ -122,7 +122,7 @@ def _ending_on_sigterm() -> Iterator[None]:
 
 def parse(name: str, arguments: list[str]) -> tuple[Any, bool]:
     """Configuration from recipe < run.json < flags."""
-    import tyro
+    from trilobit.config.flags import parse_flags
 
     config_type = _attribute(COMMANDS[name].config)
 
@@ -140,13 +140,6 @@ def parse(name: str, arguments: list[str]) -> tuple[Any, bool]:
     if chosen.source is not None:
         defaults |= _from_run(name, chosen.source, config_type)
     _refuse_unknown_flags(name, config_type, rest)
-    default = tyro.MISSING_NONPROP
-    if defaults:
-        required = {f.name: tyro.MISSING for f in fields(config_type) if f.name not in defaults and _required(f)}
-        default = object.__new__(config_type)  # checked by __post_init__ once tyro has put the flags in
-        for field in fields(config_type):
-            value = (defaults | required).get(field.name, field.default)
-            object.__setattr__(default, field.name, value)
     epilog = "Every command also takes --json: the result as one JSON object."
     if recipes := _recipes(name):
         epilog += " --from RUN/run.json repeats a run."
@@ -155,18 +148,12 @@ def parse(name: str, arguments: list[str]) -> tuple[Any, bool]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)  # how tyro takes a default of the wrong type
-            config = tyro.cli(config_type, args=rest, default=default, prog=f"trilobit {name}", description=description)
+            config = parse_flags(config_type, rest, defaults, prog=f"trilobit {name}", description=description)
     except (UserWarning, TypeError) as error:
         if chosen.source is None:
             raise
         raise ConfigError(f"--from {chosen.source} has a value of the wrong kind: {error}") from error
     return config, chosen.json
-
-
-def _required(field: Any) -> bool:
-    from dataclasses import MISSING
-
-    return field.default is MISSING and field.default_factory is MISSING
 
 
 def _recipes(command: str) -> dict[str, Any]:

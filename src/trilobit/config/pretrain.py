@@ -1,7 +1,7 @@
 """Settings of `trilobit pretrain`."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from trilobit.config.fields import Architecture, Count
 from trilobit.config.training import TrainingConfig
@@ -13,6 +13,8 @@ LEAST_VOCABULARY = 257  # every byte and the end of text
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(TrainingConfig):
     """Train a model that grows no activation outliers (arXiv 2506.19697), from random weights."""
+
+    HEADINGS: ClassVar[dict[str, str]] = {"tokenizer": "model", **TrainingConfig.HEADINGS}
 
     architecture: Architecture
     """Hub id or directory with a config.json, or one of ours: llama-3m, llama-60m, llama-135m, llama-1.4b."""
