@@ -103,7 +103,8 @@ class TrainingConfig:
     out: str | None = None
     """Run directory. Default: out/ and the model's name."""
     resume: bool = False
-    """Continue the run in --out, bit-exactly, from its newest checkpoint."""
+    """Continue the run in --out, bit-exactly, from its newest checkpoint. Ctrl-C or SIGTERM stop a run after the step in
+    progress, which on a CPU can take minutes, and save one; a second signal ends it at once, and the last one stands."""
     checkpoint_every: Count | None = None
     """Tokens between checkpoints. Default: a quarter of --max-tokens."""
     keep_checkpoints: int = 1

@@ -145,7 +145,7 @@ class _Pretrain(Run[PretrainConfig, PretrainResult]):
             with atomic_directory(self.out / "tokenizer") as directory:
                 self.tokenizer.save_pretrained(directory)
         hooks = Hooks(evaluate=self.evaluate)
-        hooks.log += [self.track, lambda row: self.listener.row(row, config.max_tokens)]
+        hooks.log.append(self.heard)
         spread = self.over_ranks()
         late = LateHead(self.model, spread.forward is self.model and self.device.type != "cpu")  # as in TuneObjective
         self.progress = fit(

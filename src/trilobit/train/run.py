@@ -31,6 +31,7 @@ from trilobit.train.distributed import Team, require_even_parts
 from trilobit.train.loop import muon_matrices
 from trilobit.train.meeting import open_team, restarts, several
 from trilobit.train.mesh import Spread, arrange, arrangement_for, device_memory, spread_over
+from trilobit.train.pace import Forecast
 from trilobit.train.record import record_to_resume
 from trilobit.train.signals import Signals
 from trilobit.train.track import Track, tracker
@@ -53,6 +54,7 @@ class Run(ABC, Generic[Config, Result]):
     ) -> None:
         self.config, self.listener, self.signals, self.track = config, listener, signals, track
         self.out, self.device, self.team = out, device, team
+        self.forecast = Forecast(listener.note, config.max_tokens, budget=not config.resume)
 
     def whole(self, record: dict[str, Any] | None) -> Result:
         """Everything. `record`: run.json of the run to continue."""
@@ -179,6 +181,12 @@ class Run(ABC, Generic[Config, Result]):
         self.spread.rest()
         total, counted = team.sums(total, count)
         return {"heldout_nats": total / counted}
+
+    def heard(self, row: dict[str, Any]) -> None:
+        """A row of log.jsonl, told to whoever wants it."""
+        self.track(row)
+        self.forecast.hear(row, self.record["compiled"])
+        self.listener.row(row, self.config.max_tokens)
 
     def layers(self) -> int:
         return len(decoder_layers(self.model))
