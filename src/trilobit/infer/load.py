@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from trilobit.errors import ModelError
 from trilobit.infer.foreign import adopt, bitnet_form, thaw
 from trilobit.infer.gguf_model import read_gguf
+from trilobit.infer.hub import names_a_place, require_on_hub
 from trilobit.infer.loaded import Loaded, check_tokenizer, load_tokenizer
 from trilobit.infer.quiet import clear_errors, quiet_transformers
 from trilobit.infer.stored import CARD, freeze, read_ours
@@ -24,7 +25,6 @@ from trilobit.nn.packed import PackedEmbedding, PackedLinear
 from trilobit.storage import read_json, verify_manifest
 
 GGUF = ".gguf"
-LOCAL_PREFIXES = (".", "/", "~", "out/")  # out/ is where runs are written by default: a misspelt one is no hub id
 
 
 def load(source: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Loaded:
@@ -56,8 +56,9 @@ def load(source: str | Path, *, device: str | torch.device = "cpu", dtype: torch
 def locate(source: str) -> Path:
     """The directory that `source` names, which a hub id is copied to first. Raises ModelError."""
     path = _path(source)
-    if path.exists() or source.startswith(LOCAL_PREFIXES) or source.count("/") > 1:
+    if names_a_place(source):
         return path
+    require_on_hub(source)
     with clear_errors(source):
         return Path(snapshot_download(source))
 
@@ -74,8 +75,9 @@ def _path(source: str | Path) -> Path:
 
 def _ours_on_hub(source: str) -> Path | None:
     """The local copy of a hub repository that trilobit wrote; None if it is another, or none can be reached."""
-    if source.startswith(LOCAL_PREFIXES) or source.count("/") != 1:
+    if names_a_place(source) or source.count("/") != 1:
         return None
+    require_on_hub(source)
     try:
         hf_hub_download(source, CARD)
     except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError):  # load_pretrained says what is wrong
@@ -101,11 +103,12 @@ def load_pretrained(source: str, dtype: torch.dtype = torch.float32, *, trainabl
     path = _path(source)
     if path.suffix == GGUF:
         return _loaded_gguf(path, dtype, trainable)
-    local = path.exists() or source.startswith(LOCAL_PREFIXES) or source.count("/") > 1
-    if local:
+    if names_a_place(source):
         _require_checkpoint_directory(path)
         if (path / CARD).exists() and read_json(path / CARD).get("plan") is not None:
             raise ModelError(f"{source} is ternary already: trilobit wrote it. Start from the full-precision checkpoint.")
+    else:
+        require_on_hub(source)
     with clear_errors(source):
         config = AutoConfig.from_pretrained(source)
         form = bitnet_form(source, config)

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from trilobit.errors import ModelError
+from trilobit.infer.hub import names_a_place, require_on_hub
 from trilobit.infer.quiet import clear_errors
 from trilobit.surgery.roles import vocabulary_size
 from trilobit.surgery.ternary import Plan
@@ -25,6 +26,8 @@ class Loaded:
 
 def load_tokenizer(source: str | Path) -> Any:
     """The tokenizer of `source`, without the truncation and padding that some tokenizer.json files carry."""
+    if not names_a_place(str(source)):
+        require_on_hub(str(source))
     with clear_errors(f"the tokenizer of {source}"):
         tokenizer = AutoTokenizer.from_pretrained(source)
         if getattr(tokenizer, "is_fast", False):
