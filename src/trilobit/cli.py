@@ -48,6 +48,8 @@ COMMANDS = {
     "demo": Command("trilobit.config.demo:DemoConfig", "trilobit.demo", "tune the embedded model in minutes"),
 }
 USAGE_ERROR = 2
+ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "true", "TRANSFORMERS_VERBOSITY": "error"}
+"""Of a command, if it is not set: what libraries read when they are imported."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,11 +81,14 @@ def _run(name: str, rest: list[str]) -> int:
     rank = int(os.environ.get("RANK", "0"))  # as torchrun sets it
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not hasattr(config, "resume"):
         raise ConfigError(f"`trilobit {name}` is one process: start it without torchrun.")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    for variable, value in ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
     module = import_module(command.module)
+    from trilobit.infer.quiet import no_bars
+
     listener = Console(sys.stderr if as_json else sys.stdout)
     try:
-        with _ending_on_sigterm():
+        with _ending_on_sigterm(), no_bars():
             result = module.run(config, listener)
     except Exception as error:
         if (code := getattr(error, "exit_code", None)) is None:

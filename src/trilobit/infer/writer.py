@@ -93,7 +93,8 @@ class NativeWriter(Writer):
         self.engine, self.tokenizer, self.positions = engine, engine.tokenizer, engine.graph.header.positions
         choice = native.choice() if instructions is None else native.Instructions(instructions, "--instructions")
         self.name = "native"
-        self.what = f"native engine, {engine.session.threads} threads, {choice.name}: {choice.reason}"
+        threads = "1 thread" if engine.session.threads == 1 else f"{engine.session.threads} threads"
+        self.what = f"native engine, {threads}, {choice.name}: {choice.reason}"
 
     def write(
         self, ids: Sequence[int], max_tokens: int, sampling: Sampling, seed: int, emit: Emit, ends: bool = True

@@ -23,7 +23,7 @@ from trilobit.errors import ConfigError, DataError, ModelError, OutputError
 from trilobit.infer.loaded import pick_device
 from trilobit.listener import SILENT, Listener
 from trilobit.measure.perplexity import nats
-from trilobit.storage import alone_in, read_json, require_free_space, require_new_directory, weights_fingerprint, write_json
+from trilobit.storage import alone_in, read_json, require_free_space, require_new_run, weights_fingerprint, write_json
 from trilobit.surgery.roles import decoder_layers
 from trilobit.train.checkpoint import BYTES_PER_PARAMETER, list_checkpoints
 from trilobit.train.data import Tokens
@@ -231,7 +231,7 @@ def _record(out: Path, config: TrainingConfig, decided: frozenset[str], launch: 
     again = launch is not None and path.exists() and read_json(path).get("launch") == launch
     record = record_to_resume(out, config, decided) if config.resume or again else None
     if record is None:
-        require_new_directory(out, f"Continue it with --resume, or choose another name with --out {out}-2.")
+        require_new_run(out)
     elif "result" in record:
         raise OutputError(f"{out} has finished already; its model is in {out / 'model'}.")
     return record
