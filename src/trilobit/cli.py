@@ -301,13 +301,14 @@ def _duration(seconds: float) -> str:
 
 
 def _text(result: Any) -> str:
-    """A result for people: its own summary if it has one, else one line a field."""
+    """A result for people: its own summary if it has one, else one line a field, in words where it has them."""
     if hasattr(result, "summary"):
         return result.summary()
     width = max(len(f.name) for f in fields(result))
+    words = result.words() if hasattr(result, "words") else {}
     lines = []
     for field in fields(result):
-        value = getattr(result, field.name)
+        value = words.get(field.name, getattr(result, field.name))
         if isinstance(value, dict):
             value = ", ".join(f"{name} {number:.6g}" for name, number in value.items() if number is not None)
         shown = f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" if type(value) is int else value

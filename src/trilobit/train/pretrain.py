@@ -21,6 +21,7 @@ from trilobit.config.pretrain import PretrainConfig
 from trilobit.corpus import documents
 from trilobit.errors import ModelError
 from trilobit.export.hf import write_full_precision
+from trilobit.export.verify import in_words
 from trilobit.infer.loaded import load_tokenizer
 from trilobit.infer.quiet import quiet_transformers
 from trilobit.listener import SILENT, Listener
@@ -64,6 +65,10 @@ class PretrainResult:
     parameters: int
     model_bytes: int
     agreement: dict[str, float]
+
+    def words(self) -> dict[str, str]:
+        """What people are told instead of numbers."""
+        return {"agreement": in_words(self.agreement)}
 
 
 def run(config: PretrainConfig, listener: Listener = SILENT) -> PretrainResult:

@@ -24,6 +24,7 @@ from trilobit.errors import ConfigError, ModelError
 from trilobit.export.forms import require_form, stored_precision
 from trilobit.export.hf import Written, round_kept, write_full_precision, write_latent, write_model
 from trilobit.export.source import Source
+from trilobit.export.verify import in_words
 from trilobit.infer.load import load_pretrained
 from trilobit.listener import SILENT, Listener
 from trilobit.measure.perplexity import nats, perplexity, require_positions
@@ -76,6 +77,10 @@ class TuneResult:
     base_bytes: int
     model_bytes: int
     agreement: dict[str, float]
+
+    def words(self) -> dict[str, str]:
+        """What people are told instead of numbers."""
+        return {"agreement": in_words(self.agreement)}
 
 
 def run(config: TuneConfig, listener: Listener = SILENT) -> TuneResult:
