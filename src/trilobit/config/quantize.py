@@ -16,6 +16,7 @@ FULL = "16-16-16"
 ROWS = (FULL, "4-8-16", "4-8-8", "4-4-16", "4-4-4")
 """Of --grid osp."""
 TASK_BITS = "16-16-16,4-4-4"
+SEQUENCE_LENGTH = 2048
 
 
 def parse_bits(text: str) -> tuple[int, int, int, int]:
@@ -51,8 +52,8 @@ class QuantizeConfig:
     """Text that is measured: local files or globs, a hub id, or `stdlib` (its held-out part)."""
     text_field: str = "text"
     """Field that holds the text in .jsonl, .parquet and hub data."""
-    sequence_length: int = 2048
-    """Tokens per window of the text that is measured."""
+    sequence_length: int | None = None
+    """Tokens per window of the text that is measured. Default: 2,048, or the model's positions if it has fewer."""
     sequences: int = 4
     """Sequences per forward pass."""
     max_tokens: Count | None = None
@@ -79,7 +80,7 @@ class QuantizeConfig:
     calibration_samples: int | None = None
     """Sequences to calibrate on. Default: the protocol's."""
     calibration_length: int | None = None
-    """Tokens of each. Default: the protocol's."""
+    """Tokens of each. Default: the protocol's, or of one of ours the model's positions if it has fewer."""
     seed: int | None = None
     """Draws the calibration sequences and the random signs of rotations. Default: the protocol's, 0."""
     learning_steps: int | None = None
