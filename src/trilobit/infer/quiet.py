@@ -73,7 +73,7 @@ def no_bars() -> Iterator[None]:
         of_hub = type(bar).__module__.startswith("huggingface_hub")
         own(bar, *arguments, **(options if of_hub else options | {"disable": True}))
 
-    tqdm.std.tqdm.__init__ = silent
+    tqdm.std.tqdm.__init__ = silent  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:
