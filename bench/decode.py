@@ -17,7 +17,8 @@ from torch import nn
 from trilobit.infer.compiler import compile, why_not_native
 from trilobit.infer.engine import Engine
 from trilobit.infer.hf import continue_tokens
-from trilobit.infer.load import freeze, load
+from trilobit.infer.load import load
+from trilobit.infer.stored import freeze
 from trilobit.kernels import native
 from trilobit.kernels.engine import Sampling
 from trilobit.measure.speed import weight_bytes as read_bytes

@@ -43,7 +43,7 @@ def make(run: Path, size: str, form: str) -> int:
     from trilobit.export.hf import write_companions
     from trilobit.export.source import Source
     from trilobit.infer.foreign import sites_of
-    from trilobit.infer.load import PACKED_FILE
+    from trilobit.infer.stored import PACKED_FILE
     from trilobit.nn.packed import PackedEmbedding, PackedLinear
     from trilobit.storage import Entry, atomic_directory, stream_tensors, write_json
     from trilobit.surgery.roles import Roles, decoder_layers

@@ -35,7 +35,8 @@ from transformers import PreTrainedModel
 
 from trilobit.config.fields import parse_count
 from trilobit.config.tune import TuneConfig
-from trilobit.infer.load import Loaded, load_pretrained, pick_device
+from trilobit.infer.load import load_pretrained
+from trilobit.infer.loaded import Loaded, pick_device
 from trilobit.measure.perplexity import nats
 from trilobit.surgery.roles import decoder_layers
 from trilobit.train.loop import Signals

@@ -1,11 +1,14 @@
 """The embedded model is what the package says it is, and the demo shows it."""
 
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from trilobit.cli import COMMANDS
 from trilobit.config.demo import DemoConfig
-from trilobit.demo import MODEL, run
+from trilobit.demo import MODEL, PROMPT, DemoResult, run
 from trilobit.errors import OutputError
 from trilobit.infer.load import load
 
@@ -27,6 +30,23 @@ def test_a_folder_that_is_no_earlier_demo_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="not an earlier demo"):
         run(DemoConfig(out=str(out)))
     assert (out / "thesis.txt").read_text() == "years of work"
+
+
+def test_the_end_of_a_demo_says_how_to_go_on() -> None:
+    """Sizes, perplexities, both samples, what was made, and commands that exist, as a shell takes them."""
+    result = DemoResult(
+        out="out/demo", seconds=161.0, tokens=1_000_000, original_bytes=7_080_000, ternary_bytes=6_840_000,
+        ternary_parameters=1_966_080, original_perplexity=21.56, ternary_perplexity=25.31, nats_above_original=0.16,
+        form="autobitlinear", prompt=PROMPT, original_sample=" one", ternary_sample=" two",
+    )  # fmt: skip
+    text = result.summary()
+    assert re.search(r"layers' matrices +3\.93 MB +0\.49 MB", text)
+    assert f"{PROMPT} one" in text and f"{PROMPT} two" in text
+    commands = [line.split()[1] for line in text.splitlines() if line.startswith("  trilobit ")]
+    assert commands == ["generate", "eval", "export", "bench", "tune", "export"] and set(commands) <= set(COMMANDS)
+    quoted = next(line for line in text.splitlines() if "trilobit generate" in line)
+    said = subprocess.run(["bash", "-c", quoted.replace("trilobit", "printf '%s|'", 1)], capture_output=True, text=True)
+    assert said.stdout == f"generate|out/demo|{PROMPT}|--repetition-penalty|1.2|"
 
 
 @pytest.mark.slow

@@ -1,9 +1,11 @@
 """`trilobit doctor`: what it finds and what it advises."""
 
+import os
+
 import pytest
 
 from trilobit.config.doctor import DoctorConfig
-from trilobit.doctor import advice, run
+from trilobit.doctor import advice, run, thread_advice, usable_cores
 from trilobit.kernels import build, native
 
 
@@ -25,3 +27,13 @@ def test_advice_is_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert any("VBMI" in line for line in advice(["scalar", "avx2"], 1e9))
     assert not any("VBMI" in line for line in advice(["scalar", "avx512", "avx512vbmi"], 1e9))
     assert any("none of the instruction sets" in line for line in advice(["scalar"], 1e9))
+
+
+def test_idle_cores_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer threads than cores are said with what holds them back (old code: "nothing faster" beside one thread of two)."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert thread_advice(1, 2) == ["all cores: 1 thread of 2 is used (OMP_NUM_THREADS is 1: unset it)"]
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert thread_advice(2, 8) == ["all cores: 2 threads of 8 are used (set OMP_NUM_THREADS=8)"]
+    assert thread_advice(2, 2) == []
+    assert 1 <= usable_cores() <= (os.cpu_count() or 1)

@@ -48,6 +48,8 @@ COMMANDS = {
     "demo": Command("trilobit.config.demo:DemoConfig", "trilobit.demo", "tune the embedded model in minutes"),
 }
 USAGE_ERROR = 2
+ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "true", "TRANSFORMERS_VERBOSITY": "error"}
+"""Of a command, if it is not set: what libraries read when they are imported."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,11 +81,14 @@ def _run(name: str, rest: list[str]) -> int:
     rank = int(os.environ.get("RANK", "0"))  # as torchrun sets it
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not hasattr(config, "resume"):
         raise ConfigError(f"`trilobit {name}` is one process: start it without torchrun.")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    for variable, value in ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
     module = import_module(command.module)
+    from trilobit.infer.quiet import no_bars
+
     listener = Console(sys.stderr if as_json else sys.stdout)
     try:
-        with _ending_on_sigterm():
+        with _ending_on_sigterm(), no_bars():
             result = module.run(config, listener)
     except Exception as error:
         if (code := getattr(error, "exit_code", None)) is None:
@@ -122,7 +127,7 @@ def _ending_on_sigterm() -> Iterator[None]:
 
 def parse(name: str, arguments: list[str]) -> tuple[Any, bool]:
     """Configuration from recipe < run.json < flags."""
-    import tyro
+    from trilobit.config.flags import parse_flags
 
     config_type = _attribute(COMMANDS[name].config)
 
@@ -140,13 +145,6 @@ def parse(name: str, arguments: list[str]) -> tuple[Any, bool]:
     if chosen.source is not None:
         defaults |= _from_run(name, chosen.source, config_type)
     _refuse_unknown_flags(name, config_type, rest)
-    default = tyro.MISSING_NONPROP
-    if defaults:
-        required = {f.name: tyro.MISSING for f in fields(config_type) if f.name not in defaults and _required(f)}
-        default = object.__new__(config_type)  # checked by __post_init__ once tyro has put the flags in
-        for field in fields(config_type):
-            value = (defaults | required).get(field.name, field.default)
-            object.__setattr__(default, field.name, value)
     epilog = "Every command also takes --json: the result as one JSON object."
     if recipes := _recipes(name):
         epilog += " --from RUN/run.json repeats a run."
@@ -155,18 +153,12 @@ def parse(name: str, arguments: list[str]) -> tuple[Any, bool]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)  # how tyro takes a default of the wrong type
-            config = tyro.cli(config_type, args=rest, default=default, prog=f"trilobit {name}", description=description)
+            config = parse_flags(config_type, rest, defaults, prog=f"trilobit {name}", description=description)
     except (UserWarning, TypeError) as error:
         if chosen.source is None:
             raise
         raise ConfigError(f"--from {chosen.source} has a value of the wrong kind: {error}") from error
     return config, chosen.json
-
-
-def _required(field: Any) -> bool:
-    from dataclasses import MISSING
-
-    return field.default is MISSING and field.default_factory is MISSING
 
 
 def _recipes(command: str) -> dict[str, Any]:
@@ -309,13 +301,14 @@ def _duration(seconds: float) -> str:
 
 
 def _text(result: Any) -> str:
-    """A result for people: its own summary if it has one, else one line a field."""
+    """A result for people: its own summary if it has one, else one line a field, in words where it has them."""
     if hasattr(result, "summary"):
         return result.summary()
     width = max(len(f.name) for f in fields(result))
+    words = result.words() if hasattr(result, "words") else {}
     lines = []
     for field in fields(result):
-        value = getattr(result, field.name)
+        value = words.get(field.name, getattr(result, field.name))
         if isinstance(value, dict):
             value = ", ".join(f"{name} {number:.6g}" for name, number in value.items() if number is not None)
         shown = f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" if type(value) is int else value

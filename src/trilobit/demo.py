@@ -22,7 +22,8 @@ from trilobit.storage import read_json
 from trilobit.train import tune
 
 MODEL = Path(__file__).parent / "assets" / "model"
-PROMPT = "def read_lines(path):\n    "
+PROMPT = '    def close(self):\n        """Close'
+PENALTY = 1.2  # of repetition: so small a model goes in circles without
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class DemoResult:
     tokens: int
     original_bytes: int
     ternary_bytes: int
+    ternary_parameters: int
     original_perplexity: float
     ternary_perplexity: float
     nats_above_original: float
@@ -43,9 +45,11 @@ class DemoResult:
     ternary_sample: str
 
     def summary(self) -> str:
+        inside = self.ternary_parameters
         rows = [
             ("", "original", "ternary"),
             ("size", f"{self.original_bytes / 1e6:.2f} MB", f"{self.ternary_bytes / 1e6:.2f} MB"),
+            ("  layers' matrices", f"{inside * 2 / 1e6:.2f} MB", f"{inside / 4 / 1e6:.2f} MB"),
             ("perplexity, held out", f"{self.original_perplexity:.2f}", f"{self.ternary_perplexity:.2f}"),
         ]
         table = "\n".join(f"{a:<22}{b:>12}{c:>12}" for a, b, c in rows)
@@ -55,9 +59,28 @@ class DemoResult:
         )
         return (
             f"\n{table}\n\n{self.nats_above_original:.3f} nats per token above the original after {self.tokens:,} tokens "
-            f"in {self.seconds:.0f} s\n\n{samples}\n\n{self.out}/model loads with transformers ({self.form}); "
-            f"{self.out}/loss.png, lambda.png and flips.png show the run.\ntry: trilobit generate {self.out} 'import os'"
+            f"in {self.seconds:.0f} s.\nThe {inside / 1e6:.1f} M weights of the layers' matrices take 2 bits each instead of "
+            "16. Embedding and head are kept in full\n(fp32 in this form): most of so small a model, little of a large one.\n\n"
+            f"{samples}\n\n{self._made()}\n\n{self._next()}"
         )
+
+    def _made(self) -> str:
+        return (
+            f"made  {self.out}/model      the ternary model; stock transformers loads it ({self.form})\n"
+            f"      {self.out}/loss.png   and lambda.png, flips.png: how it went; run.json, log.jsonl: every number of it"
+        )
+
+    def _next(self) -> str:
+        out, prompt = self.out, self.prompt.replace("\n", "\\n")
+        commands = {
+            f"trilobit generate {out} $'{prompt}' --repetition-penalty {PENALTY}": "this, on the engine",
+            f"trilobit eval {out} --data stdlib": "the perplexity again",
+            f"trilobit export {out} --to native --out {out}-native": "one file that the engine maps",
+            f"trilobit bench {out}-native": "how fast that runs, against what memory allows",
+            "trilobit tune MODEL --data TEXT --out out/mine": "the same for a model of yours: a hub id or a directory",
+            "trilobit export out/mine --to gguf --out out/mine-gguf": "for llama.cpp, of a run with --placement output or none",
+        }
+        return "\n".join(["next", *(f"  {command}\n      {what}" for command, what in commands.items())])
 
 
 def run(config: DemoConfig, listener: Listener = SILENT) -> DemoResult:
@@ -72,8 +95,9 @@ def run(config: DemoConfig, listener: Listener = SILENT) -> DemoResult:
     result = tune.run(settings, listener)
     return DemoResult(
         out=str(out), seconds=result.seconds, tokens=result.tokens, original_bytes=result.base_bytes,
-        ternary_bytes=result.model_bytes, original_perplexity=result.base_perplexity,
-        ternary_perplexity=result.perplexity, nats_above_original=result.nats_per_token - result.base_nats_per_token,
+        ternary_bytes=result.model_bytes, ternary_parameters=result.ternary_parameters,
+        original_perplexity=result.base_perplexity, ternary_perplexity=result.perplexity,
+        nats_above_original=result.nats_per_token - result.base_nats_per_token,
         form=result.form, prompt=PROMPT, original_sample=_sample(MODEL), ternary_sample=_sample(out),
     )  # fmt: skip
 
@@ -94,5 +118,5 @@ def _clear_earlier_demo(out: Path) -> None:
 def _sample(source: Path) -> str:
     loaded = load(source)
     inputs = torch.tensor([loaded.tokenizer(PROMPT)["input_ids"]])
-    output = continue_tokens(loaded.model, inputs, 64, temperature=0.7, top_p=0.9, seed=1)
+    output = continue_tokens(loaded.model, inputs, 48, repetition_penalty=PENALTY)
     return str(loaded.tokenizer.decode(output[0, inputs.shape[1] :], skip_special_tokens=True))

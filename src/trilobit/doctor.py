@@ -1,5 +1,6 @@
 """`trilobit doctor`: what computes here, why, how fast memory is, and what would be faster."""
 
+import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +24,12 @@ TERNARY_2B = 0.52e9  # bytes a token of a model of two billion parameters, head 
 
 @dataclass(frozen=True)
 class DoctorResult:
-    """What was found. bandwidth: bytes a second that memory gives to reads; advice: what would be faster."""
+    """What was found. threads: torch's, and the engine's by default; cores: that this process may use; bandwidth: bytes a
+    second that memory gives to reads; advice: what would be faster."""
 
     version: str
     processor: str
+    threads: int
     cores: int
     torch: str
     cuda: str | None
@@ -41,7 +44,7 @@ class DoctorResult:
         """For people."""
         lines = [
             f"trilobit     {self.version}, torch {self.torch}",
-            f"processor    {self.processor}, {self.cores} threads of torch",
+            f"processor    {self.processor}, {counted(self.threads, 'thread')} on {counted(self.cores, 'core')}",
             f"GPU          {self.cuda or 'none that torch can use'}",
             f"kernels      {self.kernels}: {self.reason}",
         ]
@@ -63,6 +66,27 @@ def processor_name() -> str:
     lines = file.read_text("utf-8").splitlines() if file.exists() else []
     named = (line.split(": ", 1)[1] for line in lines if line.startswith("model name"))
     return next(named, platform.processor() or platform.machine())
+
+
+def counted(number: int, what: str) -> str:
+    """`1 thread`, `2 threads`."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on. The hardware threads of one are one."""
+    processors = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    files = [Path(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list") for number in processors]
+    return len({file.read_text("utf-8") if file.exists() else str(file) for file in files})
+
+
+def thread_advice(threads: int, cores: int) -> list[str]:
+    """What to do where torch has fewer threads than cores."""
+    if threads >= cores:
+        return []
+    limit = os.environ.get("OMP_NUM_THREADS")
+    why = f"OMP_NUM_THREADS is {limit}: unset it" if limit else f"set OMP_NUM_THREADS={cores}"
+    return [f"all cores: {counted(threads, 'thread')} of {cores} {'is' if threads == 1 else 'are'} used ({why})"]
 
 
 def advice(sets: list[str], bandwidth: float | None) -> list[str]:
@@ -98,7 +122,8 @@ def run(config: DoctorConfig, listener: Listener = SILENT) -> "DoctorResult | Pl
         area = native.huge_pages(ROOF_BYTES).fill_(1)
         bandwidth = max(read_rate(area, config.threads) for _ in range(3))
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    threads, cores = torch.get_num_threads(), usable_cores()
     return DoctorResult(
-        __version__, processor_name(), torch.get_num_threads(), torch.__version__, cuda, choice.name, choice.reason, sets,
-        layout("tensor") if sets else None, bandwidth, advice(sets, bandwidth),
+        __version__, processor_name(), threads, cores, torch.__version__, cuda, choice.name, choice.reason, sets,
+        layout("tensor") if sets else None, bandwidth, thread_advice(threads, cores) + advice(sets, bandwidth),
     )  # fmt: skip

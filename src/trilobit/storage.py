@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 MANIFEST = "manifest.json"
+MENTIONED = 3  # of what is in the way
 MOST_BYTES = 5_000_000_000  # of a file, as hubs like it
 _DTYPES = {
     "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16", "torch.uint8": "U8", "torch.int8": "I8",
@@ -207,6 +208,20 @@ def require_new_directory(path: Path, hint: str) -> None:
         raise OutputError(f"{path} exists already. {hint}")
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise OutputError(f"cannot write {path}: {above} is not a writable folder.")
+
+
+def require_new_run(path: Path) -> None:
+    """As require_new_directory, for what --resume can continue: says whether a run is in the way, or what else."""
+    try:
+        names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+    except OSError:  # require_new_directory says what is wrong
+        names = []
+    other = f"hoose another name with --out {path}-2."
+    if "run.json" in names:
+        require_new_directory(path, f"Continue it with --resume, or c{other}")
+    more = f" and {len(names) - MENTIONED} more" if len(names) > MENTIONED else ""
+    there = f"It holds no run, but {', '.join(names[:MENTIONED])}{more}" if names else "It is a file"
+    require_new_directory(path, f"{there}: c{other}")
 
 
 def require_free_space(path: Path, needed: int, purpose: str) -> None:

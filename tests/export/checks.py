@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from trilobit.export import verification
-from trilobit.infer.load import freeze, load
+from trilobit.infer.load import load
+from trilobit.infer.stored import freeze
 
 
 def check_here(model: Path, artefact: Path, to: str, data: str | None, listener: Any) -> verification.Check:

@@ -10,7 +10,9 @@ from transformers import AutoTokenizer, PreTrainedModel
 from families import build
 from trilobit import demo
 from trilobit.export.hf import write_latent
-from trilobit.infer.load import Loaded, freeze, load
+from trilobit.infer.load import load
+from trilobit.infer.loaded import Loaded
+from trilobit.infer.stored import freeze
 from trilobit.surgery.ternary import TernarySpec, ternarize
 
 VOCABULARY = 4096

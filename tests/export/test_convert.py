@@ -12,7 +12,7 @@ from export.ggufs import stored
 from trilobit.config.export import ExportConfig
 from trilobit.errors import ConfigError, ExportError, OutputError, VerificationError
 from trilobit.export import convert, hf, llama_cpp, push
-from trilobit.export.card import licence_of, write_card
+from trilobit.export.card import EMBEDDED, licence_of, named, write_card
 from trilobit.export.verification import Check
 from trilobit.export.verify import load_stock
 from trilobit.formats import Bitnet
@@ -171,6 +171,27 @@ def test_the_card_of_what_others_made(tmp_path: Path) -> None:
     write_card(tmp_path / "README.md", tmp_path / "model", "it", "hf", "form", check, str(tmp_path / "model"))
     card = (tmp_path / "README.md").read_text()
     assert "license: mit" in card and "Made from theirs by trilobit" in card and "placement none, tokens 7" in card
+
+
+def test_a_base_in_a_directory_has_a_name(tmp_path: Path) -> None:
+    """A directory is called by its name, model/ by what it belongs to (old code: "Made from model"), with the repository that
+    its own card or config.json names; metadata has what the card says alone. The command names where the model is."""
+    check, base = Check(why_not="a test"), tmp_path / "smol" / "model"
+    base.mkdir(parents=True)
+
+    def card(place: str | None = None) -> str:
+        write_card(tmp_path / "README.md", base, "it", "hf", "form", check, place=place)
+        return (tmp_path / "README.md").read_text()
+
+    assert "Made from smol by" in card() and "base_model" not in card()
+    write_json(base / "config.json", {"_name_or_path": "/home/someone/x"})
+    assert "Made from smol by" in card()
+    write_json(base / "config.json", {"_name_or_path": "someone/smol"})
+    assert "Made from smol (someone/smol, says its config.json) by" in card() and "base_model" not in card()
+    (base / "README.md").write_text("---\nbase_model: someone/smol\n---\n# base\n")
+    assert "Made from smol (someone/smol) by" in card() and "base_model: someone/smol" in card()
+    assert "from_pretrained('out/it')" in card("out/it")
+    assert named(str(EMBEDDED)) == ("the 3.5 M Llama that comes with trilobit", None)
 
 
 @pytest.mark.parametrize("to", ["hf", "gguf", "bf16", "native"])

@@ -15,7 +15,9 @@ from trilobit.export.exact import is_comparable, require_exact
 from trilobit.export.source import Source, StoredSource
 from trilobit.export.verification import check_stock
 from trilobit.export.verify import compare, load_stock
-from trilobit.infer.load import Loaded, freeze, load
+from trilobit.infer.load import load
+from trilobit.infer.loaded import Loaded
+from trilobit.infer.stored import freeze
 from trilobit.storage import atomic_directory, read_json
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")  # transformers' bitnet classes

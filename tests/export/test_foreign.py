@@ -24,7 +24,9 @@ from trilobit.export.foreign import BitnetSource, GgufSource, open_source
 from trilobit.export.source import Source, StoredSource
 from trilobit.export.verify import compare, load_stock
 from trilobit.infer.foreign import sites_of
-from trilobit.infer.load import Loaded, freeze, load
+from trilobit.infer.load import load
+from trilobit.infer.loaded import Loaded
+from trilobit.infer.stored import freeze
 from trilobit.nn.packed import PackedEmbedding, PackedLinear
 from trilobit.surgery.roles import find_sites
 

@@ -14,7 +14,8 @@ from trilobit.export import llama_cpp
 from trilobit.export.gguf import write
 from trilobit.export.source import Source
 from trilobit.export.verify import compare
-from trilobit.infer.load import freeze, load
+from trilobit.infer.load import load
+from trilobit.infer.stored import freeze
 from trilobit.surgery.ternary import TernarySpec, ternarize
 
 

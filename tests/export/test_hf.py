@@ -20,7 +20,8 @@ from trilobit.errors import ConfigError, ModelError, OutputError, VerificationEr
 from trilobit.export import forms, hf, verify
 from trilobit.export.source import Source
 from trilobit.export.verify import MAX_PERPLEXITY_CHANGE, MIN_TOP1, POSITIONS, compare, noise_floor, shaken
-from trilobit.infer.load import PACKED_FILE, load
+from trilobit.infer.load import load
+from trilobit.infer.stored import PACKED_FILE
 from trilobit.nn.packed import PackedLinear
 from trilobit.nn.ternary import TernaryLinear, ternary_modules
 from trilobit.quant import Granularity

@@ -21,7 +21,8 @@ from trilobit.export.verify import Agreement
 from trilobit.infer import compiler, native_file
 from trilobit.infer.compiler import NotNative
 from trilobit.infer.engine import Engine, open_engine, open_native
-from trilobit.infer.load import freeze, load
+from trilobit.infer.load import load
+from trilobit.infer.stored import freeze
 from trilobit.kernels import native
 from trilobit.kernels.engine import Sampling
 from trilobit.listener import SILENT

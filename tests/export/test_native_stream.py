@@ -14,7 +14,8 @@ from trilobit.export import hf, native
 from trilobit.export.foreign import open_source
 from trilobit.export.source import Source, StoredSource
 from trilobit.infer import compiler, native_file
-from trilobit.infer.load import freeze, load
+from trilobit.infer.load import load
+from trilobit.infer.stored import freeze
 from trilobit.kernels import native as kernels
 from trilobit.storage import atomic_directory
 

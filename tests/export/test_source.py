@@ -67,7 +67,7 @@ def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
 def test_a_form_in_several_files_is_the_same_model(tmp_path: Path) -> None:
     """Above the limit a form is written as shards with an index, which transformers and trilobit read as the whole."""
     from trilobit.export.verify import compare, load_stock
-    from trilobit.infer.load import read_ours
+    from trilobit.infer.stored import read_ours
 
     model, plan = made("llama")
     folder = tmp_path / "m"

@@ -13,7 +13,7 @@ from trilobit.corpus import stdlib_documents
 from trilobit.errors import ConfigError, DataError, ModelError
 from trilobit.fourbit.calibration import calibration_source, calibration_windows
 from trilobit.fourbit.protocol import PRESETS
-from trilobit.infer.load import Loaded
+from trilobit.infer.loaded import Loaded
 from trilobit.measure.perplexity import text_windows
 
 TEXT = "".join(f"{i:03}" for i in range(134))

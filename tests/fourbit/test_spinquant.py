@@ -14,7 +14,7 @@ from families import build, tokens
 from trilobit.errors import DataError, ModelError, NonFiniteError
 from trilobit.fourbit.online import attach_ffn_hadamard
 from trilobit.fourbit.quarot import matrix, random_rotation
-from trilobit.fourbit.spinquant import cayley_step, learn, quantised_loss, straight_through
+from trilobit.fourbit.spinquant import LearnedRotation, cayley_step, learn, quantised_loss, straight_through
 from trilobit.nn.outlier_safe import random_orthogonal
 from trilobit.surgery.roles import find_sites
 from trilobit.surgery.rotate import rotate
@@ -247,3 +247,15 @@ def test_bad_input() -> None:
             learn(model, windows, quantise_activations=four_bits)
     with pytest.raises(ModelError, match="norm behind the block"):
         learn(build("gemma3_text"), tokens(), quantise_activations=four_bits)
+
+
+def test_learning_that_made_its_loss_worse_says_so() -> None:
+    """Of the first and the last tenth of the steps, those that were not finite apart (old code: numbers to read it from)."""
+
+    def learned(*losses: float) -> LearnedRotation:
+        return LearnedRotation(torch.eye(2, dtype=torch.float64), losses, len(losses), 1, 1.5, 0, 0)
+
+    assert "LEARNING MADE ITS LOSS WORSE" in learned(3.0, math.nan, 3.1).rotation.description
+    assert not learned(3.0, 2.9).worsened and not learned(3.0).worsened
+    noisy = [3.0] * 10 + [2.9] * 9 + [3.05]
+    assert not learned(*noisy).worsened  # the mean of the last two is below that of the first two

@@ -17,7 +17,7 @@ from trilobit import quant
 from trilobit.export.hf import write_companions, write_latent
 from trilobit.infer import compiler, native_file
 from trilobit.infer.compiler import HEAD_GROUP, WEIGHTS_ONLY_GROUP
-from trilobit.infer.load import freeze
+from trilobit.infer.stored import freeze
 from trilobit.nn.packed import PackedLinear
 from trilobit.storage import atomic_directory
 from trilobit.surgery.ternary import TernarySpec, ternarize

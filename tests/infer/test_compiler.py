@@ -14,7 +14,7 @@ from trilobit.infer import compiler
 from trilobit.infer.compiler import NotNative
 from trilobit.infer.engine import Engine
 from trilobit.infer.graph import Graph
-from trilobit.infer.load import freeze
+from trilobit.infer.stored import freeze
 from trilobit.kernels import build as kernels
 from trilobit.kernels import native
 from trilobit.quant import Granularity

@@ -24,7 +24,8 @@ from trilobit.export.hf import write_model
 from trilobit.export.verify import compare, noise_floor
 from trilobit.infer import generate
 from trilobit.infer.engine import engine_of, open_engine
-from trilobit.infer.load import freeze, load, load_pretrained
+from trilobit.infer.load import load, load_pretrained
+from trilobit.infer.stored import freeze
 from trilobit.kernels import native
 from trilobit.kernels.engine import Sampling
 from trilobit.measure import evaluate

@@ -71,7 +71,7 @@ def test_streamed_pieces_of_the_native_engine_join_too(packed: Path, temperature
         assert 0 < result.tokens <= 40
         assert result.tokens_per_second == pytest.approx(result.tokens / result.seconds)
         assert result.engine == "native"
-        assert heard.notes[0].startswith("Runs on native engine, 1 threads, ")
+        assert heard.notes[0].startswith("Runs on native engine, 1 thread, ")
         unfinished += result.text.endswith("\ufffd")
         assert run(GenerateConfig(model=str(packed), prompt=f"naïve {seed}", **options)).text == result.text
     assert unfinished or temperature == 0

@@ -16,8 +16,10 @@ from safetensors.torch import load_file, save_file
 from infer.checkpoints import byte_model, byte_tokenizer, save
 from trilobit.errors import ModelError
 from trilobit.export.hf import write_latent, write_model
+from trilobit.infer import hub
 from trilobit.infer import load as load_module
-from trilobit.infer.load import check_tokenizer, load, load_pretrained, pick_device
+from trilobit.infer.load import load, load_pretrained, locate
+from trilobit.infer.loaded import check_tokenizer, load_tokenizer, pick_device
 from trilobit.nn.packed import PackedLinear
 from trilobit.surgery.ternary import TernarySpec, ternarize
 
@@ -142,15 +144,28 @@ def _response() -> Mock:
         (RepositoryNotFoundError("404", response=_response()), "neither a directory here nor a model on the hub"),
         (LocalEntryNotFoundError("offline"), "not a directory here, and the hub cannot be reached"),
         (HfHubHTTPError("500 boom", response=_response()), "someone/model could not be loaded"),
-        (ConnectionError("no route to host"), "someone/model could not be loaded: no route to host"),
+        (ConnectionError("no route to host"), "not a directory here, and the hub cannot be reached"),
     ],
 )
 def test_what_the_hub_says_is_passed_on(error: Exception, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gated, unknown and unreachable hub models each say what to do, though transformers wraps the hub's errors."""
+    monkeypatch.setattr(hub, "HfApi", Mock(return_value=Mock(model_info=Mock(side_effect=error))))
     for module in (transformers.utils.hub, load_module):
         monkeypatch.setattr(module, "hf_hub_download", Mock(side_effect=error))
     with pytest.raises(ModelError, match=says):
         load("someone/model")
+
+
+def test_an_unreachable_hub_is_asked_one_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it cannot be reached, no download is tried (old code: each of several for half a minute)."""
+    for module in (transformers.utils.hub, load_module):
+        monkeypatch.setattr(module, "hf_hub_download", Mock(side_effect=AssertionError("tried to download")))
+    ask = Mock(side_effect=OSError("Name or service not known"))
+    monkeypatch.setattr(hub, "HfApi", Mock(return_value=Mock(model_info=ask)))
+    for read in (load, load_pretrained, load_tokenizer, locate):
+        with pytest.raises(ModelError, match=r"^someone/model is not a directory here, and the hub cannot be reached\.$"):
+            read("someone/model")
+    assert ask.call_count == 4
 
 
 def test_a_hub_repository_that_trilobit_wrote_is_read_as_such(
@@ -160,6 +175,7 @@ def test_a_hub_repository_that_trilobit_wrote_is_read_as_such(
     folder, loaded = tmp_path / "model", load_pretrained(str(checkpoint))
     surgery = ternarize(loaded.model)
     write_model(loaded.model, surgery.plan, loaded.tokenizer, folder, torch.randint(3, 200, (4, 17)))
+    monkeypatch.setattr(hub, "HfApi", Mock())
     monkeypatch.setattr(load_module, "hf_hub_download", lambda source, name: str(folder / name))
     monkeypatch.setattr(load_module, "snapshot_download", lambda source: str(folder))
     again = load("someone/ternary")

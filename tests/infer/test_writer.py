@@ -47,9 +47,9 @@ def opened(path: Path, **settings: Any) -> tuple[Any, str]:
 @pytest.mark.parametrize(
     ("model", "settings", "kind", "says"),
     [
-        ("native", {}, NativeWriter, "Runs on native engine, 1 threads, "),
+        ("native", {}, NativeWriter, "Runs on native engine, 1 thread, "),
         ("native", {"engine": "native", "device": "cpu", "threads": 3}, NativeWriter, "native engine, 3 threads, "),
-        ("native", {"instructions": "scalar"}, NativeWriter, "native engine, 1 threads, scalar: --instructions"),
+        ("native", {"instructions": "scalar"}, NativeWriter, "native engine, 1 thread, scalar: --instructions"),
         ("native", {"verify": True, "cache": "int8"}, NativeWriter, "the fastest of scalar"),
         ("ternary", {}, NativeWriter, "Runs on native engine"),
         ("ternary", {"engine": "transformers"}, TransformersWriter, "Runs on transformers: --engine transformers"),

@@ -26,6 +26,7 @@ from trilobit.fourbit.progress import windows_fingerprint
 from trilobit.fourbit.protocol import PRESETS, find_protocol
 from trilobit.fourbit.result import QuantizeResult
 from trilobit.infer.load import load
+from trilobit.listener import Listener
 from trilobit.measure.perplexity import measure
 from trilobit.report import fourbit
 from trilobit.report.fourbit import run
@@ -36,6 +37,14 @@ pytestmark = pytest.mark.filterwarnings(  # torch's own imports, on the way to t
 )
 TEXT = "Ein naïver Satz, ✓ geprüft 😀, und noch einer.\n" * 8
 OTHER = "Another text, which is about nothing, and has been put here for calibration only.\n" * 8
+
+
+class Notes(Listener):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +90,24 @@ def test_a_single_cell(place: Path) -> None:
     assert set(result.protocols) == {original.protocol_sha256, protocol.sha256}
     assert cell.excess_kurtosis == original.excess_kurtosis  # RTN turns nothing
     assert all(part in result.summary() for part in (protocol.sha256, "weight_clip", "4-4-4", "RTN", "above"))
+
+
+def test_short_models_are_measured_and_fitted_on_what_they_have(place: Path) -> None:
+    """By default windows and calibration sequences are 2,048 tokens or the model's positions, and hashes have the real length
+    (old code: "--sequence-length 2048 is longer than the model's 64 positions"). A protocol in a file pins its own."""
+    said = Notes()
+    common: dict[str, Any] = {"method": "gptq", "calibration_samples": 2}
+    result = run(settings(place, sequence_length=None, calibration_length=None, **common), said)
+    asked = run(settings(place, sequence_length=64, calibration_length=64, **common))
+    assert [replace(cell, seconds=None, seconds_weights=None) for cell in result.cells] == [
+        replace(cell, seconds=None, seconds_weights=None) for cell in asked.cells
+    ]
+    assert "calibration_length        64" in result.protocols[result.cells[1].protocol_sha256]
+    assert any(note.startswith("windows of 64 tokens: ") for note in said.notes)
+    pinned = place / "pinned.json"
+    pinned.write_text(json.dumps(asdict(PRESETS["osp"])))
+    with pytest.raises(ModelError, match=r"--calibration-length 2048 .*64 positions: give --calibration-length 64, or less"):
+        run(settings(place, protocol=str(pinned), calibration_length=None, **common))
 
 
 def test_sixteen_bits_are_the_original(place: Path) -> None:

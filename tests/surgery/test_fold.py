@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHea
 from families import FAMILIES, build, logits, tokens
 from surgery.fresh import difference, fresh, train_away
 from trilobit.errors import ModelError
-from trilobit.infer.load import freeze
+from trilobit.infer.stored import freeze
 from trilobit.nn.outlier_safe import EmbeddingProjection, SingleScaleRMSNorm
 from trilobit.nn.ternary import TernaryLinear
 from trilobit.surgery.fold import fold

@@ -388,7 +388,35 @@ def test_a_signal_is_answered_at_once() -> None:
         assert heard == []
         signal.raise_signal(signal.SIGTERM)
         assert signals.number == signal.SIGTERM
-    assert len(heard) == 1 and heard[0].startswith("SIGTERM: stopping")
+    assert heard == ["SIGTERM: the run stops as soon as it can; a second signal ends it at once"]
+
+
+def test_a_signal_in_a_step_hears_when_it_is_obeyed(tmp_path: Path) -> None:
+    """In the middle of a step: after it (and the evaluation that is due), and that a second one ends at once."""
+    heard: list[str] = []
+
+    def stop(tokens: int) -> dict[str, float]:
+        if tokens == 24:
+            signal.raise_signal(signal.SIGINT)
+        return {}
+
+    with Signals(say=heard.append).watch() as signals, pytest.raises(Interrupted, match="SIGINT"):
+        train(tmp_path / "run", signals=signals, before_step=stop)
+    (text,) = heard
+    assert text.startswith("SIGINT: the run stops after the step in progress")
+    assert "a second signal ends it at once" in text
+
+
+def test_a_signal_in_an_evaluation_is_obeyed_after_it(tmp_path: Path) -> None:
+    """And not only after another step (old code: one more was trained)."""
+
+    def evaluate() -> dict[str, float]:
+        signal.raise_signal(signal.SIGTERM)
+        return {}
+
+    with Signals().watch() as signals, pytest.raises(Interrupted, match="SIGTERM"):
+        train(tmp_path / "run", signals=signals, evaluate=evaluate)
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-2"]
 
 
 def test_a_listener_that_is_gone_costs_no_checkpoint(tmp_path: Path) -> None:

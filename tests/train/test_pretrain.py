@@ -120,6 +120,13 @@ def test_an_interrupted_run_resumes_bit_exactly(place: Path, whole: tuple[Path, 
         run(configure(place, tmp_path / "run", resume=True))
 
 
+@pytest.mark.parametrize("tie", ["auto", "yes", "no"])
+def test_one_matrix_or_two(tie: Any, place: Path, tmp_path: Path) -> None:
+    """--tie decides whether the head has a matrix of its own; auto leaves that to the architecture, which has none here."""
+    result = run(configure(place, tmp_path / "run", max_tokens=STEP_TOKENS, tie=tie, **RECIPES["pretrain"]["ssnorm"]()))
+    assert ("lm_head.weight" in load_file(Path(result.model) / "model.safetensors")) == (tie == "no")
+
+
 @pytest.mark.parametrize("row", ["adam", "muon-only", "muon", "ssnorm", "embproj", "osp"])
 def test_every_row_of_the_ablation_trains(row: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each recipe has the parts it names, and what Muon trains is what its row says."""
@@ -169,6 +176,7 @@ def test_muon_takes_every_matrix_it_should() -> None:
         ({"sequence_length": 128, "max_tokens": 1024}, ModelError, "longer than the 64 positions"),
         ({"data": "self"}, ConfigError, "no model yet"),
         ({"tokenizer": "x"}, ConfigError, "two answers to one question"),
+        ({"tie": "yes"}, ConfigError, "--no-embproj"),
         ({"train_tokenizer": 100}, ConfigError, "at least 257"),
         ({"optimizer": "adamw", "normuon": True}, ConfigError, "--normuon needs --optimizer muon"),
         ({"resume": True}, OutputError, "no run to resume"),

@@ -1,7 +1,7 @@
 """Settings of `trilobit doctor`."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from trilobit.config.fields import require_threads
 from trilobit.config.training import mesh_of
@@ -12,6 +12,8 @@ from trilobit.errors import ConfigError
 class DoctorConfig:
     """Say what this machine computes with, why, how fast its memory is, and what would be faster; or, with --plan, what
     training a model on many GPUs takes."""
+
+    HEADINGS: ClassVar[dict[str, str]] = {"plan": "plan"}
 
     threads: int | None = None
     """Threads to measure with. Default: one a core."""

@@ -1,7 +1,7 @@
 """Settings of `trilobit export`."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
@@ -13,6 +13,10 @@ from trilobit.errors import ConfigError
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
     """Write a finished model for the software that runs it, and check what was written by running it there."""
+
+    HEADINGS: ClassVar[dict[str, str]] = {
+        "layout": "native", "type": "gguf", "form": "hf", "bits": "compressed-tensors", "data": "checking and sharing",
+    }  # fmt: skip
 
     model: ModelPath
     """Run directory, or a directory or hub id of a ternary model, trilobit's own or another's (`bitnet` in transformers)."""

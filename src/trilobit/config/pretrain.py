@@ -1,7 +1,7 @@
 """Settings of `trilobit pretrain`."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from trilobit.config.fields import Architecture, Count
 from trilobit.config.training import TrainingConfig
@@ -14,6 +14,8 @@ LEAST_VOCABULARY = 257  # every byte and the end of text
 class PretrainConfig(TrainingConfig):
     """Train a model that grows no activation outliers (arXiv 2506.19697), from random weights."""
 
+    HEADINGS: ClassVar[dict[str, str]] = {"tokenizer": "model", **TrainingConfig.HEADINGS}
+
     architecture: Architecture
     """Hub id or directory with a config.json, or one of ours: llama-3m, llama-60m, llama-135m, llama-1.4b."""
     tokenizer: str | None = None
@@ -25,6 +27,8 @@ class PretrainConfig(TrainingConfig):
     """Every RMSNorm has one scale instead of a gain per channel."""
     embproj: bool = True
     """Learnable projections after the embedding and before the head, which are untied. They are folded away at the end."""
+    tie: Literal["auto", "yes", "no"] = "auto"
+    """Whether the head is the embedding's matrix. auto: as the architecture has it, and never with --embproj."""
 
     optimizer: Literal["adamw", "muon"] = "muon"
     """Muon for the matrices inside the decoder layers and the embedding projections and AdamW for the rest (one rate for
@@ -40,6 +44,8 @@ class PretrainConfig(TrainingConfig):
         super().__post_init__()
         if self.data == "self":
             raise ConfigError("--data self: there is no model yet that text could be sampled from.")
+        if self.tie == "yes" and self.embproj:
+            raise ConfigError("--tie yes: embedding projections need two matrices: add --no-embproj (--recipe ssnorm).")
         if self.tokenizer is not None and self.train_tokenizer is not None:
             raise ConfigError("--tokenizer and --train-tokenizer are two answers to one question: give one of them.")
         if self.train_tokenizer is not None and self.train_tokenizer < LEAST_VOCABULARY:

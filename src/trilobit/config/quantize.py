@@ -1,7 +1,7 @@
 """Settings of `trilobit quantize`."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
@@ -16,6 +16,7 @@ FULL = "16-16-16"
 ROWS = (FULL, "4-8-16", "4-8-8", "4-4-16", "4-4-4")
 """Of --grid osp."""
 TASK_BITS = "16-16-16,4-4-4"
+SEQUENCE_LENGTH = 2048
 
 
 def parse_bits(text: str) -> tuple[int, int, int, int]:
@@ -40,12 +41,26 @@ def format_bits(weights: int, activations: int, keys: int, values: int) -> str:
 class QuantizeConfig:
     """What does a model lose at 4 bits? Fake-quantised evaluation by a protocol that pins every knob."""
 
+    HEADINGS: ClassVar[dict[str, str]] = {
+        "data": "text", "bits": "protocol", "calibration": "calibration", "tasks": "benchmark", "precision": "hardware",
+        "out": "output",
+    }  # fmt: skip
+
     models: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """Hub ids, checkpoint directories or run directories. Several with --grid."""
     data: str
     """Text that is measured: local files or globs, a hub id, or `stdlib` (its held-out part)."""
     text_field: str = "text"
     """Field that holds the text in .jsonl, .parquet and hub data."""
+    sequence_length: int | None = None
+    """Tokens per window of the text that is measured. Default: 2,048, or the model's positions if it has fewer."""
+    sequences: int = 4
+    """Sequences per forward pass."""
+    max_tokens: Count | None = None
+    """Stop the text after this many predicted tokens, rounded down to whole windows. Default: the whole text."""
+    bos: Literal["auto", "yes", "no"] = "auto"
+    """Begin each window with the beginning-of-text token. auto: as the model's tokenizer does by itself."""
+
     bits: str | None = None
     """Bits of weights, activations and KV cache, W-A-KV or W-A-K-V: each from 2 to 8, or 16 for full precision. Default: the
     protocol's, 4-4-4."""
@@ -58,23 +73,19 @@ class QuantizeConfig:
     """`osp` (outlier-safe pre-training), `quarot`, `spinquant`, or a .json file that has every knob."""
     grid: Literal["osp"] | None = None
     """The paper's table instead of one cell: five settings of --bits by RTN, + FFN Hadamard, + GPTQ, QuaRot, SpinQuant."""
+
     calibration: str | None = None
     """Text for GPTQ and SpinQuant, as --data. It must not be what is measured. Default: the protocol's, if it has one; the
     other part of `stdlib` where --data is stdlib."""
     calibration_samples: int | None = None
     """Sequences to calibrate on. Default: the protocol's."""
     calibration_length: int | None = None
-    """Tokens of each. Default: the protocol's."""
+    """Tokens of each. Default: the protocol's, or of one of ours the model's positions if it has fewer."""
+    seed: int | None = None
+    """Draws the calibration sequences and the random signs of rotations. Default: the protocol's, 0."""
     learning_steps: int | None = None
     """Of SpinQuant's rotation. Default: the protocol's 100, each on 8 calibration sequences: hours on a CPU."""
-    sequence_length: int = 2048
-    """Tokens per window of the text that is measured."""
-    sequences: int = 4
-    """Sequences per forward pass."""
-    max_tokens: Count | None = None
-    """Stop the text after this many predicted tokens, rounded down to whole windows. Default: the whole text."""
-    bos: Literal["auto", "yes", "no"] = "auto"
-    """Begin each window with the beginning-of-text token. auto: as the model's tokenizer does by itself."""
+
     tasks: str | None = None
     """Benchmarks, as in `trilobit eval`: `five`, `osp10`, or lm-eval's names."""
     task_data: str | None = None
@@ -87,12 +98,12 @@ class QuantizeConfig:
     """The same for tasks whose answer is written freely, which are slow. Default: --limit."""
     task_bits: str = TASK_BITS
     """Rows of --grid that are asked the benchmarks, separated by commas."""
+
     precision: Literal["fp32", "bf16"] = "fp32"
     """dtype of the model. Quantisation itself is fp32 arithmetic always. Published numbers are of bf16 models."""
-    seed: int | None = None
-    """Draws the calibration sequences and the random signs of rotations. Default: the protocol's, 0."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1`, …"""
+
     out: str | None = None
     """Directory for records of cells, progress of GPTQ, and report/ with table, JSON, CSV and plot. It must not exist yet."""
     resume: bool = False

@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from trilobit.config.fields import Count, require_seed
 from trilobit.errors import ConfigError
@@ -30,6 +30,12 @@ def mesh_of(text: str) -> tuple[str, int, int]:
 class TrainingConfig:
     """Settings of the training loop."""
 
+    HEADINGS: ClassVar[dict[str, str]] = {
+        "data": "data", "max_tokens": "budget", "optimizer": "optimisation", "eval_every": "evaluation", "out": "output",
+        "precision": "hardware",
+    }  # fmt: skip
+    """Where headings of --help begin (flags.py)."""
+
     data: str
     """Hub id (`owner/name:config`, streamed), local .txt/.jsonl/.jsonl.gz/.parquet files or globs (comma-separated),
     `stdlib` (the running Python's standard library), or `self` (text sampled from the model itself)."""
@@ -37,10 +43,10 @@ class TrainingConfig:
     """Field that holds the text in .jsonl, .parquet and hub data."""
     self_tokens: Count | None = None
     """Tokens to sample for --data self; a longer run sees them again. Default: as many as it trains on."""
-    out: str | None = None
-    """Run directory. Default: out/ and the model's name."""
-    resume: bool = False
-    """Continue the run in --out, bit-exactly, from its newest checkpoint."""
+    cache_dir: str | None = None
+    """Where tokenised data is kept. Default: ~/.cache/trilobit/tokens."""
+    seed: int = 0
+    """Seed of the order of the data, and of dropout where a model has it. Equal seeds give equal runs."""
 
     max_tokens: Count = 10_000_000
     """Tokens to train on."""
@@ -89,21 +95,22 @@ class TrainingConfig:
     mesh: str = "auto"
     """How several processes (torchrun) share the model: `ddp` (a copy each), `fsdp` (each holds a part), `hsdp:RxS` (R copies
     in S parts each). auto: a copy each where that fits, else parts. A step has the same samples for any number of ranks."""
-    seed: int = 0
-    """Seed of the order of the data, and of dropout where a model has it. Equal seeds give equal runs."""
-
     eval_every: Count | None = None
     """Tokens between evaluations. Default: a tenth of --max-tokens."""
     eval_tokens: Count | None = None
     """Held-out tokens per evaluation. Default: a thirty-second of --max-tokens, but 4,096 at least and 65,536 at most."""
+
+    out: str | None = None
+    """Run directory. Default: out/ and the model's name."""
+    resume: bool = False
+    """Continue the run in --out, bit-exactly, from its newest checkpoint. Ctrl-C or SIGTERM stop a run after the step in
+    progress, which on a CPU can take minutes, and save one; a second signal ends it at once, and the last one stands."""
     checkpoint_every: Count | None = None
     """Tokens between checkpoints. Default: a quarter of --max-tokens."""
     keep_checkpoints: int = 1
     """Newest checkpoints that are kept."""
     track: Literal["tensorboard", "wandb", "trackio"] | None = None
     """Also log there (log.jsonl is always written)."""
-    cache_dir: str | None = None
-    """Where tokenised data is kept. Default: ~/.cache/trilobit/tokens."""
 
     def __post_init__(self) -> None:
         positive = (

@@ -1,7 +1,7 @@
 """Settings of `trilobit tune`."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from trilobit.config.fields import Count, ModelPath
 from trilobit.config.training import TrainingConfig
@@ -13,6 +13,11 @@ ScheduleKind = Literal["layerwise", "layerwise-reverse", "sensitivity", "global"
 @dataclass(frozen=True, kw_only=True)
 class TuneConfig(TrainingConfig):
     """Turn a full-precision checkpoint into a ternary one (arXiv 2505.08823)."""
+
+    HEADINGS: ClassVar[dict[str, str]] = {
+        "data": "data", "max_tokens": "budget", "placement": "ternary method", "schedule": "quantisation schedule",
+        "reconstruct_tokens": "learning from the original", **TrainingConfig.HEADINGS, "model_format": "output",
+    }  # fmt: skip
 
     model: ModelPath
     """Hub id or directory of a full-precision decoder-only checkpoint, or of a ternary one (`bitnet` in transformers) to be

@@ -80,7 +80,8 @@ def run(config: ExportConfig, listener: Listener = SILENT) -> ExportResult:
                 (form, reason), details = _write(config, source, directory, name, listener), {}
             check = verify(place, directory, config.to, config.data, listener)
         size = sum(f.stat().st_size for f in directory.iterdir() if f.suffix in (".safetensors", ".gguf"))
-        write_card(directory / card.name, place, name, config.to, form, check, str(config.model))
+        found_at = config.push or str(target)
+        write_card(directory / card.name, place, name, config.to, form, check, str(config.model), found_at)
     url = push(target, config.push) if config.push is not None else None
     return ExportResult(
         str(target), config.to, form, reason, size, time.perf_counter() - started, check, details, url

@@ -12,8 +12,10 @@ from trilobit.errors import ModelError
 from trilobit.export.source import Source, StoredSource
 from trilobit.infer.foreign import bitnet_form, plan_for, sites_of, skeleton
 from trilobit.infer.gguf_model import common_granularity, open_model, regrouped
-from trilobit.infer.load import CARD, GGUF, check_tokenizer
+from trilobit.infer.load import GGUF
+from trilobit.infer.loaded import check_tokenizer
 from trilobit.infer.quiet import clear_errors
+from trilobit.infer.stored import CARD
 from trilobit.nn.packed import PackedEmbedding, PackedLinear
 from trilobit.quant import Granularity
 from trilobit.storage import read_json

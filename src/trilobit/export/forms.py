@@ -23,7 +23,7 @@ from trilobit import quant
 from trilobit.errors import ConfigError, VerificationError
 from trilobit.export.source import Source
 from trilobit.formats import Bitnet, TwoBit
-from trilobit.infer.load import SMALL_GAIN
+from trilobit.infer.stored import SMALL_GAIN
 from trilobit.storage import Entry
 
 Form = Literal["autobitlinear", "bitlinear", "dense", "packed"]

@@ -20,7 +20,7 @@ from trilobit.export.exact import is_comparable, require_exact
 from trilobit.export.forms import Store, choose_form, contents_of, kept_entries, require_form, stored_precision
 from trilobit.export.source import Source
 from trilobit.export.verify import Agreement, compare, load_stock, noise_floor
-from trilobit.infer.load import CARD, PACKED_FILE, read_ours
+from trilobit.infer.stored import CARD, PACKED_FILE, read_ours
 from trilobit.storage import atomic_directory, read_json, save_tensors, stream_tensors, write_json
 from trilobit.surgery.ternary import Plan
 

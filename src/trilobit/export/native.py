@@ -22,7 +22,7 @@ from trilobit.export.verify import Agreement, compare, noise_floor
 from trilobit.infer import compiler, native_file
 from trilobit.infer.engine import Engine, open_native
 from trilobit.infer.graph import DTYPES, Graph, Planned
-from trilobit.infer.load import Loaded
+from trilobit.infer.loaded import Loaded
 from trilobit.kernels.engine import Sampling
 from trilobit.listener import SILENT, Listener, timed
 

@@ -17,19 +17,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from trilobit import quant
 from trilobit.errors import ModelError
-from trilobit.infer.load import (
-    CARD,
-    SMALL_GAIN,
-    clear_errors,
-    load_tokenizer,
-    packed_module,
-    quiet_transformers,
-    read_tensor,
-    tensor_files,
-    tensor_shapes,
-    with_every_norm,
-)  # fmt: skip
+from trilobit.infer.loaded import load_tokenizer
 from trilobit.infer.parts import Kind, kind_of
+from trilobit.infer.quiet import clear_errors, quiet_transformers
+from trilobit.infer.stored import CARD, SMALL_GAIN, packed_module, read_tensor, tensor_files, tensor_shapes, with_every_norm
 from trilobit.nn.packed import PackedEmbedding, PackedLinear
 from trilobit.nn.ternary import TernaryEmbedding, TernaryLinear
 from trilobit.storage import read_json, verify_manifest

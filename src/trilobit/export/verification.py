@@ -34,7 +34,9 @@ from trilobit.export.llama_cpp import CONTINUED
 from trilobit.export.source import Source
 from trilobit.export.verify import MAX_PERPLEXITY_CHANGE, Agreement, compare, load_stock, noise_floor
 from trilobit.infer.hf import continue_tokens
-from trilobit.infer.load import Loaded, freeze, load
+from trilobit.infer.load import load
+from trilobit.infer.loaded import Loaded
+from trilobit.infer.stored import freeze
 from trilobit.listener import Listener
 from trilobit.measure.perplexity import text_windows
 from trilobit.nn.packed import PackedLinear

@@ -10,7 +10,7 @@ far it moves when its embeddings change by one part in four million, the last bi
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from trilobit.errors import VerificationError
-from trilobit.infer.load import quiet_transformers
+from trilobit.infer.quiet import quiet_transformers
 from trilobit.measure.perplexity import perplexity
 
 POSITIONS = 8192  # at 1,000 the perplexity of small models would move by most of its limit from int8 flips alone
@@ -70,6 +70,20 @@ class Agreement:
             f"{what} differs from the trained model: same argmax at {self.top1:.2%} of {self.positions} positions "
             f"(limit {MIN_TOP1:.1%}), perplexity × {self.perplexity_ratio:.5f}{said}. It was not left behind."
         )
+
+
+def in_words(agreement: Mapping[str, float | None]) -> str:
+    """What was compared, and what came of it, of an Agreement as a dictionary."""
+    if not agreement:
+        return "nothing was compared"
+    text = (
+        f"model/, loaded back as its users load it, has the same likeliest token as what was trained at "
+        f"{agreement['top1']:.2%} of {agreement['positions']:,} places in held-out text; its perplexity there is "
+        f"× {agreement['perplexity_ratio']:.4f}"
+    )
+    if (floor := agreement.get("floor_top1")) is not None:
+        text += f" (with the last bits of its embeddings changed, the trained model agrees with itself at {floor:.2%})"
+    return text
 
 
 @contextmanager

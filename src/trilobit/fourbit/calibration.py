@@ -7,7 +7,7 @@ from trilobit.config.quantize import QuantizeConfig
 from trilobit.corpus import documents, overlap
 from trilobit.errors import ConfigError, DataError, ModelError
 from trilobit.fourbit.protocol import Protocol
-from trilobit.infer.load import Loaded
+from trilobit.infer.loaded import Loaded
 from trilobit.measure.perplexity import require_positions, text_windows, uses_bos
 from trilobit.surgery.roles import vocabulary_size
 

@@ -20,17 +20,18 @@ from torch import Tensor
 
 from trilobit import __version__
 from trilobit.config.eval import EvalConfig
-from trilobit.config.quantize import FULL, ROWS, Method, QuantizeConfig, Rotation
+from trilobit.config.quantize import FULL, ROWS, SEQUENCE_LENGTH, Method, QuantizeConfig, Rotation
 from trilobit.errors import DataError, ModelError, NonFiniteError, TrilobitError, UnsupportedError
 from trilobit.fourbit.calibration import calibration_source, calibration_windows, require_apart
 from trilobit.fourbit.fake import Prepared, prepare, require_capability, round_weights
 from trilobit.fourbit.gptq_layers import gptq
 from trilobit.fourbit.progress import model_fingerprint, windows_fingerprint
-from trilobit.fourbit.protocol import Protocol, find_protocol
-from trilobit.infer.load import Loaded, load, pick_device
+from trilobit.fourbit.protocol import PRESETS, Protocol, find_protocol
+from trilobit.infer.load import load
+from trilobit.infer.loaded import Loaded, pick_device
 from trilobit.listener import Listener
 from trilobit.measure.contextual import measure_contextual
-from trilobit.measure.perplexity import Perplexity, Text, measure, read
+from trilobit.measure.perplexity import Perplexity, Text, fitting, measure, read
 from trilobit.measure.scores import TaskScore, averages, compared
 from trilobit.measure.tasks import Tasks, offline
 from trilobit.storage import remove_directory
@@ -167,10 +168,12 @@ class Measure:
         loaded = self._load(model)
         text, _ = self._text(loaded)
         facts = Facts(
-            model_fingerprint(loaded.model), windows_fingerprint(text.windows), self.config.sequence_length, text.bos,
+            model_fingerprint(loaded.model), windows_fingerprint(text.windows), self._length(loaded), text.bos,
             self.config.precision, __version__,
         )  # fmt: skip
         self.begin(model, facts)
+        if self.config.sequence_length is None and facts.sequence_length < SEQUENCE_LENGTH:
+            self.listener.note(f"windows of {facts.sequence_length:,} tokens: {model} has no more positions")
         columns = [Column(column.name, self._calibrated(loaded, column.protocols)) for column in columns]
         untouched = find_protocol(self.config.protocol).with_bits(FULL).rotated("none")
         untouched = replace(untouched, calibration_data=None, calibration_sha256=None)
@@ -196,9 +199,12 @@ class Measure:
     def _calibrated(self, loaded: Loaded, protocols: tuple[Protocol, ...]) -> tuple[Protocol, ...]:
         """The protocols with the sha256 of the sequences that are drawn for them. Raises DataError for others than they pin,
         and for some that are measured."""
-        first = protocols[0]
-        if not first.calibrates:
+        if not protocols[0].calibrates:
             return protocols
+        if self.config.calibration_length is None and self.config.protocol in PRESETS:  # a file pins what it says
+            length = fitting(loaded.model, protocols[0].calibration_length)
+            protocols = tuple(replace(protocol, calibration_length=length) for protocol in protocols)
+        first = protocols[0]
         windows = calibration_windows(loaded, self.config, first)
         digest, pinned = windows_fingerprint(windows), first.calibration_sha256
         if pinned not in (None, digest):
@@ -277,11 +283,16 @@ class Measure:
         return load(model, device=pick_device(self.config.device), dtype=dtype)
 
     def _text(self, loaded: Loaded) -> tuple[Text, EvalConfig]:
-        names = ("data", "text_field", "sequence_length", "sequences", "max_tokens", "bos")
-        settings = EvalConfig(model="", **{name: getattr(self.config, name) for name in names})
+        names = ("data", "text_field", "sequences", "max_tokens", "bos")
+        values = {name: getattr(self.config, name) for name in names}
+        settings = EvalConfig(model="", sequence_length=self._length(loaded), **values)
         if self.text is None:
             self.text = read(loaded, settings)
         return self.text, settings
+
+    def _length(self, loaded: Loaded) -> int:
+        """Tokens per window: as asked, else what papers measure on, or the model's positions where it has fewer."""
+        return self.config.sequence_length or fitting(loaded.model, SEQUENCE_LENGTH)
 
     def _kurtosis(self, loaded: Loaded) -> dict[str, float | None]:
         windows = self._text(loaded)[0].windows[:KURTOSIS_WINDOWS, :KURTOSIS_LENGTH]

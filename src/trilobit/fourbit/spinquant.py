@@ -44,6 +44,7 @@ from trilobit.surgery.stream import Stream, find_stream
 Quantise = Callable[[Tensor], Tensor]
 """A tensor → the same, fake-quantised along its last dimension."""
 
+WORSENED = "; LEARNING MADE ITS LOSS WORSE: compare with --rotate quarot, which begins where it began"
 PATIENCE = 10  # steps in a row that are not finite
 TOKENS = 2048  # that a graph is kept for at once: windows shorter than that run together
 
@@ -61,10 +62,19 @@ class LearnedRotation:
     skipped: int
 
     @property
+    def worsened(self) -> bool:
+        """Whether the loss ended above its beginning: over the last steps, as over as many first ones, as batches differ."""
+        seen = [loss for loss in self.losses if math.isfinite(loss)]
+        ends = max(1, len(seen) // 10)
+        return sum(seen[-ends:]) > sum(seen[:ends])
+
+    @property
     def rotation(self) -> Rotation:
         """For `rotate`, with the budget in its description."""
         budget = f"{self.steps} steps, {self.tokens:,} tokens, lr {self.lr:g}, seed {self.seed}"
         budget += f", loss {self.losses[0]:.4f} to {self.losses[-1]:.4f}, {self.skipped} skipped"
+        if self.worsened:
+            budget += WORSENED
         return Rotation(len(self.matrix), lambda x: x @ self.matrix.to(x), f"a rotation learned by Cayley steps ({budget})")
 
 

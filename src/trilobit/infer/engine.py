@@ -22,7 +22,9 @@ from trilobit.errors import ConfigError, ModelError
 from trilobit.infer import compiler, native_file
 from trilobit.infer.compiler import NotNative
 from trilobit.infer.graph import Graph
-from trilobit.infer.load import CARD, Loaded, freeze, load, load_tokenizer
+from trilobit.infer.load import load
+from trilobit.infer.loaded import Loaded, load_tokenizer
+from trilobit.infer.stored import CARD, freeze
 from trilobit.kernels import native
 from trilobit.kernels.engine import Cache, Sampler, Sampling, Session
 from trilobit.kernels.native import Format

@@ -3,7 +3,10 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import wraps
+from typing import Any
 
+import tqdm.std
 from huggingface_hub.errors import (
     GatedRepoError,
     LocalEntryNotFoundError,
@@ -57,3 +60,21 @@ def quiet_transformers() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Within, no library draws a progress bar of its own between the lines of a command, whatever it asks tqdm for; but for
+    the hub, whose downloads take long and have no other sign of life."""
+    own = tqdm.std.tqdm.__init__
+
+    @wraps(own)
+    def silent(bar: Any, *arguments: Any, **options: Any) -> None:
+        of_hub = type(bar).__module__.startswith("huggingface_hub")
+        own(bar, *arguments, **(options if of_hub else options | {"disable": True}))
+
+    tqdm.std.tqdm.__init__ = silent  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        tqdm.std.tqdm.__init__ = own

@@ -21,7 +21,8 @@ from trilobit.errors import ConfigError
 from trilobit.infer.compiler import NotNative
 from trilobit.infer.engine import Engine, Timing, engine_of, is_native, open_native, require_library
 from trilobit.infer.hf import continue_tokens
-from trilobit.infer.load import Loaded, load, pick_device
+from trilobit.infer.load import load
+from trilobit.infer.loaded import Loaded, pick_device
 from trilobit.kernels import native
 from trilobit.kernels.engine import Sampling
 from trilobit.listener import SILENT, Listener
@@ -92,7 +93,8 @@ class NativeWriter(Writer):
         self.engine, self.tokenizer, self.positions = engine, engine.tokenizer, engine.graph.header.positions
         choice = native.choice() if instructions is None else native.Instructions(instructions, "--instructions")
         self.name = "native"
-        self.what = f"native engine, {engine.session.threads} threads, {choice.name}: {choice.reason}"
+        threads = "1 thread" if engine.session.threads == 1 else f"{engine.session.threads} threads"
+        self.what = f"native engine, {threads}, {choice.name}: {choice.reason}"
 
     def write(
         self, ids: Sequence[int], max_tokens: int, sampling: Sampling, seed: int, emit: Emit, ends: bool = True

@@ -19,7 +19,7 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 from trilobit.formats import LaneTwoBit
-from trilobit.kernels.triton_launch import INTERPRETED, empty, launch
+from trilobit.kernels.triton_launch import INTERPRETED, empty, launch, store_scaled
 
 LANES_AT_ONCE = 32
 
@@ -69,17 +69,7 @@ def few_kernel(
             result += total * s[None, :]
         else:
             result = total
-    token_scale = tl.load(x_scale + rows, mask=rows < tokens, other=0.0)[:, None]
-    if SCALES == 0:
-        result = result * (token_scale * tl.load(weight_scale))
-    elif SCALES == 1:
-        result = result * (token_scale * tl.load(weight_scale + outs, mask=outs < outputs, other=0.0)[None, :])
-    else:
-        result = result * token_scale
-    if BIAS:
-        result = result + tl.load(bias + outs, mask=outs < outputs, other=0.0).to(tl.float32)[None, :]
-    inside = (rows < tokens)[:, None] & (outs < outputs)[None, :]
-    tl.store(y + rows[:, None] * outputs + outs[None, :], result.to(y.dtype.element_ty), mask=inside)
+    store_scaled(result, x_scale, weight_scale, bias, y, rows, outs, tokens, outputs, SCALES, BIAS)
 
 
 def linear(

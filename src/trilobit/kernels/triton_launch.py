@@ -1,4 +1,4 @@
-"""What the Triton kernels share: how they are launched, how they round, and what Triton's interpreter rounds otherwise.
+"""What the Triton kernels share: how they are launched, round and scale, and what Triton's interpreter rounds otherwise.
 
 In the interpreter (triton 3.9) a cast to bf16 cuts bits off instead of rounding, and tl.dot of bf16 operands is wrong without
 saying so. Kernels therefore leave fp32 there, which torch rounds, and cast operands of bf16 products to fp32 first.
@@ -20,6 +20,25 @@ def round_half_even(x):
     come straight from a product: a compiler that fuses it with the sum would round once instead of twice."""
     shift: tl.constexpr = 12582912.0
     return (x + shift) - shift
+
+
+@triton.jit
+def store_scaled(
+    result, x_scale, weight_scale, bias, y, rows, outs, tokens, outputs, SCALES: tl.constexpr, BIAS: tl.constexpr
+):  # fmt: skip
+    """y[rows, outs] = result · (s_x · s_w) + bias, in this order, as quant.integer_linear rounds it. SCALES: of the weights,
+    0 one for the matrix, 1 a row, 2 a row and group (in `result` already)."""
+    token_scale = tl.load(x_scale + rows, mask=rows < tokens, other=0.0)[:, None]
+    if SCALES == 0:
+        result = result * (token_scale * tl.load(weight_scale))
+    elif SCALES == 1:
+        result = result * (token_scale * tl.load(weight_scale + outs, mask=outs < outputs, other=0.0)[None, :])
+    else:
+        result = result * token_scale
+    if BIAS:
+        result = result + tl.load(bias + outs, mask=outs < outputs, other=0.0).to(tl.float32)[None, :]
+    inside = (rows < tokens)[:, None] & (outs < outputs)[None, :]
+    tl.store(y + rows.to(tl.int64)[:, None] * outputs + outs[None, :], result.to(y.dtype.element_ty), mask=inside)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, exact: bool = False, **options: Any) -> None:

@@ -19,7 +19,7 @@ import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-from trilobit.kernels.triton_launch import empty, launch, round_half_even
+from trilobit.kernels.triton_launch import empty, launch, round_half_even, store_scaled
 
 TILE_ROWS = 8
 INPUTS_AT_ONCE = 128
@@ -77,17 +77,7 @@ def linear_kernel(
             result += sums.to(tl.float32) * s[None, :]
         else:
             result = sums.to(tl.float32)
-    token_scale = tl.load(x_scale + rows, mask=rows < tokens, other=0.0)[:, None]
-    if SCALES == 0:
-        result = result * (token_scale * tl.load(weight_scale))
-    elif SCALES == 1:
-        result = result * (token_scale * tl.load(weight_scale + outs, mask=outs < outputs, other=0.0)[None, :])
-    else:
-        result = result * token_scale
-    if BIAS:
-        result = result + tl.load(bias + outs, mask=outs < outputs, other=0.0).to(tl.float32)[None, :]
-    inside = (rows < tokens)[:, None] & (outs < outputs)[None, :]
-    tl.store(y + rows.to(tl.int64)[:, None] * outputs + outs[None, :], result.to(y.dtype.element_ty), mask=inside)
+    store_scaled(result, x_scale, weight_scale, bias, y, rows, outs, tokens, outputs, SCALES, BIAS)
 
 
 def ternarize(weight: Tensor, scale: Tensor, group: int) -> Tensor:

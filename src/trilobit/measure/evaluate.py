@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass, fields, replace
 import torch
 
 from trilobit.config.eval import EvalConfig
-from trilobit.infer.load import load, pick_device
+from trilobit.infer.load import load
+from trilobit.infer.loaded import pick_device
 from trilobit.listener import SILENT, Listener
 from trilobit.measure.perplexity import measure
 from trilobit.measure.scores import TaskScore, averages, compared, table, text

@@ -30,7 +30,8 @@ import lm_eval.models.huggingface
 import torch
 
 from trilobit.errors import ModelError
-from trilobit.infer.load import Loaded, quiet_transformers
+from trilobit.infer.loaded import Loaded
+from trilobit.infer.quiet import quiet_transformers
 from trilobit.listener import Listener
 from trilobit.measure.scores import TaskScore
 from trilobit.measure.tasks import Tasks, replaced

@@ -13,7 +13,7 @@ from torch import Tensor
 from trilobit.config.outliers import OutliersConfig, Protocol
 from trilobit.corpus import documents
 from trilobit.errors import ModelError
-from trilobit.infer.load import Loaded
+from trilobit.infer.loaded import Loaded
 from trilobit.listener import SILENT, Listener
 from trilobit.measure.contextual import Contextual, measure_contextual
 from trilobit.measure.kurtosis import OspKurtosis, measure_osp, osp_windows

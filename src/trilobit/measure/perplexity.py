@@ -22,7 +22,7 @@ from torch import Tensor
 from trilobit.config.eval import EvalConfig
 from trilobit.corpus import documents
 from trilobit.errors import DataError, ModelError
-from trilobit.infer.load import Loaded
+from trilobit.infer.loaded import Loaded
 from trilobit.listener import SILENT, Listener
 from trilobit.surgery.roles import vocabulary_size
 
@@ -125,9 +125,14 @@ def uses_bos(tokenizer: Any, choice: str) -> bool:
 
 def require_positions(model: Any, length: int, flag: str = "--sequence-length") -> None:
     """Raise ModelError if the model has fewer positions than `length`."""
+    if (most := fitting(model, length)) < length:
+        raise ModelError(f"{flag} {length} is longer than the model's {most} positions: give {flag} {most}, or less.")
+
+
+def fitting(model: Any, length: int) -> int:
+    """`length`, or the model's positions where it has fewer."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and length > positions:
-        raise ModelError(f"{flag} {length} is longer than the model's {positions} positions.")
+    return length if positions is None else min(length, positions)
 
 
 @dataclass(frozen=True)

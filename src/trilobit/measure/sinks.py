@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from trilobit.infer.load import quiet_transformers
+from trilobit.infer.quiet import quiet_transformers
 from trilobit.surgery.roles import decoder_layers, evaluating
 
 SINK_SEQUENCES, SINK_LENGTH = 8, 1024  # at most: 32 heads are 134 MB of fp32 a layer

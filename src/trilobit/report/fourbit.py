@@ -23,7 +23,7 @@ from trilobit.listener import SILENT, Listener
 from trilobit.measure.scores import TaskScore
 from trilobit.measure.tasks import opened, wanted
 from trilobit.report.fourbit_plots import plot_perplexity
-from trilobit.storage import alone_in, atomic_directory, read_json, remove_directory, require_new_directory, write_json
+from trilobit.storage import alone_in, atomic_directory, read_json, remove_directory, require_new_run, write_json
 from trilobit.train.record import require_same_settings, run_facts
 
 FREE_TO_CHANGE = frozenset({"resume", "out", "device", "sequences"})
@@ -86,7 +86,7 @@ def _section(model: str, cells: list[Cell]) -> str:
 def _open(out: Path, config: QuantizeConfig) -> Path:
     """The directory to work in, with its run.json. Raises OutputError for one that is taken, ConfigError for other settings."""
     if not config.resume:
-        require_new_directory(out, "Continue it with --resume, or choose another name.")
+        require_new_run(out)
         out.mkdir(parents=True, exist_ok=True)
         (out / "cells").mkdir()
         write_json(out / "run.json", {"command": "quantize", "config": asdict(config), **run_facts()})

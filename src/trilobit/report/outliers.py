@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from trilobit.config.outliers import OutliersConfig
-from trilobit.infer.load import Loaded, load, pick_device
+from trilobit.infer.load import load
+from trilobit.infer.loaded import Loaded, pick_device
 from trilobit.listener import SILENT, Listener
 from trilobit.measure.contextual import Contextual, SiteOutliers
 from trilobit.measure.kurtosis import OspKurtosis

@@ -1,13 +1,19 @@
 """What is pre-trained: a transformers config from the hub or a directory, or one of a few Llamas by name."""
 
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
 from trilobit.errors import ModelError
-from trilobit.infer.load import clear_errors
+from trilobit.infer.hub import names_a_place, require_on_hub
+from trilobit.infer.quiet import clear_errors
+from trilobit.recipes import RECIPES
 
 POSITIONS = 2048
+OURS = ("llama-", "osp-")  # how names of ours begin, and those of recipes
 
 LLAMAS: dict[str, dict[str, Any]] = {
     "llama-3m": {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 5, "num_attention_heads": 6,
@@ -23,11 +29,17 @@ LLAMAS: dict[str, dict[str, Any]] = {
 1.416 G parameters are those of an untied head)."""
 
 
-def read_architecture(source: str, sequence_length: int) -> PretrainedConfig:
-    """The config of `source`, without a quantisation. Raises ModelError for what is no config, or has too few positions."""
+def read_architecture(source: str, sequence_length: int, names: Sequence[str] = tuple(LLAMAS)) -> PretrainedConfig:
+    """The config of `source`, without a quantisation. names: those of ours, to which a misspelt one is compared. Raises
+    ModelError for what is no config, or has too few positions."""
     if source in LLAMAS:
         positions = max(POSITIONS, sequence_length)
         return LlamaConfig(**LLAMAS[source], max_position_embeddings=positions, rms_norm_eps=1e-6, tie_word_embeddings=False)
+    if not names_a_place(source):
+        _require_no_misspelt_one(source, names)
+        require_on_hub(source)
+    elif not Path(source).exists():
+        raise ModelError(f"there is no {source}.")
     with clear_errors(source):
         config = AutoConfig.from_pretrained(source)
     if getattr(config, "quantization_config", None) is not None:
@@ -36,6 +48,21 @@ def read_architecture(source: str, sequence_length: int) -> PretrainedConfig:
     if positions is not None and sequence_length > positions:
         raise ModelError(f"--sequence-length {sequence_length} is longer than the {positions} positions of {source}.")
     return config
+
+
+def _require_no_misspelt_one(source: str, names: Sequence[str]) -> None:
+    """Raise ModelError for what looks like a name of ours and is none: no hub is asked for it."""
+    close = difflib.get_close_matches(source, names, n=1)
+    if "/" in source or not (close or source.startswith(OURS)):
+        return
+    alike = source.replace("osp-", "llama-", 1)
+    hint = f"; did you mean {close[0]}?" if close else "."
+    if source in RECIPES["pretrain"] and alike in LLAMAS:
+        hint = f": it is a recipe, --recipe {source} (of {alike})."
+    raise ModelError(
+        f"there is no architecture {source!r}{hint} Ours are {', '.join(names)}; anything else is a hub id (owner/name) or a "
+        "directory with a config.json."
+    )
 
 
 def fit_vocabulary(config: PretrainedConfig, tokenizer: Any, free: bool) -> None:

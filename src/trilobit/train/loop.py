@@ -26,10 +26,11 @@ from trilobit.train.distill import Losses
 from trilobit.train.distributed import Ranks, parts_of_step
 from trilobit.train.mesh import Spread
 from trilobit.train.muon import Muon, hidden_matrices
+from trilobit.train.pace import Pace
 from trilobit.train.schedule import learning_rate
 from trilobit.train.sharded_checkpoint import Checkpoints
 from trilobit.train.sharded_muon import ShardedMuon
-from trilobit.train.signals import Interrupted, Signals
+from trilobit.train.signals import INSISTING, Interrupted, Signals
 from trilobit.train.windows import Windows
 
 BETAS = (0.9, 0.95)
@@ -77,7 +78,8 @@ def fit(
     if team.first:
         _forget_rows_after(log_path, progress.step)
 
-    guard = _Guard(device)
+    guard, pace = _Guard(device), Pace(saved=progress.step)
+    signals.outlook = pace.outlook
     eval_every = config.eval_every or max(config.max_tokens // 10, 1)
     checkpoint_every = config.checkpoint_every or max(config.max_tokens // 4, 1)
     samples_per_step = config.accumulation * config.micro_batch
@@ -89,6 +91,7 @@ def fit(
         before, after = progress.tokens, (progress.step + 1) * config.tokens_per_step
         evaluation_due = last or after // eval_every > before // eval_every
         checkpoint_due = last or after // checkpoint_every > before // checkpoint_every
+        pace.begin(evaluation_due)
         values = hooks.before_step(progress.tokens)
         watched = hooks.watch() if hooks.watch and evaluation_due else None
         lr = learning_rate(config, peak_lr, progress.tokens)
@@ -119,10 +122,13 @@ def fit(
             row |= {"lr": lr, **values, "gradient_norm": norm.item()}
             row["tokens_per_second"] = round((progress.tokens - timed_tokens) / (now - timed_at), 1)
             timed_tokens, timed_at = progress.tokens, now
+            pace.end("the evaluation in progress" if evaluation_due else "the step that follows")
             if evaluation_due:
                 row |= watched() if watched else {}
                 row |= hooks.evaluate() if hooks.evaluate else {}
                 timed_at = time.perf_counter()
+                (number,) = team.agree(signals.number or 0)  # one that came meanwhile
+                stopping = number > 0
             row["seconds"] = round(time.perf_counter() - started, 3)
             if team.first:
                 _append(log_path, row)
@@ -131,12 +137,14 @@ def fit(
         if checkpoint_due or stopping:
             progress.seconds = time.perf_counter() - started
             checkpoints.save(progress)
+            pace.saved = progress.step
             timed_at = time.perf_counter()
             if stopping and not last:
                 checkpoints.settle()
                 team.agree(0)  # nobody leaves while another still asks the store how it went
                 raise Interrupted(number, agreed=True)
     checkpoints.settle()
+    signals.outlook = lambda: f"the run stops as soon as it can, all steps are done; {INSISTING} (--resume finishes it)"
     progress.seconds = time.perf_counter() - started
     return progress
 

@@ -27,7 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
 from trilobit.errors import ConfigError
-from trilobit.infer.load import quiet_transformers
+from trilobit.infer.quiet import quiet_transformers
 from trilobit.nn.ternary import TernaryLinear
 from trilobit.surgery.roles import decoder_layers
 from trilobit.train.architecture import LLAMAS, read_architecture
@@ -119,7 +119,7 @@ def shape_config(model: str, sequence_length: int) -> PretrainedConfig:
     if model in FULL_SIZE or model in LLAMAS:
         sizes = {"vocab_size": VOCABULARY, **(FULL_SIZE.get(model) or LLAMAS[model])}
         return LlamaConfig(**sizes, max_position_embeddings=max(2048, sequence_length), tie_word_embeddings=False)
-    return read_architecture(model, sequence_length)
+    return read_architecture(model, sequence_length, (*LLAMAS, *FULL_SIZE))
 
 
 def saved_by_a_layer(config: PretrainedConfig, fake: bool = True) -> tuple[int, int]:

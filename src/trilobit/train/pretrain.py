@@ -21,7 +21,9 @@ from trilobit.config.pretrain import PretrainConfig
 from trilobit.corpus import documents
 from trilobit.errors import ModelError
 from trilobit.export.hf import write_full_precision
-from trilobit.infer.load import load_tokenizer, quiet_transformers
+from trilobit.export.verify import in_words
+from trilobit.infer.loaded import load_tokenizer
+from trilobit.infer.quiet import quiet_transformers
 from trilobit.listener import SILENT, Listener
 from trilobit.measure.perplexity import nats, perplexity
 from trilobit.storage import atomic_directory, is_whole, weights_fingerprint
@@ -64,6 +66,10 @@ class PretrainResult:
     model_bytes: int
     agreement: dict[str, float]
 
+    def words(self) -> dict[str, str]:
+        """What people are told instead of numbers."""
+        return {"agreement": in_words(self.agreement)}
+
 
 def run(config: PretrainConfig, listener: Listener = SILENT) -> PretrainResult:
     """Train a model as configured. Raises a TrilobitError that says what to do, and leaves nothing half-written."""
@@ -81,8 +87,8 @@ class _Pretrain(Run[PretrainConfig, PretrainResult]):
         architecture = read_architecture(config.architecture, config.sequence_length)
         self.tokenizer = self.read_tokenizer()
         fit_vocabulary(architecture, self.tokenizer, config.architecture in LLAMAS or config.train_tokenizer is not None)
-        if config.embproj:
-            architecture.tie_word_embeddings = False
+        if config.embproj or config.tie != "auto":
+            architecture.tie_word_embeddings = config.tie == "yes"
         torch.manual_seed(config.seed)
         with quiet_transformers():
             try:
@@ -144,7 +150,7 @@ class _Pretrain(Run[PretrainConfig, PretrainResult]):
             with atomic_directory(self.out / "tokenizer") as directory:
                 self.tokenizer.save_pretrained(directory)
         hooks = Hooks(evaluate=self.evaluate)
-        hooks.log += [self.track, lambda row: self.listener.row(row, config.max_tokens)]
+        hooks.log.append(self.heard)
         spread = self.over_ranks()
         late = LateHead(self.model, spread.forward is self.model and self.device.type != "cpu")  # as in TuneObjective
         self.progress = fit(

@@ -20,10 +20,10 @@ from transformers import PreTrainedModel
 
 from trilobit.config.training import TrainingConfig
 from trilobit.errors import ConfigError, DataError, ModelError, OutputError
-from trilobit.infer.load import pick_device
+from trilobit.infer.loaded import pick_device
 from trilobit.listener import SILENT, Listener
 from trilobit.measure.perplexity import nats
-from trilobit.storage import alone_in, read_json, require_free_space, require_new_directory, weights_fingerprint, write_json
+from trilobit.storage import alone_in, read_json, require_free_space, require_new_run, weights_fingerprint, write_json
 from trilobit.surgery.roles import decoder_layers
 from trilobit.train.checkpoint import BYTES_PER_PARAMETER, list_checkpoints
 from trilobit.train.data import Tokens
@@ -31,6 +31,7 @@ from trilobit.train.distributed import Team, require_even_parts
 from trilobit.train.loop import muon_matrices
 from trilobit.train.meeting import open_team, restarts, several
 from trilobit.train.mesh import Spread, arrange, arrangement_for, device_memory, spread_over
+from trilobit.train.pace import Forecast
 from trilobit.train.record import record_to_resume
 from trilobit.train.signals import Signals
 from trilobit.train.track import Track, tracker
@@ -53,6 +54,7 @@ class Run(ABC, Generic[Config, Result]):
     ) -> None:
         self.config, self.listener, self.signals, self.track = config, listener, signals, track
         self.out, self.device, self.team = out, device, team
+        self.forecast = Forecast(listener.note, config.max_tokens, budget=not config.resume)
 
     def whole(self, record: dict[str, Any] | None) -> Result:
         """Everything. `record`: run.json of the run to continue."""
@@ -180,6 +182,12 @@ class Run(ABC, Generic[Config, Result]):
         total, counted = team.sums(total, count)
         return {"heldout_nats": total / counted}
 
+    def heard(self, row: dict[str, Any]) -> None:
+        """A row of log.jsonl, told to whoever wants it."""
+        self.track(row)
+        self.forecast.hear(row, self.record["compiled"])
+        self.listener.row(row, self.config.max_tokens)
+
     def layers(self) -> int:
         return len(decoder_layers(self.model))
 
@@ -223,7 +231,7 @@ def _record(out: Path, config: TrainingConfig, decided: frozenset[str], launch: 
     again = launch is not None and path.exists() and read_json(path).get("launch") == launch
     record = record_to_resume(out, config, decided) if config.resume or again else None
     if record is None:
-        require_new_directory(out, f"Continue it with --resume, or choose another name with --out {out}-2.")
+        require_new_run(out)
     elif "result" in record:
         raise OutputError(f"{out} has finished already; its model is in {out / 'model'}.")
     return record

@@ -6,6 +6,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 
+INSISTING = "a second signal ends it at once"
+
 
 class Interrupted(Exception):
     """SIGTERM or SIGINT arrived; the run was saved at a step boundary. agreed: all ranks of the run know, and stop likewise."""
@@ -22,7 +24,9 @@ class Signals:
 
     number: int | None = None
     say: Callable[[str], None] = lambda text: None
-    """Hears at once that the first one was noticed."""
+    """Hears at once that the first one was noticed, and when it will be obeyed."""
+    outlook: Callable[[], str] = lambda: f"the run stops as soon as it can; {INSISTING}"
+    """What a run that is told to stop now does; work that knows more puts its own here (pace.py)."""
 
     def raise_if_set(self) -> None:
         if self.number is not None:
@@ -35,7 +39,7 @@ class Signals:
                 raise KeyboardInterrupt
             self.number = number
             with suppress(OSError, RuntimeError, ValueError):  # nobody may be listening any more; the run is saved all the same
-                self.say(f"{signal.Signals(number).name}: stopping at the next boundary")
+                self.say(f"{signal.Signals(number).name}: {self.outlook()}")
 
         try:
             before = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}

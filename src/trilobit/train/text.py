@@ -8,7 +8,7 @@ from trilobit.config.training import TrainingConfig
 from trilobit.config.tune import TuneConfig
 from trilobit.errors import ConfigError
 from trilobit.infer.hf import sample_windows
-from trilobit.infer.load import Loaded
+from trilobit.infer.loaded import Loaded
 from trilobit.storage import weights_fingerprint
 from trilobit.surgery.roles import vocabulary_size
 from trilobit.train.data import Tokens, from_tokens, prepare

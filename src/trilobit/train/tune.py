@@ -9,6 +9,7 @@ out/loss.png, out/lambda.png, out/flips.png
 """
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from trilobit.errors import ConfigError, ModelError
 from trilobit.export.forms import require_form, stored_precision
 from trilobit.export.hf import Written, round_kept, write_full_precision, write_latent, write_model
 from trilobit.export.source import Source
+from trilobit.export.verify import in_words
 from trilobit.infer.load import load_pretrained
 from trilobit.listener import SILENT, Listener
 from trilobit.measure.perplexity import nats, perplexity, require_positions
@@ -48,6 +50,7 @@ from trilobit.train.windows import Windows, evaluation_windows
 
 DECIDED = frozenset({"base_nats_per_token", "gains", "schedules"})
 LR_TIMES_WIDTH = 0.4
+FORWARDS = 3  # that a token of training costs, its backward included; one more for a teacher
 CALIBRATION_WINDOWS = 8
 COMPARED_TOKENS = 1024  # model/ is compared with what was trained on at least as many tokens, held out as far as there are any
 
@@ -74,6 +77,10 @@ class TuneResult:
     base_bytes: int
     model_bytes: int
     agreement: dict[str, float]
+
+    def words(self) -> dict[str, str]:
+        """What people are told instead of numbers."""
+        return {"agreement": in_words(self.agreement)}
 
 
 def run(config: TuneConfig, listener: Listener = SILENT) -> TuneResult:
@@ -120,7 +127,9 @@ class _Tune(Run[TuneConfig, TuneResult]):
     def begin(self) -> dict[str, Any]:
         """run.json of a new run: the original measured, everything that depends on it decided."""
         config, model = self.config, self.model
+        start = time.perf_counter()
         total, count = nats(model, self.heldout, config.sequences, listener=self.listener)  # fp32, like the final measurement
+        self.forecast.guess(count / (time.perf_counter() - start), FORWARDS + config.learns_from_original)
         if not math.isfinite(total):
             raise ModelError(f"{config.model} itself has a loss of {total} on held-out text: its weights are damaged.")
         compiled, why = decide_compile(config, model, self.device)
@@ -209,7 +218,7 @@ class _Tune(Run[TuneConfig, TuneResult]):
         objective = self.objective(spread.forward)
         self.teacher = None
         hooks = Hooks(self.before_step, self.evaluate, (lambda: watch_flips(self.model)) if self.plan else None)
-        hooks.log += [self.track, lambda row: self.listener.row(row, config.max_tokens)]
+        hooks.log.append(self.heard)
         try:
             self.progress = fit(
                 self.model, self.windows, objective, config, self.peak_lr, self.out, self.device, self.signals, hooks, spread
