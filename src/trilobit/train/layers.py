@@ -1,14 +1,16 @@
-"""Decoder layers while they train: which attention; compiled or not, and why; recomputed in the backward or not.
+"""A model while it trains: which attention; layers compiled or not, and why; recomputed in the backward or not.
 
 Each layer is compiled by itself: one small graph that all layers share, instead of one large one.
 """
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, masking_utils
 
 from trilobit.config.training import TrainingConfig
 from trilobit.errors import ConfigError
@@ -48,6 +50,21 @@ def set_attention(model: PreTrainedModel, implementation: str) -> None:
         model.set_attn_implementation(implementation)
     except (ImportError, ValueError) as error:
         raise ConfigError(f"--attention {implementation} cannot be used here: {error}") from error
+
+
+@contextmanager
+def one_sequence_a_row() -> Iterator[None]:
+    """transformers asks before every forward whether positions start anew within a row, and waits for the device to answer.
+    Rows of windows never have more than one sequence: here it is told so."""
+    asked = getattr(masking_utils, "find_packed_sequence_indices", None)
+    if asked is None:
+        yield
+        return
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = asked
 
 
 def prepare_layers(model: PreTrainedModel, config: TrainingConfig, compiled: bool) -> None:

@@ -24,6 +24,7 @@ from trilobit.nn.ternary import kept_codes
 from trilobit.train.checkpoint import Progress
 from trilobit.train.distill import Losses
 from trilobit.train.distributed import Ranks, parts_of_step
+from trilobit.train.layers import one_sequence_a_row
 from trilobit.train.mesh import Spread
 from trilobit.train.muon import Muon, hidden_matrices
 from trilobit.train.pace import Pace
@@ -55,6 +56,7 @@ class Hooks:
     log: list[Callable[[dict[str, Any]], None]] = field(default_factory=list)
 
 
+@one_sequence_a_row()
 def fit(
     model: nn.Module, windows: Windows, objective: Objective, config: TrainingConfig, peak_lr: float, run: Path,
     device: torch.device, signals: Signals, hooks: Hooks, spread: Spread | None = None,
