@@ -94,6 +94,7 @@ def test_text_beyond_the_models_positions_is_refused(checkpoint: Path) -> None:
     assert run(GenerateConfig(**settings, max_tokens=4)).tokens <= 4
     with pytest.raises(ConfigError, match=r"--max-tokens 5 after a prompt of 60 tokens .* at most 4 fit"):
         run(GenerateConfig(**settings, max_tokens=5))
+    assert run(GenerateConfig(**settings)).tokens <= 4  # the default is 128 or what fits
     with pytest.raises(ConfigError, match="the prompt has 64 tokens, and the model 64 positions"):
         run(GenerateConfig(**settings | {"prompt": "a" * 64}, max_tokens=1))
 

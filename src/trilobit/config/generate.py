@@ -5,6 +5,7 @@ from typing import Annotated
 
 import tyro
 
+from trilobit.config.fields import Count
 from trilobit.config.running import RunningConfig
 
 
@@ -14,3 +15,5 @@ class GenerateConfig(RunningConfig):
 
     prompt: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")]
     """Text to continue."""
+    max_tokens: Count | None = None
+    """Most tokens to generate. Default: 128, or as many as the model has positions left."""

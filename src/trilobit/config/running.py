@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from trilobit.config.fields import Count, ModelPath, require_seed, require_threads
+from trilobit.config.fields import ModelPath, require_seed, require_threads
 from trilobit.errors import ConfigError
 
 
@@ -36,8 +36,6 @@ class EngineConfig:
 class RunningConfig(EngineConfig):
     """How text is generated."""
 
-    max_tokens: Count = 128
-    """Most tokens to generate."""
     temperature: float = 0.0
     """0: always the likeliest token. Above: sampling."""
     top_k: int = 0

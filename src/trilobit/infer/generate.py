@@ -27,8 +27,8 @@ def run(config: GenerateConfig, listener: Listener = SILENT) -> GenerateResult:
     """`trilobit generate`."""
     writer = open_writer(config, None, listener)
     ids = writer.start(config.prompt)
-    writer.require_room(len(ids), config.max_tokens)
-    written = writer.write(ids, config.max_tokens, sampling_of(config), config.seed, listener.stream)
+    most = writer.room(len(ids), config.max_tokens)
+    written = writer.write(ids, most, sampling_of(config), config.seed, listener.stream)
     listener.stream("\n")
     timing = written.timing
     listener.note(f"{timing.tokens} tokens, {timing.tokens_per_second:.1f} tokens/s")

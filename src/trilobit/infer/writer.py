@@ -27,6 +27,7 @@ from trilobit.kernels import native
 from trilobit.kernels.engine import Sampling
 from trilobit.listener import SILENT, Listener
 
+DEFAULT_TOKENS = 128
 NATIVE_ONLY = {"threads": None, "instructions": None, "cache": "bf16", "verify": False}
 Emit = Callable[[str], None]
 
@@ -75,15 +76,18 @@ class Writer(ABC):
             raise ConfigError("the prompt is empty, and this tokenizer has no beginning-of-text token to start from.")
         return [self.tokenizer.bos_token_id]
 
-    def require_room(self, prompt: int, new: int) -> None:
-        """Raise ConfigError if there are fewer positions than the prompt and what may follow it."""
-        if prompt >= self.positions:
+    def room(self, prompt: int, wanted: int | None) -> int:
+        """How many tokens may follow a prompt of so many: those wanted, by default DEFAULT_TOKENS or what there is room for.
+        Raises ConfigError if the model has fewer positions than were asked for."""
+        left = self.positions - prompt
+        if left <= 0:
             raise ConfigError(f"the prompt has {prompt} tokens, and the model {self.positions} positions: shorten it.")
-        if prompt + new > self.positions:
+        if wanted is not None and wanted > left:
             raise ConfigError(
-                f"--max-tokens {new} after a prompt of {prompt} tokens is more than the model's {self.positions} positions: "
-                f"at most {self.positions - prompt} fit."
+                f"--max-tokens {wanted} after a prompt of {prompt} tokens is more than the model's {self.positions} positions: "
+                f"at most {left} fit."
             )
+        return min(DEFAULT_TOKENS, left) if wanted is None else wanted
 
 
 class NativeWriter(Writer):
