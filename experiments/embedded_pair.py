@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from osp_ablation import measured
+from osp_ablation import PROTOCOLS, measured
 from proof import Quiet
 
 from trilobit.config.tune import TuneConfig
@@ -20,6 +20,7 @@ from trilobit.train import tune
 from trilobit.train.plots import read_log
 
 RECORDS = Path(__file__).parents[1] / "docs" / "data" / "embedded_pair"
+AT_FOUR_BITS = ("W4A4KV4, to nearest", "… + FFN Hadamard")
 NAMES = {"osp": "outlier-safe", "adam": "its twin (Adam, RMSNorm)"}
 TUNE_RATES, TUNE_TOKENS = (2e-3, 4e-3), 1_048_576
 
@@ -60,8 +61,17 @@ def table(found: dict[str, dict[str, Any]]) -> str:
         "codes flipped by a step at λ = 1": lambda r: f"{r['ternary']['flips']:.2%}",
     }
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    lines += [f"| {name} | " + " | ".join(cell(found[recipe]) for recipe in found) + " |" for name, cell in rows.items()]
+    for name, cell in rows.items():
+        marks = {recipe: " †" if name in AT_FOUR_BITS and not _today(r) else "" for recipe, r in found.items()}
+        lines.append(f"| {name} | " + " | ".join(cell(r) + marks[recipe] for recipe, r in found.items()) + " |")
+    if not all(_today(r) for r in found.values()):
+        lines += ["", "† by an earlier text of the protocol"]
     return "\n".join(lines)
+
+
+def _today(record: dict[str, Any]) -> bool:
+    """Whether it was measured by the protocols as they are now."""
+    return record["protocols"] == {name: protocol.sha256 for name, protocol in PROTOCOLS.items()}
 
 
 def record(run: Path) -> dict[str, Any]:

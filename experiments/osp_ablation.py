@@ -110,6 +110,13 @@ def run_trial(row: str, rate: float, study: Study, arguments: argparse.Namespace
     print(f"{row:<12}{rate:<8g}{shown}", flush=True)
 
 
+PROTOCOLS = {
+    "w16a16kv16": PRESETS["osp"].with_bits("16-16-16"),
+    "w4a4kv4": PRESETS["osp"].with_bits("4-4-4"),
+    "w4a4kv4_hadamard": PRESETS["osp"].with_bits("4-4-4").rotated("ffn"),
+}
+
+
 def measured(out: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Kurtosis by both protocols, and the loss at 4 bits on text that nothing was trained or chosen on."""
     loaded = load(out, device=arguments.device)
@@ -120,10 +127,7 @@ def measured(out: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     spread = torch.linspace(0, len(every) - 1, max(1, min(len(every), REPORT_TOKENS // length))).long()
     windows = every[spread]  # texts differ much in difficulty, and neighbours in a folder are alike
     found: dict[str, Any] = {"protocols": {}}
-    for name, bits, rotate in (
-        ("w16a16kv16", "16-16-16", "none"), ("w4a4kv4", "4-4-4", "none"), ("w4a4kv4_hadamard", "4-4-4", "ffn"),
-    ):  # fmt: skip
-        protocol = PRESETS["osp"].with_bits(bits).rotated(rotate)
+    for name, protocol in PROTOCOLS.items():
         found[name], found["protocols"][name] = quantized_nats(loaded.model, protocol, windows), protocol.sha256
     limits = {"max_tokens": REPORT_TOKENS, "sequence_length": 512, "protocol": "both", "device": arguments.device}
     outliers = measure(loaded, OutliersConfig(model=str(out), data=text, **limits))  # pyright: ignore[reportArgumentType]
