@@ -37,6 +37,7 @@ def exported(folder: Path, to: str, settings: dict[str, Any] | None = None, **sp
     return convert.run(ExportConfig(model=str(folder / "run"), out=str(folder / "out"), to=to, **(settings or {})))  # pyright: ignore
 
 
+@pytest.mark.interpreter
 @pytest.mark.skipif(not llama_cpp.available(), reason="xllamacpp is not installed")
 def test_gguf(tmp_path: Path) -> None:
     """A whole directory: the file, and a card with base model, command, and the table of a check by llama.cpp."""
