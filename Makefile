@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/
 
-.PHONY: demo native test test-all fuzz neon check wheel smollm2 clean
+.PHONY: demo native test test-all fuzz fuzz-native fuzz-gguf sanitize-address sanitize-thread neon check wheel smollm2 clean
 
 demo: $(VENV)/installed
 	$(RUN)trilobit demo
@@ -12,17 +12,24 @@ demo: $(VENV)/installed
 native: $(VENV)/installed
 	-$(RUN)python -m trilobit.kernels.build
 
+# Two processes of one thread each. What is left of one's half goes to the other: most files stay whole, and their fixtures.
 test: native
-	$(RUN)python -m pytest -q
+	$(RUN)python -m pytest -q -n 2 --dist worksteal
 
 test-all: native
 	$(RUN)python -m pytest -q -m ''
 
-# Damaged native and GGUF files, a minute each; the kernels and the engine under sanitizers.
-fuzz: native
+# Damaged native and GGUF files, a minute each; the kernels and the engine under sanitizers. Side by side with `make -j2 fuzz`.
+fuzz: fuzz-native fuzz-gguf sanitize-address sanitize-thread
+
+fuzz-native: native
 	$(RUN)python tests/infer/fuzz_native_file.py 60
+
+fuzz-gguf: native
 	$(RUN)python tests/infer/fuzz_gguf_file.py 60
-	native/sanitize.sh 5
+
+sanitize-address sanitize-thread: sanitize-%:
+	native/sanitize.sh $* 5
 
 # The kernels for ARM, cross-compiled and run under QEMU; says which packages it needs.
 neon: $(VENV)/installed

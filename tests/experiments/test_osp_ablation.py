@@ -29,7 +29,7 @@ def test_a_trial_is_trained_measured_and_recorded(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(osp_ablation, "RECORDS", tmp_path / "records")
     monkeypatch.setattr(osp_ablation, "REPORT_TOKENS", 1024)
     study = Study(
-        2048, (1e-3,),
+        1024, (1e-3,),
         {"architecture": "llama-3m", "train_tokenizer": 300, "sequence_length": 32, "sequences": 4, "batch_tokens": 256},
     )  # fmt: skip
     arguments = Namespace(out=tmp_path / "out", study="tiny", data=str(text), report=str(text), device="cpu")

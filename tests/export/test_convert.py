@@ -11,7 +11,7 @@ from export.checks import check_here
 from export.ggufs import stored
 from trilobit.config.export import ExportConfig
 from trilobit.errors import ConfigError, ExportError, OutputError, VerificationError
-from trilobit.export import convert, hf, llama_cpp, push
+from trilobit.export import convert, hf, llama_cpp, push, verification
 from trilobit.export.card import EMBEDDED, licence_of, named, write_card
 from trilobit.export.verification import Check
 from trilobit.export.verify import load_stock
@@ -246,6 +246,7 @@ def test_above_the_limit_files_are_several(
 ) -> None:
     """Shards with an index pass the check by stock transformers, are all in the manifest, and are a model to export again."""
     monkeypatch.setattr(convert, "verify", check_here)
+    monkeypatch.setattr(verification, "PROBE_WINDOWS", dict.fromkeys(verification.PROBE_WINDOWS, 8))
     for module in (convert, hf):
         monkeypatch.setattr(module, "stream_tensors", partial(stream_tensors, most=1_000_000))
     first = exported(tmp_path, to, **spec)

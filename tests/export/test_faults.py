@@ -11,7 +11,7 @@ from export.ggufs import stored
 from infer.checkpoints import byte_model, byte_tokenizer
 from trilobit.config.export import ExportConfig
 from trilobit.errors import VerificationError
-from trilobit.export import convert, foreign
+from trilobit.export import convert, foreign, verification
 from trilobit.export.hf import write_latent
 from trilobit.export.source import Source
 from trilobit.kernels import native
@@ -70,6 +70,7 @@ def test_planted_faults_are_caught(fault: str, to: str, tmp_path: Path, monkeypa
     if to == "native" and not native.available():
         pytest.skip("no C++ compiler has built the kernels")
     monkeypatch.setattr(convert, "verify", check_here)
+    monkeypatch.setattr(verification, "PROBE_WINDOWS", dict.fromkeys(verification.PROBE_WINDOWS, 8))
     monkeypatch.setattr(convert, "open_source", lambda *a, **b: faulty(foreign.open_source(*a, **b), fault))
     place = byte_latent(tmp_path / "model") if to == "native" else stored(tmp_path / "model", **SPECS[to])
     config = ExportConfig(model=str(place), out=str(tmp_path / "out"), to=to)  # pyright: ignore[reportArgumentType]

@@ -152,6 +152,7 @@ def test_planted_faults_are_caught(fault: str, tmp_path: Path, monkeypatch: pyte
         verification.check_llama_cpp(frozen(tmp_path / "model"), file, windows(2))
 
 
+@pytest.mark.interpreter
 def test_the_check_ranks_a_thousand_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """KL is taken over a thousand tokens and the rest (it was over as many as the continuation has), and
     both continuations of the prompt are there to be read."""

@@ -17,8 +17,9 @@ from trilobit.listener import SILENT
 
 OSP = PRESETS["osp"]
 GPTQ = replace(OSP, method="gptq")
-TURNED = replace(OSP.rotated("quarot"), value_hadamard=False, ffn_hadamard=False)
-LEARNED = replace(OSP.rotated("spinquant"), learning_steps=2, learning_batch=2)
+SHORT = {"learning_steps": 2, "learning_batch": 2}
+TURNED = replace(OSP.rotated("quarot"), value_hadamard=False, ffn_hadamard=False, **SHORT)
+LEARNED = replace(OSP.rotated("spinquant"), **SHORT)
 NARROW: dict[str, Any] = {"head_dim": 4, "intermediate_size": 4}  # groups of four numbers often have one sign
 ALL = ("inputs", "outputs", "keys", "values", "weights")
 UNCHANGED = {"name", "full_precision", "arithmetic", "gptq_order"}  # labels, and what has one value

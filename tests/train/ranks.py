@@ -5,7 +5,6 @@ that torchrun would set.
 """
 
 import json
-import multiprocessing
 import os
 import socket
 import time
@@ -16,12 +15,7 @@ from typing import Any
 
 import torch
 
-PRELOADED = [
-    "torch.distributed.fsdp",
-    "transformers.models.llama.modeling_llama",
-    "trilobit.train.pretrain",
-    "trilobit.train.tune",
-]
+import forked
 
 
 def launch(
@@ -35,8 +29,7 @@ def launch(
 ) -> list[Any]:
     """What `job` returned on each rank. Raises AssertionError with the traceback of one that failed, or of silence after
     `seconds`, when all are killed. ends, dead: ranks that give no answer but their exit code; the dead are not waited for."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context = forked.server()
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
     processes = [

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import forked
 from export.checks import check_here
 from families import FAMILIES, build, logits, tokens
 from surgery.fresh import difference
@@ -72,6 +73,7 @@ def test_norms_everywhere_are_a_bitnet_graph(place: Path, tmp_path: Path, monkey
     """Tuned with scalar gains everywhere, block norms have moved and are constant still; the gguf export verifies as a
     `bitnet` graph, and the decision is said (old code: refused, the gains had parted)."""
     monkeypatch.setattr(convert, "verify", check_here)
+    forked.stand_in(llama_cpp, set_attribute=monkeypatch.setattr)
     notes = Notes()
     result = tune.run(config(place, tmp_path / "run"), notes)
     assert any("4 block norms" in note and "one scale" in note for note in notes.heard)

@@ -8,7 +8,6 @@ thousand tokens hardly less.
 """
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -55,7 +54,7 @@ def read(file: Path, windows: Tensor, texts: list[str], prompt: str, *, top: int
         folder = Path(name)
         request = {
             "file": str(file.absolute()), "windows": windows[:, :-1].tolist(), "texts": texts, "prompt": prompt, "top": top,
-            "threads": threads or os.cpu_count() or 1,
+            "threads": threads or torch.get_num_threads(),
         }  # fmt: skip
         (folder / "request.json").write_text(json.dumps(request))
         command = [sys.executable, "-m", "trilobit.export.llama_cpp", name]
