@@ -8,9 +8,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from export.checks import check_here
-from export.ggufs import stored
+from export.ggufs import stored, windows
 from trilobit.config.export import ExportConfig
-from trilobit.errors import ConfigError, ExportError, OutputError, VerificationError
+from trilobit.errors import ConfigError, DataError, ExportError, OutputError, VerificationError
 from trilobit.export import convert, hf, llama_cpp, push, verification
 from trilobit.export.card import EMBEDDED, licence_of, named, write_card
 from trilobit.export.verification import Check
@@ -53,6 +53,27 @@ def test_gguf(tmp_path: Path) -> None:
     assert "library_name: gguf" in card
     assert "llama-cli -m out.gguf" in card
     assert all(line in card for line in result.check.table())
+
+
+@pytest.mark.skipif(not llama_cpp.available(), reason="xllamacpp is not installed")
+def test_gguf_of_a_run_without_quantised_activations(tmp_path: Path) -> None:
+    """Its model/ is an ordinary checkpoint, and what is written comes from latent/: the check reads that as well (old code: the
+    other, whose int8 activations cost nothing, and every such run was refused)."""
+    spec = {"placement": "none", "activations": "none", "scale": "group-64"}
+    stored(tmp_path / "run" / "latent", settings={"num_hidden_layers": 1}, **spec)
+    loaded = load(tmp_path / "run" / "latent")
+    hf.write_model(loaded.model, loaded.plan, loaded.tokenizer, tmp_path / "run" / "model", windows(2))
+    write_json(tmp_path / "run" / "run.json", {"config": {"model": "someone/base"}, "result": {}})
+    assert read_json(tmp_path / "run" / "model" / "trilobit.json")["form"] == "dense"
+    result = convert.run(ExportConfig(model=str(tmp_path / "run"), out=str(tmp_path / "it.gguf"), to="gguf"))
+    assert result.check.rows[1].agreement.kl > 1e-4
+
+
+def test_a_text_too_short_to_compare_on(tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("a few words " * 40)
+    with pytest.raises(DataError, match=r"short\.txt is too short to compare models on: it has \d windows of 128 tokens"):
+        exported(tmp_path, "bf16", {"data": str(tmp_path / "short.txt")}, placement="none")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.skipif(not llama_cpp.available(), reason="xllamacpp is not installed")

@@ -1,6 +1,6 @@
 """GGUF files: stock llama.cpp runs them as the model they were made from, or there is none; what no graph holds is refused."""
 
-from dataclasses import replace
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -170,13 +170,19 @@ def test_the_check_ranks_a_thousand_tokens(tmp_path: Path, monkeypatch: pytest.M
     assert check.theirs[:4] == check.ours[:4] != ""
 
 
-def test_a_model_that_int8_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An 8-bit head may be further off than int8 activations are, where neither matters (old code: refused)."""
-    file, _ = written(tmp_path, "f32", "q8_0", placement="none", settings={"initializer_range": 0.002})
-    own = verification._own_distance
-    monkeypatch.setattr(verification, "_own_distance", lambda *a: replace(own(*a), kl=1e-9))
-    llama, int8 = verification.check_llama_cpp(frozen(tmp_path / "model"), file, windows()).rows
-    assert 2 * int8.agreement.kl < llama.agreement.kl < 1e-5
+@pytest.mark.parametrize("spread", [0.02, 0.002])
+@pytest.mark.parametrize("wrong", [False, True])
+def test_models_that_hardly_say_anything(spread: float, wrong: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where int8 activations cost next to nothing an 8-bit head costs more: it belongs to what is allowed (old code: right
+    files were refused), and no constant does, which a fault could hide behind (two matrices nine times too large)."""
+    if wrong:
+        right, paths = gguf.adjustments, {f"model.layers.{i}.mlp.down_proj": 9.0 for i in range(2)}
+        monkeypatch.setattr(gguf, "adjustments", lambda *a: gguf.Adjustments(right(*a).eps, scales=paths))
+    file, _ = written(tmp_path, "f32" if wrong else "auto", "auto", placement="none", settings={"initializer_range": spread})
+    with pytest.raises(VerificationError, match="another model") if wrong else nullcontext():
+        llama, int8 = verification.check_llama_cpp(frozen(tmp_path / "model"), file, windows(2)).rows
+        assert int8.against == "the model, none quantised, head q8_0"
+        assert llama.agreement.kl < 2 * int8.agreement.kl < 1e-4
 
 
 def test_what_no_graph_holds_is_refused(tmp_path: Path) -> None:

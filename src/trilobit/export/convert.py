@@ -24,7 +24,7 @@ from trilobit.export.foreign import open_source
 from trilobit.export.forms import bitnet_obstacle, choose_form, dense_entries
 from trilobit.export.hf import write_companions, write_form
 from trilobit.export.push import push
-from trilobit.export.source import Source
+from trilobit.export.source import Source, StoredSource
 from trilobit.export.verification import Check, verify
 from trilobit.infer.engine import require_library
 from trilobit.infer.load import locate
@@ -78,7 +78,8 @@ def run(config: ExportConfig, listener: Listener = SILENT) -> ExportResult:
                 form, reason, details = native.write(source, directory, config.layout, listener)
             else:
                 (form, reason), details = _write(config, source, directory, name, listener), {}
-            check = verify(place, directory, config.to, config.data, listener)
+            read = source.directory if isinstance(source, StoredSource) else place  # of a run, what it was really made from
+            check = verify(read, directory, config.to, config.data, listener)
         size = sum(f.stat().st_size for f in directory.iterdir() if f.suffix in (".safetensors", ".gguf"))
         found_at = config.push or str(target)
         write_card(directory / card.name, place, name, config.to, form, check, str(config.model), found_at)

@@ -40,6 +40,13 @@ def encode(tensor: Tensor, kind: str) -> np.ndarray:
     return packed.view(*values.shape[:-1], -1).numpy()
 
 
+def rounded(tensor: Tensor, kind: str) -> Tensor:
+    """[..., K] as a type that is not ternary holds it, in fp32 again."""
+    data = encode(tensor, kind)
+    values = gguf.quants.dequantize(data.view(np.uint16) if kind == "bf16" else data, _TYPE(KINDS[kind][2]))
+    return torch.from_numpy(np.array(values, dtype=np.float32)).view(tensor.shape).to(tensor.device, tensor.dtype)
+
+
 def _q8_0(blocks: Tensor) -> Tensor:
     """[N, 32] fp32 → [N, 34]: d = absmax / 127 as fp16, and columns over d before that, halves away from zero, as ggml does."""
     step = blocks.abs().amax(dim=1, keepdim=True) / 127

@@ -6,8 +6,9 @@
     native  the engine                  against the model                                   native.py's
 
 llama.cpp quantises activations in blocks of its own, or not at all, so it is not the same model to the last digit. How far
-int8 activations take this very model from none is the measure: KL(ours ‖ llama.cpp) ≤ 2 × KL(int8 ‖ none), and the loss the
-same within 1 % of perplexity and three standard errors. Ordinary models: KL ≤ 0.001. Both must make the same tokens of text.
+int8 activations take this very model from none is the measure: KL(ours ‖ llama.cpp) ≤ 2 × KL(int8 ‖ none, embedding and head
+rounded as the file has them), and the loss the same within 1 % of perplexity and three standard errors. Ordinary models:
+KL ≤ 0.001. Both must make the same tokens of text.
 """
 
 import json
@@ -28,11 +29,12 @@ from transformers import PreTrainedModel
 
 from trilobit import errors
 from trilobit.corpus import documents
-from trilobit.errors import ModelError, TrilobitError, VerificationError
+from trilobit.errors import DataError, ModelError, TrilobitError, VerificationError
 from trilobit.export.exact import is_comparable, require_exact
 from trilobit.export.llama_cpp import CONTINUED
 from trilobit.export.source import Source
 from trilobit.export.verify import MAX_PERPLEXITY_CHANGE, Agreement, compare, load_stock, noise_floor
+from trilobit.infer.gguf_file import open_gguf
 from trilobit.infer.hf import continue_tokens
 from trilobit.infer.load import load
 from trilobit.infer.loaded import Loaded
@@ -44,7 +46,8 @@ from trilobit.storage import read_json
 
 PROBE_LENGTH = 129
 PROBE_WINDOWS = {"gguf": 8, "hf": 32, "bf16": 32, "compressed-tensors": 32}  # 1,024 positions one by one, or 4,096
-MOST_TIMES, LEAST_KL, MOST_BF16_KL = 2.0, 1e-4, 0.001
+LEAST_POSITIONS = 1000  # of a text that the user gave
+MOST_TIMES, MOST_BF16_KL = 2.0, 0.001
 MOST_CHANGE, ERRORS = 0.01, 3.0  # of perplexity; and standard errors
 TRICKY = ["Hello, world!", "  two spaces\n\n\ttab", "don't, it's 12345 naïve café — 你好 🙂", "def f(x):\n    return x ** 2\n"]
 
@@ -114,7 +117,17 @@ def probe_windows(loaded: Loaded, data: str | None, count: int, length: int = PR
     length = min(length, getattr(loaded.model.config, "max_position_embeddings", length))
     if data is not None:
         texts = (document.text for document in documents(data))
-        return text_windows(texts, loaded.tokenizer, length, False, count)[0]
+        least = -(-LEAST_POSITIONS // (length - 1))
+        try:
+            windows = text_windows(texts, loaded.tokenizer, length, False, count)[0]
+        except DataError:  # not one window
+            windows = torch.empty(0, length, dtype=torch.int64)
+        if len(windows) < min(least, count):
+            raise DataError(
+                f"--data {data} is too short to compare models on: it has {len(windows)} windows of {length} tokens, and "
+                f"{min(least, count)} are wanted. Give a longer text, or none: then it is sampled from the model."
+            )
+        return windows
     start: Any = loaded.tokenizer.bos_token_id
     start = loaded.tokenizer.eos_token_id if start is None else start
     if start is None:
@@ -207,11 +220,13 @@ def check_llama_cpp(loaded: Loaded, file: Path, windows: Tensor) -> Check:
     rows = [Row("llama.cpp", "the model", agreement)]
     change, allowed = abs(math.log(agreement.perplexity_ratio)), MOST_CHANGE + ERRORS * agreement.nats_error
     if loaded.plan is None:
-        most, limits = MOST_BF16_KL, f"KL {MOST_BF16_KL}, perplexity within 1 %"
+        most, limits = MOST_BF16_KL, f"KL {MOST_BF16_KL}, perplexity within {math.expm1(allowed):.1%}"
     else:
-        rows.append(Row("the model, int8 activations", "the model, none quantised", _own_distance(loaded.model, windows)))
-        most = max(MOST_TIMES * rows[1].agreement.kl, LEAST_KL)  # hardly trained models feel int8 less than an 8-bit head
-        limits = f"KL at most twice what int8 activations cost this model (second row) or {LEAST_KL}, perplexity within 1 %"
+        rounded = _ends_as_stored(loaded.model, file)
+        against = "the model, none quantised" + (f", head {rounded.kind}" if rounded.kind else "")
+        rows.append(Row("the model, int8 activations", against, _own_distance(loaded.model, windows, rounded)))
+        most = MOST_TIMES * rows[1].agreement.kl
+        limits = f"KL at most twice what the second row has, perplexity within {math.expm1(allowed):.1%}"
     if not (math.isfinite(agreement.kl) and agreement.kl <= most and change <= allowed):
         raise VerificationError(
             f"llama.cpp reads another model: KL {agreement.kl:.2g} (limit {most:.2g}), perplexity × "
@@ -221,12 +236,51 @@ def check_llama_cpp(loaded: Loaded, file: Path, windows: Tensor) -> Check:
     return Check(rows, limits, prompt.text, prompt.continued_by(loaded.model), reading.continuation)
 
 
-def _own_distance(model: torch.nn.Module, windows: Tensor) -> Agreement:
-    def plain(other: torch.nn.Module):
-        return activations(other, False)
+def _own_distance(model: torch.nn.Module, windows: Tensor, rounded: "Rounded") -> Agreement:
+    """Of the model with int8 activations from the model with none, its embedding and head rounded."""
+    assert any(isinstance(module, PackedLinear) for module in model.modules()), "not a ternary model, or not a frozen one"
+
+    @contextmanager
+    def plain(other: torch.nn.Module) -> Iterator[None]:
+        with activations(other, False), rounded.in_place():
+            yield
 
     with activations(model, True):
         return compare(model, model, windows, other_context=plain)
+
+
+@dataclass
+class Rounded:
+    """Embedding and head of a model as a type of ggml's holds them. kind: of the head, "" where there is nothing to round."""
+
+    kind: str
+    values: list[tuple[torch.nn.Parameter, Tensor]]
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The model with these values while the block runs."""
+        before = [parameter.data for parameter, _ in self.values]
+        for parameter, value in self.values:
+            parameter.data = value
+        try:
+            yield
+        finally:
+            for (parameter, _), value in zip(self.values, before, strict=True):
+                parameter.data = value
+
+
+def _ends_as_stored(model: Any, file: Path) -> Rounded:
+    """`model`'s own embedding and head, rounded as the types in `file` round. What the file holds is not looked at."""
+    from trilobit.export.gguf_blocks import KINDS, rounded
+
+    tensors, kinds = open_gguf(file).tensors, {number: kind for kind, (_, _, number) in KINDS.items()}
+    found: dict[int, tuple[torch.nn.Parameter, Tensor]] = {}
+    name = "output.weight" if "output.weight" in tensors else "token_embd.weight"
+    for stored, module in ((name, model.get_output_embeddings()), ("token_embd.weight", model.get_input_embeddings())):
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, torch.nn.Parameter) and tensors[stored].ternary is None:
+            found.setdefault(id(weight), (weight, rounded(weight, kinds[tensors[stored].kind])))
+    return Rounded(kinds[tensors[name].kind] if found else "", list(found.values()))
 
 
 def check(loaded: Loaded, artefact: Path, to: str, data: str | None) -> Check:
