@@ -15,6 +15,7 @@ import transformers
 from trilobit import __version__
 from trilobit.config.training import TrainingConfig
 from trilobit.errors import ConfigError, OutputError
+from trilobit.infer.hub import names_a_place
 from trilobit.storage import read_json
 from trilobit.train.data import Tokens
 
@@ -29,9 +30,15 @@ def new_record(
     command: str, config: TrainingConfig, tokens: Tokens, base: str, compiled: bool, **decided: Any
 ) -> dict[str, Any]:  # fmt: skip
     """run.json of a run that begins. base: the fingerprint of the weights it starts from. decided: what else is kept."""
+    model = getattr(config, "model", None)
     return {
         "command": command,
         "config": asdict(config),
+        "base_place": None
+        if model is None
+        else "directory"
+        if names_a_place(model)
+        else "hub",  # a relative one is seen from here
         **run_facts(),
         "data": tokens.description,
         "data_key": tokens.key,
