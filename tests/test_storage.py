@@ -152,7 +152,7 @@ def leave(parent: Path, name: str, host: str, kind: str = "partial", age: float 
     left = parent / f".{name}.{kind}-{host}-1-abcd1234"
     left.mkdir(parents=True)
     (left / "half").write_text("")
-    os.utime(left, (time.time() - age,) * 2)
+    os.utime(left, (time.time() - age, time.time() - age))
     return left
 
 
@@ -255,6 +255,23 @@ def test_an_atomic_file_replaces_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / name).unlink()
     with storage.atomic_file(tmp_path / "b.gguf") as directory:
         (directory / "b.gguf").write_text("ours")
+    assert only(tmp_path) == ["b.gguf"]
+
+
+@pytest.mark.parametrize("moves", [0, 1])
+def test_a_killed_writer_leaves_no_card_alone(tmp_path: Path, moves: int) -> None:
+    """A process that dies before a move leaves nothing, or the whole file alone; never what goes with it, which was in the
+    way of the next writer."""
+    code = "import os, sys; from pathlib import Path; from trilobit import storage\n"
+    code += "move, left = storage._move_new, [int(sys.argv[2])]\n"
+    code += "def dies(a, b):\n    os._exit(9) if not left[0] else move(a, b)\n    left[0] -= 1\nstorage._move_new = dies\n"
+    code += "with storage.atomic_file(Path(sys.argv[1])) as there:\n    [(there / n).write_text(n) for n in ('b.md', 'b.gguf')]"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "b.gguf"), str(moves)], check=False)
+    assert done.returncode == 9
+    assert [name for name in only(tmp_path) if not name.startswith(".")] == ["b.gguf"][:moves]
+    (tmp_path / "b.gguf").unlink(missing_ok=True)
+    with storage.atomic_file(tmp_path / "b.gguf") as directory:
+        (directory / "b.gguf").write_text("")
     assert only(tmp_path) == ["b.gguf"]
 
 

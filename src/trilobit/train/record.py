@@ -30,15 +30,10 @@ def new_record(
     command: str, config: TrainingConfig, tokens: Tokens, base: str, compiled: bool, **decided: Any
 ) -> dict[str, Any]:  # fmt: skip
     """run.json of a run that begins. base: the fingerprint of the weights it starts from. decided: what else is kept."""
-    model = getattr(config, "model", None)
     return {
         "command": command,
         "config": asdict(config),
-        "base_place": None
-        if model is None
-        else "directory"
-        if names_a_place(model)
-        else "hub",  # a relative one is seen from here
+        "base_place": base_place(getattr(config, "model", None)),
         **run_facts(),
         "data": tokens.description,
         "data_key": tokens.key,
@@ -47,6 +42,14 @@ def new_record(
         "compiled": compiled,
         **decided,
     }
+
+
+def base_place(model: str | None) -> str | None:
+    """Where a --model lies, "directory" or "hub", as seen from where the run began: elsewhere a relative directory looks like a
+    repository. None for a model that begins at random."""
+    if model is None:
+        return None
+    return "directory" if names_a_place(model) else "hub"
 
 
 def run_facts() -> dict[str, Any]:
