@@ -1,10 +1,12 @@
 """Directories on disk are whole or absent, whatever happens to the writer."""
 
 import errno
+import hashlib
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -145,19 +147,151 @@ def test_what_a_killed_writer_left_is_cleared_away(tmp_path: Path) -> None:
     assert only(tmp_path) == ["out", "out[1]"]
 
 
-def test_an_atomic_file_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files move beside the target, the target's own after the others; an exception leaves none."""
-    moved = []
-    replace = os.replace
-    monkeypatch.setattr(os, "replace", lambda a, b: (moved.append(Path(b).name), replace(a, b)))
+def leave(parent: Path, name: str, host: str, kind: str = "partial", age: float = 0.0) -> Path:
+    """What a killed writer of `name` on `host` leaves."""
+    left = parent / f".{name}.{kind}-{host}-1-abcd1234"
+    left.mkdir(parents=True)
+    (left / "half").write_text("")
+    os.utime(left, (time.time() - age, time.time() - age))
+    return left
+
+
+def test_what_another_machine_works_on_is_left_alone(tmp_path: Path) -> None:
+    """A writer clears what its own machine left, partial or just begun: locks of another may not be seen here (old code: it
+    deleted the other's). A run directory is its holder's, whoever wrote there, but for what a process holds (old code: an
+    export into it lost its directory)."""
+    host = storage._host()
+    there = leave(tmp_path, "out", "0" * 8)
+    young = leave(tmp_path, "out", host, "begun")
+    for gone in (leave(tmp_path, "out", host), leave(tmp_path, "out2", host, "begun", 100.0)):
+        make(tmp_path / gone.name.split(".")[1], "first")
+        assert not gone.exists()
+    assert there.exists() and young.exists()
+    with atomic_directory(tmp_path / "x") as held:
+        leave(tmp_path / "checkpoints", "step-1", "0" * 8)
+        with alone_in(tmp_path):
+            assert held.exists() and not there.exists() and young.exists()
+            assert only(tmp_path / "checkpoints") == []
+
+
+def test_what_cannot_be_cleared_away_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Something left by another user, or cleared by another process at the same moment (old code: a refusal, a traceback)."""
+    leave(tmp_path, "out", storage._host())
+
+    def refuse(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr("shutil.rmtree", refuse)
+    make(tmp_path / "out", "first")
+    verify_manifest(tmp_path / "out")
+
+
+def test_a_machine_has_one_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of its running kernel, else of the network; partial directories carry it."""
+    name = storage._host()
+    with atomic_directory(tmp_path / "out") as partial:
+        assert partial.name.startswith(f".out.partial-{name}-")
+    storage._host.cache_clear()
+    monkeypatch.setattr(storage, "BOOT", tmp_path / "missing")
+    monkeypatch.setattr("socket.gethostname", lambda: "somewhere")
+    try:
+        assert storage._host() == hashlib.sha256(b"somewhere").hexdigest()[:8] != name
+    finally:
+        storage._host.cache_clear()
+
+
+@pytest.mark.parametrize("there", ["directory", "file", "link"])
+def test_a_new_directory_replaces_nothing(tmp_path: Path, there: str) -> None:
+    """What appears while the block runs stays, and is named (old code: it was deleted); an empty directory is replaced."""
+    target = tmp_path / "out"
+    with pytest.raises(OutputError, match="out appeared meanwhile"), atomic_directory(target, new=True) as directory:  # noqa: PT012
+        (directory / "a").write_text("ours")
+        if there == "directory":
+            make(target, "theirs")
+        elif there == "file":
+            target.write_text("theirs")
+        else:
+            target.symlink_to(tmp_path / "nowhere")
+    assert only(tmp_path) == ["out"]
+    if there == "directory":
+        verify_manifest(target)
+    target = tmp_path / "empty"
+    target.mkdir()
+    with atomic_directory(target, new=True) as directory:
+        (directory / "a").write_text("ours")
+    verify_manifest(target)
+
+
+def test_an_atomic_file_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files move beside the target, the target's own before the others (old code: after them, so that a process killed in
+    between left a card that was in the way of the next); an exception leaves none."""
+    moved: list[str] = []
+    move = storage._move_new
+    monkeypatch.setattr(storage, "_move_new", lambda a, b: (moved.append(b.name), move(a, b)))
     with storage.atomic_file(tmp_path / "b.gguf") as directory:
         for name in ("b.gguf", "a.md", "c.md"):
             (directory / name).write_text(name)
     assert only(tmp_path) == ["a.md", "b.gguf", "c.md"]
-    assert moved[-1] == "b.gguf"
+    assert moved[0] == "b.gguf"
     with pytest.raises(OutputError), storage.atomic_file(tmp_path / "never") as directory:
         (directory / "never").write_text((directory / "not there").read_text())
     assert only(tmp_path) == ["a.md", "b.gguf", "c.md"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("name", ["b.gguf", "b.md"])
+def test_an_atomic_file_replaces_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, links: bool) -> None:
+    """A file that appears meanwhile stays (old code: it was overwritten), and what was moved before is taken back; with hard
+    links, and on file systems that have none."""
+    if not links:
+        monkeypatch.setattr(os, "link", disk_full)
+    with pytest.raises(OutputError, match=f"{name} appeared meanwhile"), storage.atomic_file(tmp_path / "b.gguf") as directory:  # noqa: PT012
+        for file in ("b.gguf", "b.md"):
+            (directory / file).write_text("ours")
+        (tmp_path / name).write_text("theirs")
+    assert only(tmp_path) == [name]
+    assert (tmp_path / name).read_text() == "theirs"
+    (tmp_path / name).unlink()
+    with storage.atomic_file(tmp_path / "b.gguf") as directory:
+        (directory / "b.gguf").write_text("ours")
+    assert only(tmp_path) == ["b.gguf"]
+
+
+@pytest.mark.parametrize("moves", [0, 1])
+def test_a_killed_writer_leaves_no_card_alone(tmp_path: Path, moves: int) -> None:
+    """A process that dies before a move leaves nothing, or the whole file alone; never what goes with it, which was in the
+    way of the next writer."""
+    code = "import os, sys; from pathlib import Path; from trilobit import storage\n"
+    code += "move, left = storage._move_new, [int(sys.argv[2])]\n"
+    code += "def dies(a, b):\n    os._exit(9) if not left[0] else move(a, b)\n    left[0] -= 1\nstorage._move_new = dies\n"
+    code += "with storage.atomic_file(Path(sys.argv[1])) as there:\n    [(there / n).write_text(n) for n in ('b.md', 'b.gguf')]"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "b.gguf"), str(moves)], check=False)
+    assert done.returncode == 9
+    assert [name for name in only(tmp_path) if not name.startswith(".")] == ["b.gguf"][:moves]
+    (tmp_path / "b.gguf").unlink(missing_ok=True)
+    with storage.atomic_file(tmp_path / "b.gguf") as directory:
+        (directory / "b.gguf").write_text("")
+    assert only(tmp_path) == ["b.gguf"]
+
+
+def test_a_new_file_must_be_new(tmp_path: Path) -> None:
+    """Anything of its name is in the way: an empty directory (old code: it failed when all was written), a link to nothing."""
+    storage.require_new_file(tmp_path / "a" / "b.gguf", "hint")
+    (tmp_path / "c.gguf").mkdir()
+    (tmp_path / "d.gguf").symlink_to(tmp_path / "nowhere")
+    for name in ("c.gguf", "d.gguf"):
+        with pytest.raises(OutputError, match=f"{name} exists already. hint"):
+            storage.require_new_file(tmp_path / name, "hint")
+
+
+def test_new_folders_are_on_disk_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parents of folders that were made on the way are flushed, so that a power cut leaves what was reported."""
+    seen: list[Path] = []
+    fsync = storage._fsync
+    monkeypatch.setattr(storage, "_fsync", lambda path: (seen.append(path), fsync(path)))
+    make(tmp_path / "a" / "b" / "out", "first")
+    assert {tmp_path, tmp_path / "a", tmp_path / "a" / "b"} <= set(seen)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="one-step exchange of directories needs Linux")

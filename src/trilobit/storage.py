@@ -6,6 +6,7 @@ that is killed at any instant leaves the previous state. Only safetensors and JS
 """
 
 import ctypes
+import errno
 import glob
 import hashlib
 import json
@@ -13,9 +14,12 @@ import math
 import os
 import secrets
 import shutil
+import socket
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +37,8 @@ _DTYPES = {
     "torch.int32": "I32", "torch.int64": "I64",
 }  # fmt: skip
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # fcntl.h, linux/fs.h
+BOOT = Path("/proc/sys/kernel/random/boot_id")
+BEGUN_SECONDS = 60.0  # a directory that is not locked yet is younger
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -44,7 +50,7 @@ def write_json(path: Path, value: Any) -> None:
         _fsync(partial)
         os.replace(partial, path)
     except OSError as error:
-        remove_directory(partial)
+        _discard(partial)
         raise OutputError(f"cannot write {path}: {error.strerror or error}. Nothing was left behind.") from error
 
 
@@ -57,20 +63,23 @@ def read_json(path: Path) -> Any:
 
 @contextmanager
 def atomic_directory(
-    target: Path, known: dict[str, dict[str, Any]] | None = None, replace: bool = True
+    target: Path, known: dict[str, dict[str, Any]] | None = None, replace: bool = True, new: bool = False
 ) -> Iterator[Path]:  # fmt: skip
     """Give a temporary directory that becomes `target`, with a manifest, when the block ends without an exception.
 
     An existing `target` is replaced only at that moment. known: manifest entries (`flushed`) of files that are on disk
     already, and need not be read again for their sha256. replace: False leaves a whole `target` that another process has made
-    meanwhile, which somebody may be reading, as it is. Raises OutputError when the disk refuses.
+    meanwhile, which somebody may be reading, as it is. new: nothing is replaced but an empty directory. Raises OutputError when
+    the disk refuses, or when something that may not be replaced has appeared.
     """
     with _partial_directory(target) as partial:
         yield partial
         _seal(partial, known or {})
         if not replace and is_whole(target):
             return
-        if target.exists():
+        if new:
+            _rename_new(partial, target)
+        elif target.exists():
             _exchange(partial, target)  # what was there is now `partial`, and is removed
         else:
             os.replace(partial, target)
@@ -79,29 +88,39 @@ def atomic_directory(
 
 @contextmanager
 def atomic_file(target: Path) -> Iterator[Path]:
-    """Give a temporary directory whose files are moved beside `target`, the file of that name last, when the block ends
-    without an exception: whoever finds `target` finds all of it. Raises OutputError when the disk refuses."""
+    """Give a temporary directory whose files are moved beside `target`, the file of that name first, when the block ends
+    without an exception. Nothing is replaced. Raises OutputError, and takes back what was moved, when the disk refuses or a
+    name is taken; a process that is killed in between leaves a whole `target` without what goes with it."""
     with _partial_directory(target) as partial:
         yield partial
-        for file in sorted(partial.iterdir(), key=lambda file: file.name == target.name):
-            flushed(file)
-            os.replace(file, target.with_name(file.name))
-        _fsync(target.parent)
+        moved: list[Path] = []
+        try:
+            files = sorted(partial.iterdir(), key=lambda file: (file.name != target.name, file.name))
+            for file in files:
+                flushed(file)
+            for file in files:
+                _move_new(file, target.with_name(file.name))
+                moved.append(target.with_name(file.name))
+            _fsync(target.parent)
+        except BaseException:
+            for file in moved:
+                _discard(file)
+            raise
 
 
 @contextmanager
 def _partial_directory(target: Path) -> Iterator[Path]:
     """An empty directory beside `target` while the block runs, held by a lock: one that nobody holds was left by a writer that
-    was killed, and is cleared away by the next one of the same name."""
+    was killed, and is cleared away by the next one of the same name on that machine (locks may not reach others)."""
     partial = target.with_name(f".{target.name}.partial-{_own()}")
     begun = partial.with_name(partial.name.replace(".partial-", ".begun-"))
     held: list[int] = []
     try:
+        made = [folder for folder in (target.parent, *target.parent.parents) if not folder.exists()]
         target.parent.mkdir(parents=True, exist_ok=True)
-        for left in target.parent.glob(f".{glob.escape(target.name)}.partial-*"):
-            if (lock := _locked(left)) is not None:
-                remove_directory(left)
-                os.close(lock)
+        for folder in made:
+            _fsync(folder.parent)
+        _clear_left(target.parent, glob.escape(target.name), f"{_host()}-")
         begun.mkdir()
         held += [lock for lock in [_locked(begun)] if lock is not None]
         os.replace(begun, partial)  # under this name it is held already
@@ -109,9 +128,23 @@ def _partial_directory(target: Path) -> Iterator[Path]:
     except OSError as error:
         raise OutputError(f"cannot write {target}: {error.strerror or error}. Nothing was left behind.") from error
     finally:
-        remove_directory(partial)
+        _discard(begun)
+        _discard(partial)
         for lock in held:
             os.close(lock)
+
+
+def _clear_left(directory: Path, name: str, host: str = "", locks: bool = True) -> None:
+    """Remove what killed writers of `name` (a pattern) left in `directory`, as far as it may be removed. host: only what begins
+    with that. locks: only what no process holds."""
+    for kind, age in (("partial", -math.inf), ("begun", BEGUN_SECONDS)):
+        for left in directory.glob(f".{name}.{kind}-{host}*"):
+            lock = _locked(left)
+            with suppress(OSError):  # another one has cleared it
+                if (lock is not None or not locks) and time.time() - left.stat().st_mtime > age:
+                    _discard(left)
+            if lock is not None:
+                os.close(lock)
 
 
 def _locked(directory: Path) -> int | None:
@@ -133,7 +166,17 @@ def _locked(directory: Path) -> int | None:
 
 def _own() -> str:
     """A name that no other writer has, on any machine: containers often give their processes the same numbers."""
-    return f"{os.getpid()}-{secrets.token_hex(4)}"
+    return f"{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+@cache
+def _host() -> str:
+    """Eight digits for the running kernel, whose processes see each other's locks."""
+    try:
+        name = BOOT.read_text(encoding="ascii").strip()
+    except (OSError, ValueError):  # not Linux
+        name = socket.gethostname()
+    return hashlib.sha256(name.encode()).hexdigest()[:8]
 
 
 def is_whole(directory: Path) -> bool:
@@ -170,7 +213,8 @@ def recorded_sha256(directory: Path, name: str) -> str:
 
 @contextmanager
 def alone_in(directory: Path) -> Iterator[None]:
-    """Hold `directory` as the only process that works in it, and clear away what killed ones left half-written.
+    """Hold `directory` as the only process that works in it, and clear away what killed ones left half-written, on any machine:
+    a run goes on where there is room. What a process holds, such as an export into it, is left alone.
 
     Raises OutputError if another process on this machine holds it. The system lets go when a process ends, however it ends.
     Where there are no such locks (Windows, some network file systems), nothing is held.
@@ -184,12 +228,13 @@ def alone_in(directory: Path) -> Iterator[None]:
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locks = True
         except BlockingIOError as error:
             raise OutputError(f"{directory} is in use: another process is working in it.") from error
         except OSError:  # a file system without locks
-            pass
-        for left in [*directory.glob(".*.partial-*"), *(directory / "checkpoints").glob(".*.partial-*")]:
-            remove_directory(left)
+            locks = False
+        for folder in (directory, directory / "checkpoints"):
+            _clear_left(folder, "*", locks=locks)
         yield
     finally:
         os.close(handle)
@@ -208,6 +253,13 @@ def require_new_directory(path: Path, hint: str) -> None:
         raise OutputError(f"{path} exists already. {hint}")
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise OutputError(f"cannot write {path}: {above} is not a writable folder.")
+
+
+def require_new_file(path: Path, hint: str) -> None:
+    """As require_new_directory, for a file: an empty directory of that name, or a link to nothing, is in the way, too."""
+    if os.path.lexists(path):
+        raise OutputError(f"{path} exists already. {hint}")
+    require_new_directory(path, hint)
 
 
 def require_new_run(path: Path) -> None:
@@ -335,6 +387,32 @@ def _exchange(new: Path, old: Path) -> None:
     os.replace(aside, new)
 
 
+def _rename_new(directory: Path, target: Path) -> None:
+    """Rename to a name that nothing has, or an empty directory: of directories the system replaces no others."""
+    try:
+        os.rename(directory, target)
+    except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR) and os.path.lexists(target):
+            raise _appeared(target) from error
+        raise
+
+
+def _move_new(file: Path, target: Path) -> None:
+    """Move to a name that nothing has: in one step where there are hard links, which replace nothing, else after a look."""
+    try:
+        os.link(file, target)
+    except OSError as error:
+        if os.path.lexists(target):
+            raise _appeared(target) from error
+        os.replace(file, target)
+
+
+def _appeared(target: Path) -> OutputError:
+    return OutputError(
+        f"{target} appeared meanwhile, and stays as it is. Nothing of this was left behind: choose another name."
+    )
+
+
 def flushed(path: Path) -> dict[str, Any]:
     """The manifest entry of a file that was just written, once it is on disk."""
     mask = os.umask(0)
@@ -376,3 +454,12 @@ def remove_directory(path: Path) -> None:
         shutil.rmtree(path)
     elif path.exists():
         path.unlink()
+
+
+def _discard(path: Path) -> None:
+    """Delete a directory or file of ours as far as that goes: another process may be at it, too, or another user own it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()

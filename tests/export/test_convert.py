@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import ModelCard
 from transformers import AutoTokenizer
 
 from export.checks import check_here
@@ -160,9 +161,9 @@ def test_the_card_says_whose_licence_applies(tmp_path: Path) -> None:
     folder = tmp_path / "base"
     folder.mkdir()
     (folder / "README.md").write_text("---\nlicense: mit\n---\n# base\n")
-    assert licence_of(str(folder)) == "mit"
-    assert licence_of(str(tmp_path)) is None
-    assert licence_of(None) is None
+    assert licence_of(str(folder)) == {"license": "mit"}
+    assert licence_of(str(tmp_path)) == {}
+    assert licence_of(None) == {}
     for model, says in (
         (str(folder), "license: mit"),
         (str(tmp_path), "could not be read here"),
@@ -196,7 +197,8 @@ def test_the_card_of_what_others_made(tmp_path: Path) -> None:
 
 def test_a_base_in_a_directory_has_a_name(tmp_path: Path) -> None:
     """A directory is called by its name, model/ by what it belongs to (old code: "Made from model"), with the repository that
-    its own card or config.json names; metadata has what the card says alone. The command names where the model is."""
+    its own card or config.json names; metadata has none of these, which may be a generation further back (old code: the base of
+    the base was ours). The command names where the model is."""
     check, base = Check(why_not="a test"), tmp_path / "smol" / "model"
     base.mkdir(parents=True)
 
@@ -210,7 +212,7 @@ def test_a_base_in_a_directory_has_a_name(tmp_path: Path) -> None:
     write_json(base / "config.json", {"_name_or_path": "someone/smol"})
     assert "Made from smol (someone/smol, says its config.json) by" in card() and "base_model" not in card()
     (base / "README.md").write_text("---\nbase_model: someone/smol\n---\n# base\n")
-    assert "Made from smol (someone/smol) by" in card() and "base_model: someone/smol" in card()
+    assert "Made from smol (made from someone/smol, says its card) by" in card() and "base_model" not in card()
     assert "from_pretrained('out/it')" in card("out/it")
     assert named(str(EMBEDDED)) == ("the 3.5 M Llama that comes with trilobit", None)
 
@@ -298,14 +300,103 @@ def test_the_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
     found = [licence_of(name) for name in ("some/one", "no/card", "no/network", "a name", "out/run")]
-    assert found == ["mit", None, None, None, None]
+    assert found == [{"license": "mit"}, {}, {}, {}, {}]
     assert [name for name, _ in asked] == ["some/one", "no/card", "no/network"]
     assert max(seconds for _, seconds in asked) <= 10
 
 
-def test_a_file_is_not_uploaded() -> None:
+@pytest.mark.parametrize("out", ["x.gguf", "x.gguf/"])
+def test_a_file_is_not_uploaded(out: str) -> None:
+    """However its name is written (old code: a slash at the end let it through)."""
     with pytest.raises(ConfigError, match=r"without \.gguf"):
-        ExportConfig(model="x", out="x.gguf", to="gguf", push="someone/x")
+        ExportConfig(model="x", out=out, to="gguf", push="someone/x")
+
+
+def test_where_a_base_lies_is_what_its_run_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relative directory that is not seen from here is no repository (old code: base_model: checkpoints/base), a repository
+    is one though a folder here has its name; a run of an earlier version says neither."""
+    monkeypatch.setattr("huggingface_hub.HfApi", None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some" / "one").mkdir(parents=True)
+
+    def card(model: str, **said: Any) -> str:
+        write_json(tmp_path / "run.json", {"config": {"model": model}, "result": {}} | said)
+        write_card(tmp_path / "README.md", tmp_path, "it", "hf", "form", Check(why_not="a test"))
+        return (tmp_path / "README.md").read_text()
+
+    lost = card("checkpoints/base", base_place="directory")
+    assert "base_model" not in lost and "Made from base by" in lost
+    assert "base_model: some/one" in card("some/one", base_place="hub")
+    assert "base_model" not in card("some/one", base_place="directory")
+    assert "base_model: other/one" in card("other/one") and "base_model" not in card("some/one")
+
+
+def test_another_licence_has_its_name_and_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`other` says nothing without them (old code: they were left out); a file beside the base's card is linked to there."""
+    text = "---\nlicense: other\nlicense_name: 'a: licence'\nlicense_link: LICENSE\n---\n# base\n"
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "README.md").write_text(text)
+    write_card(tmp_path / "README.md", tmp_path / "base", "it", "hf", "form", Check(why_not="a test"))
+    read = ModelCard.load(tmp_path / "README.md").data
+    assert (read.license, read.license_name, read.license_link) == ("other", "a: licence", "LICENSE")  # pyright: ignore
+    info = type("Info", (), {"card_data": ModelCard(text).data})
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: type("Api", (), {"model_info": lambda *a, **k: info})())
+    assert licence_of("some/one")["license_link"] == "https://huggingface.co/some/one/blob/main/LICENSE"
+
+
+@pytest.mark.parametrize(("to", "ternary"), [("hf", True), ("hf", False), ("gguf", False), ("compressed-tensors", False)])
+def test_only_ternary_models_are_tagged_so(to: str, ternary: bool, tmp_path: Path) -> None:
+    """Old code: every model that was exported by hf, bf16 or gguf."""
+    write_card(tmp_path / "README.md", tmp_path, "it", to, "form", Check(why_not="a test"), ternary=ternary)
+    own = ["ternary", "1.58-bit"] if ternary else ["compressed-tensors"] if to == "compressed-tensors" else []
+    assert ModelCard.load(tmp_path / "README.md").data.tags == [*own, "trilobit"]  # pyright: ignore
+
+
+@pytest.mark.parametrize("to", ["hf", "gguf"])
+@pytest.mark.parametrize("spec", [{}, {"placement": "none"}])
+def test_an_export_replaces_nothing(to: str, spec: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What appears while it is written stays (old code: it was deleted, or overwritten); an empty directory is no obstacle for
+    a directory, through a link, too, and one for a file, before anything is done. Tags say whether the model is ternary."""
+    out = tmp_path / ("out.gguf" if to == "gguf" else "out")
+
+    def appear(*arguments: Any) -> Check:
+        out.mkdir()
+        (out / "mine").write_text("mine")
+        return Check(why_not="a test")
+
+    monkeypatch.setattr(convert, "verify", appear)
+    with pytest.raises(OutputError, match=f"{out.name} appeared meanwhile"):
+        exported(tmp_path, to, {"out": str(out)}, **spec)
+    assert [p.name for p in out.iterdir()] == ["mine"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([out.name, "run"])
+    (out / "mine").unlink()
+    if to == "gguf":
+        with pytest.raises(OutputError, match=r"out\.gguf exists already"):
+            exported(tmp_path, to, {"out": str(out), "model": "not looked at"}, **spec)
+        return
+    monkeypatch.setattr(convert, "verify", lambda *arguments: Check(why_not="a test"))
+    (tmp_path / "link").symlink_to(out)
+    exported(tmp_path, to, {"out": str(tmp_path / "link")}, **spec)
+    assert (tmp_path / "link").is_symlink()
+    verify_manifest(out)
+    assert ("ternary" in (out / "README.md").read_text().split("---")[1]) == bool(spec)
+
+
+def test_no_place_of_this_machine_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """config.json keeps the name of a repository that it came from, not a directory's (old code: both)."""
+    place = load(stored(tmp_path / "latent", settings=SMALL, placement="none"))
+    for name, stays in (("/home/someone/x", False), ("someone/x", True)):
+        right = type(place.model.config).to_dict
+        noted = {"_name_or_path": name, "text_config": {"_name_or_path": name}, "_model_name_or_path": name}
+        with monkeypatch.context() as patch:
+            patch.setattr(type(place.model.config), "to_dict", lambda self, r=right, n=noted: r(self) | n)
+            folder = tmp_path / f"written-{stays}"
+            folder.mkdir()
+            hf.write_companions(folder, place.model, place.plan, place.tokenizer, "latent", {})
+        config = read_json(folder / "config.json")
+        assert all((key in config) == stays for key in ("_name_or_path", "_model_name_or_path"))
+        assert ("_name_or_path" in config["text_config"]) == stays
+        assert ("someone" in "".join(p.read_text() for p in folder.iterdir())) == stays
 
 
 def test_settings_of_another_target_are_refused() -> None:
@@ -316,21 +407,28 @@ def test_settings_of_another_target_are_refused() -> None:
 
 
 def test_push(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The directory goes to the named repository; a refusal of the hub says that what is on disk stays."""
+    """The directory goes to the named repository, and weights that lie there give way, but none in folders (old code: an older
+    model.safetensors was read instead of the new shards); a refusal of the hub says that what is on disk stays."""
     calls: list[Any] = []
 
     class Api:
         def create_repo(self, name: str, exist_ok: bool) -> None:
             calls.append((name, exist_ok))
 
-        def upload_folder(self, repo_id: str, folder_path: Path) -> str:
-            calls.append((repo_id, folder_path))
+        def list_repo_files(self, repo_id: str) -> list[str]:
+            return ["README.md", "model.safetensors", "odd[1].gguf", "trilobit.json", "onnx/model.safetensors"]
+
+        def upload_folder(self, repo_id: str, folder_path: Path, delete_patterns: list[str]) -> str:
+            calls.append((repo_id, folder_path, delete_patterns))
             if repo_id == "no/no":
                 raise OSError("401")
             return "https://there"
 
     monkeypatch.setattr(push, "HfApi", Api)
     assert push.push(tmp_path, "me/model") == "https://there"
-    assert calls == [("me/model", True), ("me/model", tmp_path)]
+    assert calls == [
+        ("me/model", True),
+        ("me/model", tmp_path, ["model.safetensors", "odd[[]1].gguf", "trilobit.json"]),
+    ]
     with pytest.raises(OutputError, match="was written, and could not be uploaded to no/no: 401"):
         push.push(tmp_path, "no/no")

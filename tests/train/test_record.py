@@ -1,12 +1,16 @@
 """run.json: what is asked of the system when it is written."""
 
 import subprocess
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from trilobit.config.pretrain import PretrainConfig
+from trilobit.config.tune import TuneConfig
 from trilobit.storage import weights_fingerprint
 from trilobit.train import record
 
@@ -37,3 +41,21 @@ def test_a_fingerprint_is_of_the_bits_alone() -> None:
     weight[0, :2] = weight[0, :2].flip(0)
     swapped = weights_fingerprint(model)
     assert len({before, swapped, weights_fingerprint(model.bfloat16())}) == 3
+
+
+def test_where_a_base_lies_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As seen from where the run begins (old code: not at all, and a card took checkpoints/base for a repository)."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoints" / "base").mkdir(parents=True)
+    places = [record.base_place(model) for model in ("checkpoints/base", "./x", "some/one", "gpt2", None)]
+    assert places == ["directory", "directory", "hub", "hub", None]
+
+
+def test_every_run_records_where_its_base_lies(tmp_path: Path) -> None:
+    """One that begins at random has none."""
+    tokens: Any = SimpleNamespace(description="", key="", sha256="")
+    for config, place in (
+        (TuneConfig(model=str(tmp_path), data="x"), "directory"),
+        (PretrainConfig(architecture="llama-3m", data="x"), None),
+    ):
+        assert record.new_record("a command", config, tokens, "", False)["base_place"] == place

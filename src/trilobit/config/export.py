@@ -1,6 +1,7 @@
 """Settings of `trilobit export`."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import tyro
@@ -64,7 +65,7 @@ class ExportConfig:
                 raise ConfigError(f"{flag} is a choice of --to compressed-tensors, not of --to {self.to}.")
             if isinstance(value, int) and value < 1:
                 raise ConfigError(f"{flag} is {value}; it must be at least 1.")
-        if self.push is not None and self.to == "gguf" and self.out.endswith(".gguf"):
+        if self.push is not None and self.to == "gguf" and Path(self.out).suffix == ".gguf":
             raise ConfigError("--push uploads a directory: give --out a name without .gguf.")
         if self.bits is not None:
             parse_bits(self.bits)

@@ -29,7 +29,7 @@ from trilobit.export.verification import Check, verify
 from trilobit.infer.engine import require_library
 from trilobit.infer.load import locate
 from trilobit.listener import SILENT, Listener, timed
-from trilobit.storage import atomic_directory, atomic_file, require_new_directory, stream_tensors
+from trilobit.storage import atomic_directory, atomic_file, require_new_directory, require_new_file, stream_tensors
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def run(config: ExportConfig, listener: Listener = SILENT) -> ExportResult:
     alone = config.to == "gguf" and target.suffix == ".gguf"  # one file, not a directory
     name, card = (target.stem, target.with_suffix(".md")) if alone else (target.name, target / "README.md")
     for new in (target, card) if alone else (target,):
-        require_new_directory(new, "Choose another --out.")
+        (require_new_file if alone else require_new_directory)(new, "Choose another --out.")
     if config.to == "native":
         require_library()
     if config.to == "gguf" and find_spec("gguf") is None:
@@ -69,11 +69,13 @@ def run(config: ExportConfig, listener: Listener = SILENT) -> ExportResult:
         compressed.require_package()
         compressed.settings_of(config)  # refused before anything is loaded
     place = locate(config.model)
-    with (atomic_file if alone else atomic_directory)(target) as directory:
+    whole = target.resolve() if target.is_symlink() else target  # to an empty directory, which is replaced, not the link
+    with atomic_file(target) if alone else atomic_directory(whole, new=True) as directory:
         if config.to == "compressed-tensors":
-            (form, reason, check), details = compressed.write(config, place, directory, listener), {}
+            (form, reason, check), details, ternary = compressed.write(config, place, directory, listener), {}, False
         else:
             source = open_source(place, as_stored=config.to == "native")
+            ternary = source.plan is not None
             if config.to == "native":
                 form, reason, details = native.write(source, directory, config.layout, listener)
             else:
@@ -82,7 +84,7 @@ def run(config: ExportConfig, listener: Listener = SILENT) -> ExportResult:
             check = verify(read, directory, config.to, config.data, listener)
         size = sum(f.stat().st_size for f in directory.iterdir() if f.suffix in (".safetensors", ".gguf"))
         found_at = config.push or str(target)
-        write_card(directory / card.name, place, name, config.to, form, check, str(config.model), found_at)
+        write_card(directory / card.name, place, name, config.to, form, check, str(config.model), found_at, ternary)
     url = push(target, config.push) if config.push is not None else None
     return ExportResult(
         str(target), config.to, form, reason, size, time.perf_counter() - started, check, details, url

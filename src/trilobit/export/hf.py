@@ -20,9 +20,12 @@ from trilobit.export.exact import is_comparable, require_exact
 from trilobit.export.forms import Store, choose_form, contents_of, kept_entries, require_form, stored_precision
 from trilobit.export.source import Source
 from trilobit.export.verify import Agreement, compare, load_stock, noise_floor
+from trilobit.infer.hub import names_a_place
 from trilobit.infer.stored import CARD, PACKED_FILE, read_ours
 from trilobit.storage import atomic_directory, read_json, save_tensors, stream_tensors, write_json
 from trilobit.surgery.ternary import Plan
+
+PLACES = ("_name_or_path", "_model_name_or_path", "name_or_path")  # where transformers notes what was loaded
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,7 @@ def write_companions(
     directory: Path, model: PreTrainedModel, plan: Plan | None, tokenizer: Any, form: str, content: dict[str, Any]
 ) -> None:
     """config.json, generation_config.json, tokenizer, and trilobit.json."""
-    config = model.config.to_dict()
+    config = _without_places(model.config.to_dict())
     config["architectures"] = [type(model).__name__]
     config["dtype"] = content.get("dtype", "float32")
     if "quantization_config" in content:
@@ -151,3 +154,9 @@ def write_companions(
         raise OutputError(f"cannot write the tokenizer to {directory.parent}: {error}. Nothing was left behind.") from error
     card = {"form": form, "plan": plan.to_json() if plan else None, "trilobit": __version__}
     write_json(directory / CARD, card | ({"norms": content["norms"]} if "norms" in content else {}))
+
+
+def _without_places(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without the names of directories on this machine; those of repositories stay."""
+    kept = {key: value for key, value in config.items() if key not in PLACES or not names_a_place(str(value))}
+    return {key: _without_places(value) if isinstance(value, dict) else value for key, value in kept.items()}

@@ -15,6 +15,7 @@ import transformers
 from trilobit import __version__
 from trilobit.config.training import TrainingConfig
 from trilobit.errors import ConfigError, OutputError
+from trilobit.infer.hub import names_a_place
 from trilobit.storage import read_json
 from trilobit.train.data import Tokens
 
@@ -32,6 +33,7 @@ def new_record(
     return {
         "command": command,
         "config": asdict(config),
+        "base_place": base_place(getattr(config, "model", None)),
         **run_facts(),
         "data": tokens.description,
         "data_key": tokens.key,
@@ -40,6 +42,14 @@ def new_record(
         "compiled": compiled,
         **decided,
     }
+
+
+def base_place(model: str | None) -> str | None:
+    """Where a --model lies, "directory" or "hub", as seen from where the run began: elsewhere a relative directory looks like a
+    repository. None for a model that begins at random."""
+    if model is None:
+        return None
+    return "directory" if names_a_place(model) else "hub"
 
 
 def run_facts() -> dict[str, Any]:
