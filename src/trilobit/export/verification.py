@@ -46,7 +46,7 @@ PROBE_LENGTH = 129
 PROBE_WINDOWS = {"gguf": 8, "hf": 32, "bf16": 32, "compressed-tensors": 32}  # 1,024 positions one by one, or 4,096
 MOST_TIMES, LEAST_KL, MOST_BF16_KL = 2.0, 1e-4, 0.001
 MOST_CHANGE, ERRORS = 0.01, 3.0  # of perplexity; and standard errors
-TRICKY = ["Hello, world!", "  two spaces\n\n\ttab", "don't, it's 12345 naïve café — 你好 🙂", "def f(x):\n    return x ** 2\n"]
+TRICKY = ["Hello, ﬁ ½①", "  two spaces\n\n\ttab", "don't, it's 12345 naïve café — 你好 🙂", "def f(x):\n    return x ** 2\n"]
 
 
 @dataclass(frozen=True)
