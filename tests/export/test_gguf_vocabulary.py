@@ -33,6 +33,8 @@ def split(pattern: str, **change: Any) -> dict[str, Any]:
 
 DIGITS = {"type": "Digits", "individual_digits": True}
 LLAMA, QWEN = (sequence(split(pattern), use_regex=False) for pattern in (LLAMA_3, QWEN_2))
+METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never", "split": False}
+SPACES: dict[str, Any] = {"byte_fallback": True, "unk_token": "<pad>", "pre_tokenizer": None}
 NFC, NFKC = {"type": "NFC"}, {"type": "NFKC"}
 
 
@@ -76,6 +78,9 @@ def metadata(folder: Path, tokenizer: Any, ends: list[int] | None = None) -> dic
         ({"merges": (), "continuing_subword_prefix": "##"}, "no continuing_subword_prefix"),
         ({"dropout": 0.1}, "no dropout"),
         ({"byte_fallback": True, "unk_token": "<pad>"}, "do not split text, and this one does .ByteLevel"),
+        (SPACES | {"pre_tokenizer": METASPACE | {"prepend_scheme": "first"}}, "unless one is there"),
+        (SPACES | {"pre_tokenizer": METASPACE | {"split": True}}, "do not split text, and this one does .Metaspace"),
+        (SPACES, "write spaces as ▁, and this one does not"),
         ({"byte_fallback": True, "unk_token": "<pad>", "normalizer": NFKC, "pre_tokenizer": None}, "but for its spaces.*NFKC"),
     ],
 )  # fmt: skip
@@ -100,6 +105,21 @@ def test_what_llama_cpp_would_leave_out_is_refused(tokenizer: dict[str, Any], wo
 def test_names_of_splittings(tokenizer: dict[str, Any], name: str, tmp_path: Path) -> None:
     """What is one of llama.cpp's is written as that; ignore_merges is no obstacle where it changes nothing."""
     assert metadata(tmp_path, changed(**tokenizer))["ggml.pre"] == name
+
+
+def test_byte_fallback_that_only_writes_spaces(tmp_path: Path) -> None:
+    """As Llama 2's, Gemma's, and Metaspace's; only the first puts a space in front of a text."""
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    prepend = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, replace]}
+    cut = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+    cases: list[tuple[dict[str, Any], bool]] = [
+        ({"normalizer": prepend}, True),
+        ({"normalizer": replace, "pre_tokenizer": cut}, False),
+        ({"pre_tokenizer": METASPACE}, False),
+    ]
+    for change, prefix in cases:
+        found = metadata(tmp_path, changed(**(SPACES | change)))
+        assert (found["ggml.model"], found["ggml.add_space_prefix"]) == ("llama", prefix)
 
 
 def test_end_tokens_of_the_checkpoint(tmp_path: Path) -> None:

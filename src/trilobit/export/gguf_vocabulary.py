@@ -51,7 +51,7 @@ def add_vocabulary(writer: gguf.GGUFWriter, tokenizer: Any, size: int, ends: lis
     writer.add_token_types(types)
     if fallback:
         writer.add_token_scores(_scores(tokens, model["merges"]))
-        writer.add_add_space_prefix(_prefixes_a_space(description))
+        writer.add_add_space_prefix("Prepend" in _kinds(description["normalizer"], "normalizers"))
     else:
         writer.add_token_merges(merges)
     before, after = _added(tokenizer)
@@ -192,23 +192,21 @@ def _require_plain_spaces(description: dict[str, Any]) -> None:
             f"llama.cpp does not normalise text but for its spaces, and this tokenizer does ({', '.join(odd)}). {ELSEWHERE}"
         )
     steps = _steps(description["pre_tokenizer"], "pretokenizers")
-    odd = [
-        step["type"]
-        for step in steps
-        if not (step["type"] == "Metaspace" and step["replacement"] == SPACE)
-        and not (step["type"] == "Split" and step["pattern"] == {"String": " "} and step["behavior"] == "MergedWithPrevious")
-    ]
-    if odd:
-        raise ExportError(
-            f"llama.cpp's byte-fallback tokenizers do not split text, and this one does ({', '.join(odd)}). {ELSEWHERE}"
-        )
-
-
-def _prefixes_a_space(description: dict[str, Any]) -> bool:
-    if "Prepend" in _kinds(description["normalizer"], "normalizers"):
-        return True
-    steps = _steps(description["pre_tokenizer"], "pretokenizers")
-    return any(step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never" for step in steps)
+    replaces = any(step["type"] == "Replace" for step in normalizers)
+    for step in steps:
+        if step["type"] == "Metaspace" and step["replacement"] == SPACE and not step.get("split", True):
+            if step.get("prepend_scheme", "always") != "never":
+                raise ExportError(
+                    f"this tokenizer puts {SPACE} before a text unless one is there (Metaspace), llama.cpp always or never. "
+                    + ELSEWHERE
+                )
+            replaces = True
+        elif step["type"] != "Split" or step["pattern"] != {"String": " "} or not replaces:  # of spaces, of which none is left
+            raise ExportError(
+                f"llama.cpp's byte-fallback tokenizers do not split text, and this one does ({step['type']}). {ELSEWHERE}"
+            )
+    if not replaces:
+        raise ExportError(f"llama.cpp's byte-fallback tokenizers write spaces as {SPACE}, and this one does not. {ELSEWHERE}")
 
 
 def _added(tokenizer: Any) -> tuple[bool, bool]:
