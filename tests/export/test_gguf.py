@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from export.ggufs import frozen, stored, windows
+from families import build
 from trilobit.errors import ExportError, VerificationError
 from trilobit.export import gguf, gguf_blocks, llama_cpp, verification
-from trilobit.export.source import StoredSource
+from trilobit.export.source import Source, StoredSource
 from trilobit.export.verify import Agreement
 from trilobit.formats import Q2_0
+from trilobit.surgery.ternary import TernarySpec, ternarize
 
 pytestmark = pytest.mark.skipif(not llama_cpp.available(), reason="xllamacpp is not installed")
 WEIGHTS_ONLY = {"placement": "none", "activations": "none", "scale": "group-64"}
@@ -45,6 +47,9 @@ def reading(folder: Path, int8: bool, **options: Any) -> tuple[Agreement, gguf.C
                     "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
                 }
             },
+        },
+        "llama with every bias": {
+            "placement": "none", "dead_zone_bias": 0.1, "settings": {"attention_bias": True, "mlp_bias": True},
         },
         "qwen2 with biases": {"family": "qwen2", "placement": "none"},
         "qwen3 with q/k norms": {"family": "qwen3", "placement": "none", "settings": {"head_dim": 64}},
@@ -206,6 +211,37 @@ def test_what_no_graph_holds_is_refused(tmp_path: Path) -> None:
         source = StoredSource(stored(tmp_path / str(index), **model))  # pyright: ignore[reportArgumentType]
         with pytest.raises(ExportError, match=words):
             gguf.plan_file(source, kind, head)
+
+
+BIASED = {"placement": "none", "dead_zone_bias": 0.1}
+GEMMA: dict[str, Any] = {"num_hidden_layers": 6, "head_dim": 8, "query_pre_attn_scalar": 8}
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "spec", "words"),
+    [
+        (
+            "qwen2",
+            {},
+            BIASED,
+            r"biases only at q_proj, k_proj, v_proj, and model.layers.0.self_attn.o_proj has one \(--dead-zone",
+        ),
+        ("qwen3", {}, BIASED, "no biases, and .*q_proj has one"),
+        ("qwen3", {"attention_bias": True}, {}, "no biases, and .*q_proj has one"),
+        ("gemma3_text", GEMMA, BIASED, "no biases, and .*q_proj has one"),
+        ("gemma3_text", GEMMA | {"attention_bias": True}, {}, "no biases, and .*q_proj has one. Use"),
+        ("gemma3_text", GEMMA | {"final_logit_softcapping": 30.0}, {}, "no final_logit_softcapping, this model one of 30"),
+        ("llama", {}, BIASED | {"cover": "+embeddings"}, "and lm_head has one"),
+    ],
+)
+def test_biases_and_caps_that_a_graph_has_not_are_refused(
+    family: str, settings: dict[str, Any], spec: dict[str, Any], words: str
+) -> None:
+    """llama.cpp would not load such a file, or run it as another model (they were written)."""
+    model = build(family, **settings)
+    plan = ternarize(model, TernarySpec(**spec)).plan if spec else None
+    with pytest.raises(ExportError, match=words):
+        gguf.plan_file(Source(model, plan), "auto", "auto")
 
 
 def test_a_file_that_llama_cpp_refuses_is_an_error_with_its_words(tmp_path: Path) -> None:

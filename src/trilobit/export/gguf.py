@@ -23,6 +23,7 @@ from trilobit.export.gguf_blocks import KINDS, encode
 from trilobit.export.gguf_graph import TERNARY, WRITERS, Adjustments, adjustments, choose_graph, choose_head, choose_kind
 from trilobit.export.gguf_vocabulary import add_vocabulary
 from trilobit.export.source import Source
+from trilobit.infer.engine import end_tokens
 from trilobit.infer.gguf_header import BLOCK_NORMS, GEMMA_NORMS, HEAD_NORMS, LINEARS
 from trilobit.infer.gguf_header import SUB_NORMS as OWN_SUB_NORMS
 from trilobit.listener import SILENT, Listener, timed
@@ -64,7 +65,7 @@ def write(source: Source, target: Path, kind: str = "auto", head: str = "auto", 
     with closing(gguf.GGUFWriter(target, contents.graph)) as writer:
         for key, value in contents.metadata.items():
             _add(writer, key, value)
-        add_vocabulary(writer, source.tokenizer, vocabulary_size(source))
+        add_vocabulary(writer, source.tokenizer, vocabulary_size(source), _ends(source))
         for entry in contents.entries:
             block, size, number = KINDS[entry.kind]
             if number not in gguf.GGML_QUANT_SIZES:  # the package's own table, which Q2_0 is newer than
@@ -88,6 +89,12 @@ def write(source: Source, target: Path, kind: str = "auto", head: str = "auto", 
 
 def vocabulary_size(source: Source) -> int:
     return int(source.model.get_input_embeddings().num_embeddings)  # pyright: ignore
+
+
+def _ends(source: Source) -> list[int]:
+    """The tokens that end a text: generation_config.json's, or, where it has none, config.json's."""
+    ends: Any = end_tokens(source.model) or getattr(source.config, "eos_token_id", None)
+    return ends if isinstance(ends, list) else [] if ends is None else [ends]
 
 
 def plan_file(source: Source, kind: str, head: str, name: str = "model") -> Contents:

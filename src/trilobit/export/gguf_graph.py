@@ -22,7 +22,7 @@ from trilobit.errors import ExportError
 from trilobit.export.gguf_blocks import KINDS
 from trilobit.export.source import Source
 from trilobit.formats import Q2_0, TQ1_0, TQ2_0, GgufBlocks
-from trilobit.infer.gguf_header import GEMMA_LOCAL_THETA
+from trilobit.infer.gguf_header import GEMMA_LOCAL_THETA, LINEARS
 
 GRAPHS = {
     "Llama": "llama", "Mistral": "llama", "Qwen2": "qwen2", "Qwen3": "qwen3", "Gemma3": "gemma3",
@@ -31,6 +31,7 @@ GRAPHS = {
 TERNARY: dict[str, type[GgufBlocks]] = {"tq1_0": TQ1_0, "tq2_0": TQ2_0, "q2_0": Q2_0}
 DENSE = ("f16", "f32", "bf16")
 WRITERS = ("self_attn.o_proj", "mlp.down_proj")  # into the residual stream
+BIASES = {"llama": tuple(LINEARS.values()), "qwen2": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")}
 GEMMA_WINDOW_PATTERN = 6  # what the graph takes for granted
 
 
@@ -71,21 +72,38 @@ def _unlike_its_graph(source: Source, graph: str) -> str | None:
             return f"it takes {GEMMA_LOCAL_THETA:g} for the base of local positions"
         if config.query_pre_attn_scalar != config.head_dim:
             return "it takes the attention scale from the head size"
+        for cap in ("final_logit_softcapping", "attn_logit_softcapping"):
+            if getattr(config, cap, None) is not None:
+                return f"it has no {cap}, this model one of {getattr(config, cap):g}"
         kinds = {rope[name].get("rope_type", "default") for name in rope}
     else:
         kinds = {rope.get("rope_type", "default")}
-        if getattr(config, "attention_bias", False) and graph == "qwen3":
-            return "it has no biases"
         windows = getattr(config, "layer_types", None) or []
         if "sliding_attention" in windows or (type(config).__name__ == "MistralConfig" and config.sliding_window):
             return "it sees all positions, this model a window of them"
     if odd := kinds - ({"default", "linear", "llama3"} if graph == "llama" else {"default"}):
         return f"rotary positions of the kind {', '.join(sorted(odd))}"
+    if reason := _odd_bias(source, graph):
+        return reason
     gate = getattr(config, "hidden_act", None) or config.hidden_activation
     wanted = ("gelu_pytorch_tanh",) if graph == "gemma3" else ("silu", "swish")
     if graph == "bitnet" and gate not in wanted:
         return f"released versions of llama.cpp run it with silu, whatever a file says, and this model's gate is {gate}"
     return None if gate in wanted else f"its gate is {wanted[0]}, this model's {gate}"
+
+
+def _odd_bias(source: Source, graph: str) -> str | None:
+    """A bias that a graph has no place for."""
+    allowed = BIASES.get(graph, ())
+    layers = range(source.config.num_hidden_layers)
+    inner = [(f"model.layers.{index}.{path}", path) for index in layers for path in LINEARS.values()]
+    for path, kind in (*inner, (source.head_path, "")):
+        if kind not in allowed and source.has_bias(path):
+            some = f"biases only at {', '.join(name.rpartition('.')[2] for name in allowed)}" if allowed else "no biases"
+            plan = source.plan
+            cause = " (--dead-zone-bias)" if plan is not None and plan.spec.dead_zone_bias and path in source.ternary else ""
+            return f"it has {some}, and {path} has one{cause}"
+    return None
 
 
 def _unlike_bitnet(source: Source, name: str) -> str | None:

@@ -49,7 +49,7 @@ PROBE_WINDOWS = {"gguf": 8, "hf": 32, "bf16": 32, "compressed-tensors": 32}  # 1
 LEAST_POSITIONS = 1000  # of a text that the user gave
 MOST_TIMES, MOST_BF16_KL = 2.0, 0.001
 MOST_CHANGE, ERRORS = 0.01, 3.0  # of perplexity; and standard errors
-TRICKY = ["Hello, world!", "  two spaces\n\n\ttab", "don't, it's 12345 naïve café — 你好 🙂", "def f(x):\n    return x ** 2\n"]
+TRICKY = ["Hello, ﬁ ½①", "  two spaces\n\n\ttab", "don't, it's 12345 naïve café — 你好 🙂", "def f(x):\n    return x ** 2\n"]
 
 
 @dataclass(frozen=True)
