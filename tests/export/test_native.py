@@ -102,11 +102,11 @@ def test_bits_a_weight(trained: Path) -> None:
 
 
 def test_a_given_text_is_what_it_is_compared_on(trained: Path, tmp_path: Path) -> None:
-    """--data takes the probe from a text; a short one gives fewer positions."""
+    """--data takes the probe from a text; a short one gives fewer positions, but a thousand at least."""
     text = tmp_path / "text.txt"
-    text.write_text("Sphinx of black quartz, judge my vow. " * 20)
+    text.write_text("Sphinx of black quartz, judge my vow. " * 30)
     result = run(ExportConfig(model=str(trained), out=str(tmp_path / "out"), data=str(text)))
-    assert agreed(result).positions == 760 // 128 * 127
+    assert agreed(result).positions == 1140 // 128 * 127 == 1016
 
 
 def test_weights_only_models_are_exported_with_their_loss(tmp_path: Path) -> None:
