@@ -117,6 +117,9 @@ def test_transformers(to: str, spec: dict[str, Any], form: str, tmp_path: Path) 
     assert result.form == form
     assert result.check.rows[0].reader == "transformers"
     assert result.check.rows[0].agreement.kl < 0.01
+    if form.startswith("an ordinary"):  # rounding is all that was done to it
+        assert result.check.rows[1].against.endswith("rounded to bf16")
+        assert result.check.rows[1].agreement.top1 > 0.998 and result.check.rows[1].agreement.kl < 1e-7
     assert result.check.prompt and result.check.theirs[:4] == result.check.ours[:4] != ""
     assert "is continued by the model with" in (tmp_path / "out" / "README.md").read_text()
     assert load_stock(tmp_path / "out").num_parameters() > 0

@@ -33,7 +33,7 @@ from trilobit.errors import DataError, ModelError, TrilobitError, VerificationEr
 from trilobit.export.exact import is_comparable, require_exact
 from trilobit.export.llama_cpp import CONTINUED
 from trilobit.export.source import Source
-from trilobit.export.verify import MAX_PERPLEXITY_CHANGE, Agreement, compare, load_stock, noise_floor
+from trilobit.export.verify import MAX_PERPLEXITY_CHANGE, MIN_TOP1, Agreement, compare, load_stock, noise_floor
 from trilobit.infer.gguf_file import open_gguf
 from trilobit.infer.hf import continue_tokens
 from trilobit.infer.load import load
@@ -41,13 +41,14 @@ from trilobit.infer.loaded import Loaded
 from trilobit.infer.stored import freeze
 from trilobit.listener import Listener
 from trilobit.measure.perplexity import text_windows
-from trilobit.nn.packed import PackedLinear
+from trilobit.nn.packed import PackedEmbedding, PackedLinear
 from trilobit.storage import read_json
 
 PROBE_LENGTH = 129
 PROBE_WINDOWS = {"gguf": 8, "hf": 32, "bf16": 32, "compressed-tensors": 32}  # 1,024 positions one by one, or 4,096
 LEAST_POSITIONS = 1000  # of a text that the user gave
 MOST_TIMES, MOST_BF16_KL = 2.0, 0.001
+ROUNDED_WINDOWS = 8
 MOST_CHANGE, ERRORS = 0.01, 3.0  # of perplexity; and standard errors
 TRICKY = ["Hello, ﬁ ½①", "  two spaces\n\n\ttab", "don't, it's 12345 naïve café — 你好 🙂", "def f(x):\n    return x ** 2\n"]
 
@@ -192,15 +193,35 @@ def check_stock(loaded: Loaded, artefact: Path, windows: Tensor) -> Check:
     with activations(loaded.model, False):
         agreement = compare(loaded.model, other, windows)
         ours = prompt.continued_by(loaded.model)
+        with _bf16_weights(loaded.model):
+            exactly = compare(loaded.model, other, windows[:ROUNDED_WINDOWS])
     change = abs(math.log(agreement.perplexity_ratio))
-    if not agreement.kl <= MOST_BF16_KL or change > MAX_PERPLEXITY_CHANGE + ERRORS * agreement.nats_error:
+    same = exactly.top1 >= MIN_TOP1 and agreement.kl <= MOST_BF16_KL
+    if not same or change > MAX_PERPLEXITY_CHANGE + ERRORS * agreement.nats_error:
         raise VerificationError(
-            f"transformers reads another model: KL {agreement.kl:.5f}, perplexity × {agreement.perplexity_ratio:.4f}. It was "
-            "not left behind."
+            f"transformers reads another model: KL {agreement.kl:.5f}, perplexity × {agreement.perplexity_ratio:.4f}, and the "
+            f"argmax of the model rounded to bf16 at {exactly.top1:.2%} of the positions. It was not left behind."
         )
     against = "the model" if loaded.plan is None else "the model, activations not quantised"
-    limits = f"what rounding to bf16 may do: KL {MOST_BF16_KL}, perplexity within 0.1 % and three standard errors"
-    return Check([Row("transformers", against, agreement)], limits, prompt.text, ours, theirs)
+    limits = f"what rounding to bf16 may do: KL {MOST_BF16_KL}, perplexity within 0.1 % and three standard errors; and the "
+    limits += f"argmax of the model so rounded at {MIN_TOP1:.1%}"
+    rows = [Row("transformers", against, agreement), Row("transformers", f"{against}, rounded to bf16", exactly)]
+    return Check(rows, limits, prompt.text, ours, theirs)
+
+
+@contextmanager
+def _bf16_weights(model: torch.nn.Module) -> Iterator[None]:
+    """The model with its matrices, and the scales of ternary ones, rounded to bf16 while the block runs."""
+    packed = [module for module in model.modules() if isinstance(module, PackedLinear | PackedEmbedding)]
+    tensors = [p for p in model.parameters() if p.ndim >= 2] + [module.scale for module in packed]
+    before = [tensor.data for tensor in tensors]
+    for tensor in tensors:
+        tensor.data = tensor.data.bfloat16().to(tensor.dtype)
+    try:
+        yield
+    finally:
+        for tensor, data in zip(tensors, before, strict=True):
+            tensor.data = data
 
 
 def check_llama_cpp(loaded: Loaded, file: Path, windows: Tensor) -> Check:
