@@ -45,9 +45,10 @@ def make(run: Path, size: str, form: str) -> int:
     from trilobit.infer.foreign import sites_of
     from trilobit.infer.stored import PACKED_FILE
     from trilobit.nn.packed import PackedEmbedding, PackedLinear
-    from trilobit.storage import Entry, atomic_directory, stream_tensors, write_json
+    from trilobit.storage import atomic_directory, write_json
     from trilobit.surgery.roles import Roles, decoder_layers
     from trilobit.surgery.ternary import TernarySpec, apply_plan, make_plan
+    from trilobit.tensors import Entry, stream_tensors
 
     class Random(Source):
         def packed(self, path: str) -> PackedLinear | PackedEmbedding:

@@ -44,8 +44,8 @@ from trilobit.infer.hf import sample_windows
 from trilobit.infer.load import load, load_pretrained
 from trilobit.listener import Listener
 from trilobit.measure.perplexity import nats, text_windows
-from trilobit.storage import weights_fingerprint
 from trilobit.surgery.roles import vocabulary_size
+from trilobit.tensors import weights_fingerprint
 from trilobit.train import tune
 from trilobit.train.data import from_tokens
 from trilobit.train.loop import Interrupted

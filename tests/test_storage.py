@@ -11,14 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from trilobit import storage
+from trilobit import locks, storage
 from trilobit.errors import ModelError, OutputError
-from trilobit.storage import MANIFEST, alone_in, atomic_directory, is_whole, verify_manifest, write_json
+from trilobit.locks import alone_in
+from trilobit.storage import MANIFEST, atomic_directory, is_whole, verify_manifest, write_json
 
 KILLED = """
 import os, sys
 from pathlib import Path
-from trilobit import storage
+from trilobit import locks, storage
 where = sys.argv[2]
 def die(*args):
     os._exit(9)
@@ -66,7 +67,7 @@ def test_one_process_at_a_time_works_in_a_directory(tmp_path: Path) -> None:
     for left in (tmp_path / ".model.partial-1", tmp_path / "checkpoints" / ".step-2.partial-1"):
         left.mkdir(parents=True)
         (left / "half").write_text("")
-    code = "import os, sys; from pathlib import Path; from trilobit.storage import alone_in\n"
+    code = "import os, sys; from pathlib import Path; from trilobit.locks import alone_in\n"
     code += "with alone_in(Path(sys.argv[1])):\n    print('in', flush=True); sys.stdin.read(); os._exit(9)"
     command = [sys.executable, "-c", code, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
@@ -160,7 +161,7 @@ def test_what_another_machine_works_on_is_left_alone(tmp_path: Path) -> None:
     """A writer clears what its own machine left, partial or just begun: locks of another may not be seen here (old code: it
     deleted the other's). A run directory is its holder's, whoever wrote there, but for what a process holds (old code: an
     export into it lost its directory)."""
-    host = storage._host()
+    host = locks.host_name()
     there = leave(tmp_path, "out", "0" * 8)
     young = leave(tmp_path, "out", host, "begun")
     for gone in (leave(tmp_path, "out", host), leave(tmp_path, "out2", host, "begun", 100.0)):
@@ -176,7 +177,7 @@ def test_what_another_machine_works_on_is_left_alone(tmp_path: Path) -> None:
 
 def test_what_cannot_be_cleared_away_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Something left by another user, or cleared by another process at the same moment (old code: a refusal, a traceback)."""
-    leave(tmp_path, "out", storage._host())
+    leave(tmp_path, "out", locks.host_name())
 
     def refuse(path: Path, ignore_errors: bool = False) -> None:
         if not ignore_errors:
@@ -189,16 +190,16 @@ def test_what_cannot_be_cleared_away_is_no_obstacle(tmp_path: Path, monkeypatch:
 
 def test_a_machine_has_one_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Of its running kernel, else of the network; partial directories carry it."""
-    name = storage._host()
+    name = locks.host_name()
     with atomic_directory(tmp_path / "out") as partial:
         assert partial.name.startswith(f".out.partial-{name}-")
-    storage._host.cache_clear()
-    monkeypatch.setattr(storage, "BOOT", tmp_path / "missing")
+    locks.host_name.cache_clear()
+    monkeypatch.setattr(locks, "BOOT", tmp_path / "missing")
     monkeypatch.setattr("socket.gethostname", lambda: "somewhere")
     try:
-        assert storage._host() == hashlib.sha256(b"somewhere").hexdigest()[:8] != name
+        assert locks.host_name() == hashlib.sha256(b"somewhere").hexdigest()[:8] != name
     finally:
-        storage._host.cache_clear()
+        locks.host_name.cache_clear()
 
 
 @pytest.mark.parametrize("there", ["directory", "file", "link"])

@@ -10,47 +10,31 @@ import errno
 import glob
 import hashlib
 import json
-import math
 import os
-import secrets
 import shutil
-import socket
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trilobit.errors import ModelError, OutputError
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
+from trilobit.locks import clear_left, discard, host_name, locked, own_name
 
 MANIFEST = "manifest.json"
 MENTIONED = 3  # of what is in the way
-MOST_BYTES = 5_000_000_000  # of a file, as hubs like it
-_DTYPES = {
-    "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16", "torch.uint8": "U8", "torch.int8": "I8",
-    "torch.int32": "I32", "torch.int64": "I64",
-}  # fmt: skip
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # fcntl.h, linux/fs.h
-BOOT = Path("/proc/sys/kernel/random/boot_id")
-BEGUN_SECONDS = 60.0  # a directory that is not locked yet is younger
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON through a temporary file, so that a reader never sees half of it."""
-    partial = path.with_name(f".{path.name}.partial-{_own()}")
+    partial = path.with_name(f".{path.name}.partial-{own_name()}")
     text = json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n"
     try:
         partial.write_text(text, encoding="utf-8")
         _fsync(partial)
         os.replace(partial, path)
     except OSError as error:
-        _discard(partial)
+        discard(partial)
         raise OutputError(f"cannot write {path}: {error.strerror or error}. Nothing was left behind.") from error
 
 
@@ -104,7 +88,7 @@ def atomic_file(target: Path) -> Iterator[Path]:
             _fsync(target.parent)
         except BaseException:
             for file in moved:
-                _discard(file)
+                discard(file)
             raise
 
 
@@ -112,7 +96,7 @@ def atomic_file(target: Path) -> Iterator[Path]:
 def _partial_directory(target: Path) -> Iterator[Path]:
     """An empty directory beside `target` while the block runs, held by a lock: one that nobody holds was left by a writer that
     was killed, and is cleared away by the next one of the same name on that machine (locks may not reach others)."""
-    partial = target.with_name(f".{target.name}.partial-{_own()}")
+    partial = target.with_name(f".{target.name}.partial-{own_name()}")
     begun = partial.with_name(partial.name.replace(".partial-", ".begun-"))
     held: list[int] = []
     try:
@@ -120,63 +104,18 @@ def _partial_directory(target: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         for folder in made:
             _fsync(folder.parent)
-        _clear_left(target.parent, glob.escape(target.name), f"{_host()}-")
+        clear_left(target.parent, glob.escape(target.name), f"{host_name()}-")
         begun.mkdir()
-        held += [lock for lock in [_locked(begun)] if lock is not None]
+        held += [lock for lock in [locked(begun)] if lock is not None]
         os.replace(begun, partial)  # under this name it is held already
         yield partial
     except OSError as error:
         raise OutputError(f"cannot write {target}: {error.strerror or error}. Nothing was left behind.") from error
     finally:
-        _discard(begun)
-        _discard(partial)
+        discard(begun)
+        discard(partial)
         for lock in held:
             os.close(lock)
-
-
-def _clear_left(directory: Path, name: str, host: str = "", locks: bool = True) -> None:
-    """Remove what killed writers of `name` (a pattern) left in `directory`, as far as it may be removed. host: only what begins
-    with that. locks: only what no process holds."""
-    for kind, age in (("partial", -math.inf), ("begun", BEGUN_SECONDS)):
-        for left in directory.glob(f".{name}.{kind}-{host}*"):
-            lock = _locked(left)
-            with suppress(OSError):  # another one has cleared it
-                if (lock is not None or not locks) and time.time() - left.stat().st_mtime > age:
-                    _discard(left)
-            if lock is not None:
-                os.close(lock)
-
-
-def _locked(directory: Path) -> int | None:
-    """A descriptor that holds `directory` until it is closed, or the process ends; None where another holds it, or there are no
-    such locks (Windows, some network file systems)."""
-    try:
-        import fcntl
-
-        handle = os.open(directory, os.O_RDONLY)
-    except (ImportError, OSError):
-        return None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(handle)
-        return None
-    return handle
-
-
-def _own() -> str:
-    """A name that no other writer has, on any machine: containers often give their processes the same numbers."""
-    return f"{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
-
-
-@cache
-def _host() -> str:
-    """Eight digits for the running kernel, whose processes see each other's locks."""
-    try:
-        name = BOOT.read_text(encoding="ascii").strip()
-    except (OSError, ValueError):  # not Linux
-        name = socket.gethostname()
-    return hashlib.sha256(name.encode()).hexdigest()[:8]
 
 
 def is_whole(directory: Path) -> bool:
@@ -209,35 +148,6 @@ def verify_manifest(directory: Path, part: int = 0, parts: int = 1) -> None:
 def recorded_sha256(directory: Path, name: str) -> str:
     """What the manifest of `directory` says of a file, without reading the file."""
     return read_json(directory / MANIFEST)["files"][name]["sha256"]
-
-
-@contextmanager
-def alone_in(directory: Path) -> Iterator[None]:
-    """Hold `directory` as the only process that works in it, and clear away what killed ones left half-written, on any machine:
-    a run goes on where there is room. What a process holds, such as an export into it, is left alone.
-
-    Raises OutputError if another process on this machine holds it. The system lets go when a process ends, however it ends.
-    Where there are no such locks (Windows, some network file systems), nothing is held.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            locks = True
-        except BlockingIOError as error:
-            raise OutputError(f"{directory} is in use: another process is working in it.") from error
-        except OSError:  # a file system without locks
-            locks = False
-        for folder in (directory, directory / "checkpoints"):
-            _clear_left(folder, "*", locks=locks)
-        yield
-    finally:
-        os.close(handle)
 
 
 def require_new_directory(path: Path, hint: str) -> None:
@@ -286,89 +196,6 @@ def require_free_space(path: Path, needed: int, purpose: str) -> None:
         raise OutputError(f"{purpose} needs {needed / 1e9:.2f} GB under {path}, but {free / 1e9:.2f} GB are free.")
 
 
-def weights_fingerprint(model: "nn.Module") -> str:
-    """SHA-256 of every parameter's name, dtype, shape and bytes, which no device and no number of threads changes."""
-    import torch
-
-    found = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        found.update(repr((name, str(parameter.dtype), tuple(parameter.shape))).encode())
-        found.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
-
-
-def save_tensors(tensors: "dict[str, Tensor]", path: Path) -> None:
-    """Write a safetensors file. Raises OutputError where the disk refuses."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, path, {"format": "pt"})
-    except SafetensorError as error:
-        raise OutputError(f"cannot write {path.name}: {error}. Nothing was left behind.") from error
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A tensor to be stored, and how to get it when its turn comes."""
-
-    name: str
-    dtype: "torch.dtype"
-    shape: tuple[int, ...]
-    read: Callable[[], "Tensor"]
-
-    @property
-    def bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-def stream_tensors(
-    entries: list[Entry],
-    directory: Path,
-    stem: str = "model",
-    most: int = MOST_BYTES,
-    each: Callable[[int, int], None] = lambda done, total: None,
-) -> None:
-    """Write entries as STEM.safetensors with one tensor in memory at a time; as several files with an index where they hold
-    more than `most` bytes. each: told how many are written, and of how many. Raises OutputError where the disk refuses."""
-    import torch
-
-    shards: list[list[Entry]] = [[]]
-    for entry in entries:
-        if shards[-1] and sum(e.bytes for e in shards[-1]) + entry.bytes > most:
-            shards.append([])
-        shards[-1].append(entry)
-    names = [f"{stem}.safetensors"]
-    if len(shards) > 1:
-        names = [f"{stem}-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-        where = {entry.name: name for name, shard in zip(names, shards, strict=True) for entry in shard}
-        size = sum(entry.bytes for entry in entries)
-        write_json(directory / f"{stem}.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": where})
-    written = 0
-    for name, shard in zip(names, shards, strict=True):
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        start = 0
-        for entry in shard:
-            header[entry.name] = {
-                "dtype": _DTYPES[str(entry.dtype)], "shape": list(entry.shape), "data_offsets": [start, start + entry.bytes],
-            }  # fmt: skip
-            start += entry.bytes
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        try:
-            with (directory / name).open("wb") as file:
-                file.write(len(text).to_bytes(8, "little") + text)
-                for entry in shard:
-                    tensor = entry.read().detach().to("cpu", entry.dtype).contiguous()
-                    assert tensor.shape == entry.shape, (entry.name, tensor.shape, entry.shape)
-                    data: Any = tensor.view(-1).view(torch.uint8).numpy()
-                    file.write(data.data)  # not tofile, which does not notice that the disk is full for the last bytes
-                    written += 1
-                    each(written, len(entries))
-        except OSError as error:
-            raise OutputError(f"cannot write {name}: {error.strerror or error}. Nothing was left behind.") from error
-
-
 def _exchange(new: Path, old: Path) -> None:
     """Swap two directories in one step where the kernel can (Linux), else by two renames."""
     try:
@@ -377,7 +204,7 @@ def _exchange(new: Path, old: Path) -> None:
         swapped = False
     if swapped:
         return
-    aside = old.with_name(f".{old.name}.replaced-{_own()}")
+    aside = old.with_name(f".{old.name}.replaced-{own_name()}")
     os.replace(old, aside)
     try:
         os.replace(new, old)
@@ -446,20 +273,3 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def remove_directory(path: Path) -> None:
-    """Delete a directory or file if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    elif path.exists():
-        path.unlink()
-
-
-def _discard(path: Path) -> None:
-    """Delete a directory or file of ours as far as that goes: another process may be at it, too, or another user own it."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with suppress(OSError):
-            path.unlink()

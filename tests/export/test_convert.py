@@ -21,7 +21,8 @@ from trilobit.infer.gguf_file import open_gguf
 from trilobit.infer.load import load
 from trilobit.kernels import native
 from trilobit.listener import Listener
-from trilobit.storage import read_json, stream_tensors, verify_manifest, write_json
+from trilobit.storage import read_json, verify_manifest, write_json
+from trilobit.tensors import stream_tensors
 
 pytestmark = pytest.mark.filterwarnings(  # torch's own imports, on the way to transformers' bitnet classes
     "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"

@@ -25,9 +25,9 @@ from trilobit.infer.stored import PACKED_FILE
 from trilobit.nn.packed import PackedLinear
 from trilobit.nn.ternary import TernaryLinear, ternary_modules
 from trilobit.quant import Granularity
-from trilobit.storage import Entry
 from trilobit.surgery.roles import Roles, find_roles
 from trilobit.surgery.ternary import Activations, Cover, Placement, Plan, TernarySpec, make_plan, ternarize
+from trilobit.tensors import Entry
 
 pytestmark = pytest.mark.filterwarnings(  # torch's own imports, on the way to transformers' bitnet classes
     "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"

@@ -10,7 +10,7 @@ from export.test_hf import PROBE, TOKENIZER, made
 from trilobit.errors import ModelError
 from trilobit.export import hf
 from trilobit.export.source import Source, StoredSource
-from trilobit.storage import Entry, stream_tensors
+from trilobit.tensors import Entry, stream_tensors
 
 pytestmark = pytest.mark.filterwarnings(  # torch's own imports, on the way to transformers' bitnet classes
     "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"

@@ -11,7 +11,7 @@ from torch import nn
 
 from trilobit.config.pretrain import PretrainConfig
 from trilobit.config.tune import TuneConfig
-from trilobit.storage import weights_fingerprint
+from trilobit.tensors import weights_fingerprint
 from trilobit.train import record
 
 

@@ -26,9 +26,9 @@ from trilobit.config.tune import TuneConfig
 from trilobit.errors import ConfigError, DataError, ModelError, NonFiniteError, OutputError, TrilobitError
 from trilobit.infer.load import load
 from trilobit.listener import Listener
+from trilobit.locks import alone_in
 from trilobit.measure.perplexity import nats
 from trilobit.nn.ternary import ternary_modules
-from trilobit.storage import alone_in
 from trilobit.train import data as data_module
 from trilobit.train import layers as layers_module
 from trilobit.train import objective as objective_module

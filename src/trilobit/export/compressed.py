@@ -38,7 +38,7 @@ from trilobit.fourbit.protocol import PRESETS, Protocol
 from trilobit.fourbit.quarot import head_width
 from trilobit.infer.load import load
 from trilobit.listener import Listener
-from trilobit.storage import Entry, stream_tensors
+from trilobit.tensors import Entry, stream_tensors
 
 FORM = "compressed-tensors"
 BITS = "4-16-16"

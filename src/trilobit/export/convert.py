@@ -29,7 +29,8 @@ from trilobit.export.verification import Check, verify
 from trilobit.infer.engine import require_library
 from trilobit.infer.load import locate
 from trilobit.listener import SILENT, Listener, timed
-from trilobit.storage import atomic_directory, atomic_file, require_new_directory, require_new_file, stream_tensors
+from trilobit.storage import atomic_directory, atomic_file, require_new_directory, require_new_file
+from trilobit.tensors import stream_tensors
 
 
 @dataclass(frozen=True)

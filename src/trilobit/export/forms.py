@@ -24,7 +24,7 @@ from trilobit.errors import ConfigError, VerificationError
 from trilobit.export.source import Source
 from trilobit.formats import Bitnet, TwoBit
 from trilobit.infer.stored import SMALL_GAIN
-from trilobit.storage import Entry
+from trilobit.tensors import Entry
 
 Form = Literal["autobitlinear", "bitlinear", "dense", "packed"]
 Store = Literal["bf16", "fp32"]

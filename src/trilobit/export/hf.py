@@ -22,8 +22,9 @@ from trilobit.export.source import Source
 from trilobit.export.verify import Agreement, compare, load_stock, noise_floor
 from trilobit.infer.hub import names_a_place
 from trilobit.infer.stored import CARD, PACKED_FILE, read_ours
-from trilobit.storage import atomic_directory, read_json, save_tensors, stream_tensors, write_json
+from trilobit.storage import atomic_directory, read_json, write_json
 from trilobit.surgery.ternary import Plan
+from trilobit.tensors import save_tensors, stream_tensors
 
 PLACES = ("_name_or_path", "_model_name_or_path", "name_or_path")  # where transformers notes what was loaded
 

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from trilobit.errors import VerificationError
 from trilobit.export.verify import Agreement, agreement_of
-from trilobit.storage import read_json, save_tensors
+from trilobit.storage import read_json
+from trilobit.tensors import save_tensors
 
 TOP = 1024
 CONTINUED = 24  # tokens of the prompt's continuation

@@ -30,11 +30,11 @@ from trilobit.fourbit.protocol import PRESETS, Protocol, find_protocol
 from trilobit.infer.load import load
 from trilobit.infer.loaded import Loaded, pick_device
 from trilobit.listener import Listener
+from trilobit.locks import remove_directory
 from trilobit.measure.contextual import measure_contextual
 from trilobit.measure.perplexity import Perplexity, Text, fitting, measure, read
 from trilobit.measure.scores import TaskScore, averages, compared
 from trilobit.measure.tasks import Tasks, offline
-from trilobit.storage import remove_directory
 
 ORIGINAL = "original"
 COLUMNS: dict[str, tuple[Method, Rotation]] = {

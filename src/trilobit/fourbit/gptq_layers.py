@@ -26,9 +26,10 @@ from trilobit.fourbit.memory import require_available
 from trilobit.fourbit.progress import fingerprint, read_kept
 from trilobit.fourbit.protocol import Protocol
 from trilobit.listener import SILENT, Listener
-from trilobit.storage import atomic_directory, is_whole, read_json, require_free_space, save_tensors, write_json
+from trilobit.storage import atomic_directory, is_whole, read_json, require_free_space, write_json
 from trilobit.surgery.layerwise import Stopped, first_layer_inputs, hidden_states_of, layer_calls
 from trilobit.surgery.roles import decoder_layers, evaluating
+from trilobit.tensors import save_tensors
 
 WEIGHTS, SCALES, RECORD = "weights.safetensors", "scales.safetensors", "layer.json"
 

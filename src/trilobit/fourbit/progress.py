@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from trilobit.errors import ModelError, OutputError
 from trilobit.fourbit.protocol import Protocol
-from trilobit.storage import verify_manifest, weights_fingerprint
+from trilobit.storage import verify_manifest
+from trilobit.tensors import weights_fingerprint
 
 FORMAT = 2
 """Of what is kept: raised where the arithmetic or the files change."""

@@ -23,8 +23,9 @@ from trilobit.fourbit.quarot import quarot, turned
 from trilobit.fourbit.rtn import Grid, Quantizer, round_to_nearest
 from trilobit.fourbit.spinquant import LearnedRotation, learn
 from trilobit.listener import Listener
-from trilobit.storage import atomic_directory, is_whole, read_json, save_tensors, write_json
+from trilobit.storage import atomic_directory, is_whole, read_json, write_json
 from trilobit.surgery.rotate import Rotation, RotationReport
+from trilobit.tensors import save_tensors
 
 MATRIX = "rotation.safetensors"
 

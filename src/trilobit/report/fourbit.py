@@ -20,10 +20,11 @@ from trilobit.fourbit.evaluate import ORIGINAL, Cell, Facts, Measure, plan
 from trilobit.fourbit.protocol import Protocol
 from trilobit.fourbit.result import QuantizeResult, footnotes, grid_rows, markdown
 from trilobit.listener import SILENT, Listener
+from trilobit.locks import alone_in, remove_directory
 from trilobit.measure.scores import TaskScore
 from trilobit.measure.tasks import opened, wanted
 from trilobit.report.fourbit_plots import plot_perplexity
-from trilobit.storage import alone_in, atomic_directory, read_json, remove_directory, require_new_run, write_json
+from trilobit.storage import atomic_directory, read_json, require_new_run, write_json
 from trilobit.train.record import require_same_settings, run_facts
 
 FREE_TO_CHANGE = frozenset({"resume", "out", "device", "sequences"})

@@ -16,16 +16,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from trilobit.errors import ModelError
-from trilobit.storage import (
-    MANIFEST,
-    atomic_directory,
-    read_json,
-    remove_directory,
-    require_free_space,
-    save_tensors,
-    verify_manifest,
-    write_json,
-)  # fmt: skip
+from trilobit.locks import remove_directory
+from trilobit.storage import MANIFEST, atomic_directory, read_json, require_free_space, verify_manifest, write_json
+from trilobit.tensors import save_tensors
 from trilobit.train.pieces import Piece, whole_pieces
 
 RANDOM, RANDOM_CUDA = "random_state", "random_state_cuda"

@@ -26,10 +26,11 @@ from trilobit.infer.loaded import load_tokenizer
 from trilobit.infer.quiet import quiet_transformers
 from trilobit.listener import SILENT, Listener
 from trilobit.measure.perplexity import nats, perplexity
-from trilobit.storage import atomic_directory, is_whole, weights_fingerprint
+from trilobit.storage import atomic_directory, is_whole
 from trilobit.surgery.fold import fold
 from trilobit.surgery.outlier_safe import outlier_safe
 from trilobit.surgery.roles import vocabulary_size
+from trilobit.tensors import weights_fingerprint
 from trilobit.train.architecture import LLAMAS, fit_vocabulary, read_architecture
 from trilobit.train.data import Tokens
 from trilobit.train.head_loss import LateHead

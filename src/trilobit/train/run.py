@@ -22,9 +22,11 @@ from trilobit.config.training import TrainingConfig
 from trilobit.errors import ConfigError, DataError, ModelError, OutputError
 from trilobit.infer.loaded import pick_device
 from trilobit.listener import SILENT, Listener
+from trilobit.locks import alone_in
 from trilobit.measure.perplexity import nats
-from trilobit.storage import alone_in, read_json, require_free_space, require_new_run, weights_fingerprint, write_json
+from trilobit.storage import read_json, require_free_space, require_new_run, write_json
 from trilobit.surgery.roles import decoder_layers
+from trilobit.tensors import weights_fingerprint
 from trilobit.train.checkpoint import BYTES_PER_PARAMETER, list_checkpoints
 from trilobit.train.data import Tokens
 from trilobit.train.distributed import Team, require_even_parts

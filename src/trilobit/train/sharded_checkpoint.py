@@ -22,7 +22,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trilobit.errors import OutputError, TrilobitError
-from trilobit.storage import atomic_directory, flushed, require_free_space, save_tensors, write_json
+from trilobit.storage import atomic_directory, flushed, require_free_space, write_json
+from trilobit.tensors import save_tensors
 from trilobit.train.checkpoint import (
     BYTES_PER_PARAMETER,
     Progress,

@@ -9,8 +9,8 @@ from trilobit.config.tune import TuneConfig
 from trilobit.errors import ConfigError
 from trilobit.infer.hf import sample_windows
 from trilobit.infer.loaded import Loaded
-from trilobit.storage import weights_fingerprint
 from trilobit.surgery.roles import vocabulary_size
+from trilobit.tensors import weights_fingerprint
 from trilobit.train.data import Tokens, from_tokens, prepare
 from trilobit.train.loop import Signals
 

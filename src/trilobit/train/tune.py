@@ -29,10 +29,10 @@ from trilobit.infer.load import load_pretrained
 from trilobit.listener import SILENT, Listener
 from trilobit.measure.perplexity import nats, perplexity, require_positions
 from trilobit.nn.ternary import ternary_modules
-from trilobit.storage import weights_fingerprint
 from trilobit.surgery.roles import find_roles
 from trilobit.surgery.single_scale import hold_single_scales, release_single_scales, single_scale_norms
 from trilobit.surgery.ternary import Plan, TernarySpec, apply_plan, make_plan, measure_rms, set_gains, set_strengths
+from trilobit.tensors import weights_fingerprint
 from trilobit.train.checkpoint import list_checkpoints
 from trilobit.train.data import Tokens
 from trilobit.train.flips import watch_flips
