@@ -8,8 +8,8 @@ from pathlib import Path
 import trilobit
 
 ORDER = [
-    "errors", "locks", "storage", "tensors", "listener", "corpus", "config", "recipes", "quant", "formats", "kernels", "nn", "surgery",
-    "infer", "measure", "fourbit", "export", "train", "report", "demo", "doctor", "cli",
+    "errors", "locks", "storage", "tensors", "listener", "corpus", "config", "recipes", "quant", "formats", "kernels", "nn",
+    "surgery", "infer", "measure", "fourbit", "export", "train", "report", "demo", "doctor", "cli",
 ]  # fmt: skip
 ROOT = Path(trilobit.__file__).parent
 
