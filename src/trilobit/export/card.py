@@ -8,6 +8,7 @@ from typing import Any
 from trilobit import __version__
 from trilobit.errors import TrilobitError
 from trilobit.export.verification import Check
+from trilobit.infer.hub import HUB_SECONDS, names_a_place
 from trilobit.storage import read_json
 
 RUN = {
@@ -21,7 +22,6 @@ PARTS = ("model", "latent")  # of a run: what they are called says nothing
 EMBEDDED = Path(__file__).resolve().parents[1] / "assets" / "model"
 TERNARY_TAGS = ("ternary", "1.58-bit")
 LICENCE = ("license", "license_name", "license_link")  # in a card's metadata; the others say which one `other` is
-HUB_SECONDS = 10.0
 LIBRARY = {"native": "trilobit", "gguf": "gguf"}  # all else: transformers
 
 
@@ -66,7 +66,7 @@ def is_hub_id(base: str, lies: str | None = None) -> bool:
     "directory"; a relative place may not be seen from here."""
     if lies is not None:
         return lies == "hub"
-    return base.count("/") == 1 and not base.startswith((".", "/", "~", "out/")) and not Path(base).exists()
+    return base.count("/") == 1 and not names_a_place(base)
 
 
 def licence_of(base: str | None, lies: str | None = None) -> dict[str, Any]:
@@ -79,9 +79,7 @@ def licence_of(base: str | None, lies: str | None = None) -> dict[str, Any]:
         if lies != "hub" and Path(base).is_dir():
             found = ModelCard.load(Path(base) / "README.md").data
         elif is_hub_id(base, lies):
-            found = (
-                HfApi().model_info(base, timeout=HUB_SECONDS).card_data
-            )  # one question: downloads are tried for half a minute
+            found = HfApi().model_info(base, timeout=HUB_SECONDS).card_data  # one question: fetching tries for half a minute
         else:
             return {}
     except Exception:  # the hub client raises nearly every kind there is

@@ -7,8 +7,8 @@
 
 llama.cpp quantises activations in blocks of its own, or not at all, so it is not the same model to the last digit. How far
 int8 activations take this very model from none is the measure: KL(ours ‖ llama.cpp) ≤ 2 × KL(int8 ‖ none, embedding and head
-rounded as the file has them), and the loss the same within 1 % of perplexity and three standard errors. Ordinary models:
-KL ≤ 0.001. Both must make the same tokens of text.
+rounded as the file has them, and what a quantised head reads as llama.cpp rounds that), and the loss the same within 1 % of
+perplexity and three standard errors. Ordinary models: KL ≤ 0.001. Both must make the same tokens of text.
 """
 
 import json
@@ -49,6 +49,7 @@ PROBE_WINDOWS = {"gguf": 8, "hf": 32, "bf16": 32, "compressed-tensors": 32}  # 1
 LEAST_POSITIONS = 1000  # of a text that the user gave
 MOST_TIMES, MOST_BF16_KL = 2.0, 0.001
 ROUNDED_WINDOWS = 8
+LEAST_SHOWN = 1e-4  # nats: smaller ones are written with an exponent
 MOST_CHANGE, ERRORS = 0.01, 3.0  # of perplexity; and standard errors
 TRICKY = ["Hello, ﬁ ½①", "  two spaces\n\n\ttab", "don't, it's 12345 naïve café — 你好 🙂", "def f(x):\n    return x ** 2\n"]
 
@@ -81,7 +82,8 @@ class Check:
         lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
         for row in self.rows:
             a = row.agreement
-            numbers = f"{a.positions:,} | {a.top1:.2%} | {a.mean_difference:.4f} | {a.kl:.5f} | × {a.perplexity_ratio:.4f}"
+            kl = f"{a.kl:.5f}" if abs(a.kl) >= LEAST_SHOWN else f"{a.kl:.1e}"
+            numbers = f"{a.positions:,} | {a.top1:.2%} | {a.mean_difference:.4f} | {kl} | × {a.perplexity_ratio:.4f}"
             lines.append(f"| {row.reader} | {row.against} | {numbers} |")
         lines += ["", f"Limits: {self.limits}."]
         if self.prompt:
@@ -214,14 +216,21 @@ def _bf16_weights(model: torch.nn.Module) -> Iterator[None]:
     """The model with its matrices, and the scales of ternary ones, rounded to bf16 while the block runs."""
     packed = [module for module in model.modules() if isinstance(module, PackedLinear | PackedEmbedding)]
     tensors = [p for p in model.parameters() if p.ndim >= 2] + [module.scale for module in packed]
-    before = [tensor.data for tensor in tensors]
-    for tensor in tensors:
-        tensor.data = tensor.data.bfloat16().to(tensor.dtype)
+    with _values([(tensor, tensor.data.bfloat16().to(tensor.dtype)) for tensor in tensors]):
+        yield
+
+
+@contextmanager
+def _values(instead: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Other values in parameters and buffers while the block runs."""
+    before = [tensor.data for tensor, _ in instead]
+    for tensor, value in instead:
+        tensor.data = value
     try:
         yield
     finally:
-        for tensor, data in zip(tensors, before, strict=True):
-            tensor.data = data
+        for (tensor, _), value in zip(instead, before, strict=True):
+            tensor.data = value
 
 
 def check_llama_cpp(loaded: Loaded, file: Path, windows: Tensor) -> Check:
@@ -272,22 +281,28 @@ def _own_distance(model: torch.nn.Module, windows: Tensor, rounded: "Rounded") -
 
 @dataclass
 class Rounded:
-    """Embedding and head of a model as a type of ggml's holds them. kind: of the head, "" where there is nothing to round."""
+    """Embedding and head of a model as llama.cpp has them. kind: of the head, "" where there is nothing to round; values: the
+    matrices, rounded; head: whose inputs are rounded as well, in blocks of 32 to 8 bits, where its weights are quantised."""
 
     kind: str
-    values: list[tuple[torch.nn.Parameter, Tensor]]
+    values: list[tuple[Tensor, Tensor]]
+    head: torch.nn.Module
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """The model with these values while the block runs."""
-        before = [parameter.data for parameter, _ in self.values]
-        for parameter, value in self.values:
-            parameter.data = value
+        """The model with these while the block runs."""
+        from trilobit.export.gguf_blocks import rounded
+
+        def inputs(module: torch.nn.Module, given: tuple[Tensor, ...]) -> Tensor:
+            return rounded(given[0], "q8_0")
+
+        handle = self.head.register_forward_pre_hook(inputs) if self.kind in ("q8_0", "q6_k") else None
         try:
-            yield
+            with _values(self.values):
+                yield
         finally:
-            for (parameter, _), value in zip(self.values, before, strict=True):
-                parameter.data = value
+            if handle is not None:
+                handle.remove()
 
 
 def _ends_as_stored(model: Any, file: Path) -> Rounded:
@@ -295,13 +310,13 @@ def _ends_as_stored(model: Any, file: Path) -> Rounded:
     from trilobit.export.gguf_blocks import KINDS, rounded
 
     tensors, kinds = open_gguf(file).tensors, {number: kind for kind, (_, _, number) in KINDS.items()}
-    found: dict[int, tuple[torch.nn.Parameter, Tensor]] = {}
+    found: dict[int, tuple[Tensor, Tensor]] = {}
     name = "output.weight" if "output.weight" in tensors else "token_embd.weight"
     for stored, module in ((name, model.get_output_embeddings()), ("token_embd.weight", model.get_input_embeddings())):
         weight = getattr(module, "weight", None)
         if isinstance(weight, torch.nn.Parameter) and tensors[stored].ternary is None:
             found.setdefault(id(weight), (weight, rounded(weight, kinds[tensors[stored].kind])))
-    return Rounded(kinds[tensors[name].kind] if found else "", list(found.values()))
+    return Rounded(kinds[tensors[name].kind] if found else "", list(found.values()), model.get_output_embeddings())
 
 
 def check(loaded: Loaded, artefact: Path, to: str, data: str | None) -> Check:
