@@ -118,6 +118,7 @@ def main() -> None:
     gradients = [torch.randn(s, generator=generator, device=arguments.device) * 1e-3 for s in shapes]
     optimizers = {
         "trilobit": Muon([{"params": weights, "muon": True}], 1e-3, (0.9, 0.95), weight_decay=0.01),
+        "… momentum in int8": Muon([{"params": weights, "muon": True}], 1e-3, (0.9, 0.95), weight_decay=0.01, state="int8"),
         "torch.optim.Muon": torch.optim.Muon(weights, lr=1e-3, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         "AdamW, fused": torch.optim.AdamW(weights, lr=1e-3, weight_decay=0.01, fused=True),
     }
@@ -139,7 +140,7 @@ def main() -> None:
     for name, times in seconds.items():
         ratio = statistics.median(a / b for a, b in zip(times, seconds["torch.optim.Muon"], strict=True))
         rate = f"{work / statistics.median(times) / 1e12:.2f} TFLOP/s" if "AdamW" not in name else ""
-        print(f"{name:<18} {statistics.median(times):8.4f} s   {ratio:5.2f} of torch.optim.Muon   {rate}")
+        print(f"{name:<20} {statistics.median(times):8.4f} s   {ratio:5.2f} of torch.optim.Muon   {rate}")
     if arguments.step_seconds:
         ours, adamw = (statistics.median(seconds[name]) for name in ("trilobit", "AdamW, fused"))
         whole = (arguments.step_seconds + ours) / (arguments.step_seconds + adamw)

@@ -35,12 +35,20 @@ def main() -> None:
         "AdamW": Load(length, optimizer="adamw", recompute=False, teacher=False),
         "AdamW, activations recomputed": Load(length, optimizer="adamw", teacher=False),
         "Muon, activations recomputed": load,
-        "the same, two micro-batches a step": Load(length, accumulation=2, teacher=False),
-        "the same with a teacher, one micro-batch": Load(length, teacher=True),
+        "the same, momentum in int8, other moments in bf16": Load(length, teacher=False, state="int8"),
+        "the same, gradients in bf16 as well": Load(length, teacher=False, state="int8", gradients="bf16"),
+        "Muon and two micro-batches a step, all in fp32": Load(length, accumulation=2, teacher=False),
+        "Muon and a teacher, one micro-batch, all in fp32": Load(length, teacher=True),
     }
     for name, each in kinds.items():
-        held = [plan("llama-8b", shapes["llama-8b"], n, each, mesh="auto" if n == 1 else "fsdp").needed for n in (1, 2, 4, 8)]
-        print("| " + " | ".join([name, *(f"{size / 1e9:.0f}" for size in held)]) + " |")
+        held = []
+        for n in (1, 2, 4, 8):
+            if n == 1 or each.gradients == "fp32":
+                needed = plan("llama-8b", shapes["llama-8b"], n, each, mesh="auto" if n == 1 else "fsdp").needed
+                held.append(f"{needed / 1e9:.0f}")
+            else:
+                held.append("–")
+        print("| " + " | ".join([name, *held]) + " |")
 
 
 def row(found: Plan) -> str:

@@ -111,8 +111,9 @@ def run(config: DoctorConfig, listener: Listener = SILENT) -> "DoctorResult | Pl
         from trilobit.train.plan import Load, plan, read_shape, require_fitting
 
         load = Load(
-            config.sequence_length, config.sequences, config.accumulation, config.optimizer, config.recompute, config.teacher
-        )
+            config.sequence_length, config.sequences, config.accumulation, config.optimizer, config.recompute, config.teacher,
+            config.optimizer_state, config.gradients,
+        )  # fmt: skip
         shape = read_shape(config.plan, config.sequence_length)
         found = plan(config.plan, shape, config.gpus, load, round(config.gpu_memory * 1e9), config.mesh)
         require_fitting(found)

@@ -17,6 +17,7 @@ from trilobit import quant
 from trilobit.config.training import TrainingConfig
 from trilobit.surgery.outlier_safe import outlier_safe
 from trilobit.surgery.ternary import TernarySpec, set_strengths, ternarize
+from trilobit.train.adamw import State
 from trilobit.train.distributed import ALONE, Team
 from trilobit.train.loop import Hooks, fit, make_optimizer
 from trilobit.train.meeting import open_team
@@ -47,6 +48,7 @@ class Case:
     tied: bool = False
     steps: int = STEPS
     dropout: float = 0.0
+    state: State = "fp32"
 
 
 CASES = [
@@ -56,9 +58,10 @@ CASES = [
     Case("adamw-fp32", "adamw", torch.float32, steps=10),
     # Iterates in bf16, which magnifies last bits: after ten steps one process is 4 % from itself with its batch cut otherwise.
     Case("muon-fp32", "muon", torch.float32, steps=2),
+    Case("muon-int8", "muon", torch.float64, steps=10, state="int8"),
 ]
 TRIED = {  # on so many ranks: two accumulate two micro-batches a step
-    2: [("fsdp", 0), ("ddp", 0), ("fsdp", 1), ("fsdp", 4)],
+    2: [("fsdp", 0), ("ddp", 0), ("fsdp", 1), ("fsdp", 4), ("fsdp", 5)],
     4: [("fsdp", 0), ("hsdp:2x2", 0), ("ddp", 2), ("fsdp", 3), ("fsdp", 4)],
 }
 
@@ -66,7 +69,7 @@ TRIED = {  # on so many ranks: two accumulate two micro-batches a step
 def settings(case: Case, **changes: Any) -> TrainingConfig:
     config = TrainingConfig(
         data="d", max_tokens=STEPS * SAMPLES * LENGTH, batch_tokens=SAMPLES * LENGTH, sequence_length=LENGTH,
-        sequences=1, optimizer=case.optimizer, normuon=case.normuon, weight_decay=0.1, clip=0.5,
+        sequences=1, optimizer=case.optimizer, normuon=case.normuon, optimizer_state=case.state, weight_decay=0.1, clip=0.5,
         precision="fp32", device="cpu", seed=5,
         eval_every=10**9, checkpoint_every=10**9, warmup_fraction=0.0,
     )  # fmt: skip
@@ -204,7 +207,7 @@ def sharded_steps(folder: Path) -> dict[str, Any]:
     return counts
 
 
-DROPPING = Case("muon", "muon", torch.float64, steps=9, dropout=0.2)
+DROPPING = Case("muon", "muon", torch.float64, steps=9, dropout=0.2, state="int8")
 
 
 def interrupted(folder: Path, mesh: str = "fsdp") -> dict[str, Any]:

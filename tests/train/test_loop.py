@@ -166,12 +166,14 @@ def test_accumulation_changes_only_rounding(tmp_path: Path) -> None:
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize(("dropout", "narrow"), [(0.0, False), (0.5, False), (0.5, True)])
 @pytest.mark.parametrize("at", [1, 3, 5, 7])
-def test_a_signal_saves_and_the_rest_is_bit_exact(at: int, dropout: float, tmp_path: Path) -> None:
+def test_a_signal_saves_and_the_rest_is_bit_exact(at: int, dropout: float, narrow: bool, tmp_path: Path) -> None:
     """SIGTERM during any step stops after it with exit code 143, and the continued run's weights and log are those of one that
-    was not interrupted, with dropout and whatever random state the second process starts from."""
-    whole = train(tmp_path / "whole", Toy(dropout))
+    was not interrupted, with dropout, with moments and gradients in bf16, and whatever random state the second process starts
+    from."""
+    config = replace(CONFIG, optimizer_state="bf16", gradients="bf16") if narrow else CONFIG
+    whole = train(tmp_path / "whole", Toy(dropout), config)
 
     def stop(tokens: int) -> dict[str, float]:
         if tokens == (at - 1) * 24:
@@ -180,12 +182,12 @@ def test_a_signal_saves_and_the_rest_is_bit_exact(at: int, dropout: float, tmp_p
 
     torch.manual_seed(99)
     with Signals().watch() as signals, pytest.raises(Interrupted, match="SIGTERM") as caught:
-        train(tmp_path / "run", Toy(dropout), signals=signals, before_step=stop)
+        train(tmp_path / "run", Toy(dropout), config, signals=signals, before_step=stop)
     assert caught.value.exit_code == 143
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == [f"step-{at}"]
     assert len(rows(tmp_path / "run")) == at
     torch.manual_seed(1234)
-    resumed = train(tmp_path / "run", Toy(dropout))
+    resumed = train(tmp_path / "run", Toy(dropout), config)
     assert_same(whole, resumed)
     assert rows(tmp_path / "whole") == rows(tmp_path / "run")
 

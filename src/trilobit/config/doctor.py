@@ -29,6 +29,10 @@ class DoctorConfig:
     """Of a plan: as of `tune` and `pretrain`."""
     optimizer: Literal["adamw", "muon"] = "muon"
     """Of a plan."""
+    optimizer_state: Literal["fp32", "bf16", "int8"] = "fp32"
+    """Of a plan: as of `tune` and `pretrain`."""
+    gradients: Literal["fp32", "bf16"] = "fp32"
+    """Of a plan: likewise."""
     sequence_length: int = 4096
     """Of a plan: tokens per sequence."""
     sequences: int = 1

@@ -82,7 +82,12 @@ class TrainingConfig:
     """Largest gradient norm."""
 
     precision: Literal["fp32", "bf16"] = "bf16"
-    """Compute precision. Latent weights and optimizer state are fp32 always."""
+    """Compute precision. Latent weights are fp32 always."""
+    optimizer_state: Literal["fp32", "bf16", "int8"] = "fp32"
+    """How moments are kept between steps. bf16: half of the bytes. int8: a quarter of Muon's momentum (blocks of 256), the
+    other moments in bf16."""
+    gradients: Literal["fp32", "bf16"] = "fp32"
+    """bf16 halves them. One process only: several share them out."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1`, …"""
     compile: Literal["auto", "yes", "no"] = "auto"

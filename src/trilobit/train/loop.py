@@ -1,9 +1,10 @@
 """The training loop: one for `tune` and `pretrain`, in one process or on every rank of several (mesh.py).
 
 A step is: λ and learning rate from the tokens seen → micro-batches forward and backward → clip → refuse what is not
-finite → update → log. Latents and optimizer state are fp32 always (in bf16 latents most updates round to zero); compute
-is bf16 under autocast, or fp32. Nothing in a step waits for the device except logging: a non-finite loss or gradient is
-noticed on the device, which from then on skips every update, and is reported at the next log line.
+finite → update → log. Latents are fp32 always (in bf16 most updates round to zero), gradients and moments unless they are
+asked to be narrower (adamw.py); compute is bf16 under autocast, or fp32. Nothing in a step waits for the device except
+logging: a non-finite loss or gradient is noticed on the device, which from then on skips every update, and is reported at the
+next log line.
 """
 
 import json
@@ -19,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from trilobit.config.training import TrainingConfig
-from trilobit.errors import NonFiniteError, OutputError
+from trilobit.errors import ConfigError, NonFiniteError, OutputError
 from trilobit.nn.ternary import kept_codes
+from trilobit.train.adamw import AdamW
 from trilobit.train.checkpoint import Progress
 from trilobit.train.distill import Losses
 from trilobit.train.distributed import Ranks, parts_of_step
@@ -157,6 +159,11 @@ def make_optimizer(model: nn.Module, lr: float, config: TrainingConfig, spread: 
     spread = spread or Spread(model)
     pieces = [piece for piece in spread.pieces if piece.parameter.requires_grad]
     assert all(p.local.dtype in (torch.float32, torch.float64) for p in pieces), "latent weights are fp32, always"
+    if config.gradients == "bf16":
+        if spread.team.size > 1:
+            raise ConfigError("--gradients bf16 is for one process; several divide them among each other (--mesh fsdp).")
+        for piece in pieces:
+            piece.parameter.grad_dtype = torch.bfloat16
     routed = {id(p) for p in muon_matrices(model, config)} if config.optimizer == "muon" else set()
     parameters = [piece.local for piece in pieces]
     matrices = [piece.local for piece in pieces if id(piece.parameter) in routed]
@@ -171,13 +178,14 @@ def make_optimizer(model: nn.Module, lr: float, config: TrainingConfig, spread: 
     if config.optimizer == "muon":
         options: dict[str, Any] = {
             "coefficients": config.muon_coefficients, "scale": config.muon_scale, "normuon": config.normuon,
+            "state": config.optimizer_state,
         }  # fmt: skip
         if parameters[0].dtype == torch.float64:
             options["compute"] = torch.float64
         if isinstance(spread.team, Ranks) and spread.shard_group is not None:
             return ShardedMuon(groups, lr, BETAS, spread.pieces, spread.shard_group, spread.team.control, **options)
         return Muon(groups, lr, BETAS, **options)
-    return torch.optim.AdamW(groups, lr=lr, betas=BETAS, fused=True)
+    return AdamW(groups, lr, BETAS, state=config.optimizer_state)
 
 
 def muon_matrices(model: nn.Module, config: TrainingConfig) -> list[nn.Parameter]:

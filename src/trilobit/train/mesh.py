@@ -128,7 +128,13 @@ class Spread:
 
     def clip(self, most: float) -> Tensor:
         """Scale the gradients down to a global norm of `most`; returns the norm they had. Afterwards `pieces` have them."""
-        return nn.utils.clip_grad_norm_(self.model.parameters(), most)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if any(gradient.dtype == torch.bfloat16 for gradient in gradients):  # torch would sum them in bf16
+            norm = torch.stack([torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]).norm()
+        else:
+            norm = nn.utils.get_total_norm(gradients)
+        nn.utils.clip_grads_with_norm_(self.model.parameters(), most, norm)
+        return norm
 
     def rest(self) -> None:
         """After a forward without backward: hold no more than what this rank keeps."""

@@ -11,7 +11,8 @@ The constants of outlier-safe pre-training (arXiv 2506.19697) are the defaults: 
 iterations in bf16. `polar-express` has a polynomial of its own for each iteration (arXiv 2505.16932), which brings the
 singular values nearer to one. The iteration is over the whole logical matrix. Matrices of one shape are iterated as one
 batched product. Of tall ones A = XᵀX, and X ← X·(a + bA + cA²). Products that are symmetric, all but those with X on one side
-only, cost half where kernels/bf16.py has a kernel for them.
+only, cost half where kernels/bf16.py has a kernel for them. Momentum may be kept in bf16, or in int8 by blocks of 256, which
+an orthogonalised update bears even with evenly spaced levels (arXiv 2509.23106).
 
 Letters: N matrices of one shape, R rows, C columns.
 """
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from trilobit.kernels.bf16 import alone, apply, apply_right, commuting, gram, runs_on, threads
 from trilobit.nn.outlier_safe import EmbeddingProjection
 from trilobit.surgery.roles import decoder_layers
+from trilobit.train.adamw import AdamW, State, from_blocks, to_blocks
 
 Coefficients = Literal["quintic", "polar-express"]
 Scale = Literal["rms", "spectral"]
@@ -121,7 +123,7 @@ def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
     return [weight for weight in weights.values() if isinstance(weight, nn.Parameter)]
 
 
-class Muon(torch.optim.AdamW):
+class Muon(AdamW):
     """Muon for the parameters of groups that say `muon`, AdamW (fused) for the others. One rate serves both.
 
     groups: as for torch's optimizers; at least one must say `"muon": True` and hold a matrix. `iterated` counts the matrices
@@ -131,11 +133,9 @@ class Muon(torch.optim.AdamW):
     def __init__(
         self, groups: Iterable[dict[str, Any]], lr: float, betas: tuple[float, float], weight_decay: float = 0.0,
         coefficients: Coefficients = "quintic", scale: Scale = "rms", normuon: bool = False,
-        compute: torch.dtype = torch.bfloat16,
+        compute: torch.dtype = torch.bfloat16, state: State = "fp32",
     ):  # fmt: skip
-        super().__init__(
-            [{"muon": False, **group} for group in groups], lr=lr, betas=betas, weight_decay=weight_decay, fused=True
-        )
+        super().__init__([{"muon": False, **group} for group in groups], lr, betas, weight_decay, state)
         self.coefficients: Coefficients = coefficients
         self.scale: Scale = scale
         self.normuon, self.compute = normuon, compute
@@ -165,7 +165,7 @@ class Muon(torch.optim.AdamW):
                 shapes[parameter.shape, parameter.device].append((parameter, parameter.grad))
         for (shape, device), found in shapes.items():
             size = max(1, CHUNK_BYTES[device.type == "cpu"] // (4 * shape.numel()))
-            workspace = found[0][1].new_empty(min(size, len(found)), *shape)  # fresh memory costs more than what is done in it
+            workspace = found[0][0].new_empty(min(size, len(found)), *shape)  # fresh memory costs more than what is done in it
             with alone() if runs_on(self.compute, device) else nullcontext():
                 for start in range(0, len(found), size):
                     self._step_chunk(group, found[start : start + size], workspace)
@@ -185,9 +185,18 @@ class Muon(torch.optim.AdamW):
 
     def _accelerate(self, parameter: nn.Parameter, gradient: Tensor, out: Tensor) -> None:
         """Momentum, and into `out` what is to be orthogonalised."""
-        if "momentum" not in self.state[parameter]:
-            self.state[parameter]["momentum"] = torch.zeros_like(parameter)
-        momentum = self.state[parameter]["momentum"].mul_(MOMENTUM).add_(gradient)
+        state = self.state[parameter]
+        if self.moments_in == "int8":
+            before = from_blocks(state["momentum"], state["momentum_scale"]) if state else torch.zeros_like(parameter)
+            momentum = before.mul_(MOMENTUM).add_(gradient)
+            state["momentum"], state["momentum_scale"] = to_blocks(momentum)
+        else:
+            if not state:
+                dtype = torch.bfloat16 if self.moments_in == "bf16" else parameter.dtype
+                state["momentum"] = torch.zeros_like(parameter, dtype=dtype)
+            momentum = state["momentum"].to(parameter.dtype).mul_(MOMENTUM).add_(gradient)
+            if self.moments_in == "bf16":
+                state["momentum"].copy_(momentum)
         torch.add(gradient, momentum, alpha=MOMENTUM, out=out)
 
     def _row_moment(self, parameter: nn.Parameter) -> Tensor:

@@ -1,6 +1,7 @@
 """What training a model on many GPUs takes, before any is rented: memory, arithmetic and communication of a rank, counted.
 
     memory   latents 4·P/S + gradients 4·P/S + moments (AdamW 8, Muon 4 a matrix' number) /S + what is gathered for a while
+             (narrower gradients and moments as asked)
              + activations (measured on fake tensors: what autograd saves of one layer, and of the head) + teacher 2·P/S;
              before the first step, and to write the trained model, the whole of it once on a card, 4·P
     compute  6·(P − embeddings) + 6·L·T·D of causal attention, a token; + a forward where activations are computed again
@@ -19,7 +20,7 @@ import copy
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ from trilobit.errors import ConfigError
 from trilobit.infer.quiet import quiet_transformers
 from trilobit.nn.ternary import TernaryLinear
 from trilobit.surgery.roles import decoder_layers
+from trilobit.train.adamw import BLOCK, State
 from trilobit.train.architecture import LLAMAS, read_architecture
 from trilobit.train.distill import BLOCK_ELEMENTS
 from trilobit.train.mesh import Arrangement, arrange
@@ -43,6 +45,8 @@ FULL_SIZE: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 VOCABULARY = 49_152  # of a Llama of ours, whose own is its tokenizer's
 LEFT_FREE = 0.1
+WIDTHS: dict[State, tuple[int, float]] = {"fp32": (4, 4), "bf16": (2, 2), "int8": (2, 1 + 4 / BLOCK)}
+"""Bytes of a number's moment in AdamW, and in Muon."""
 PROBED_TOKENS = 64
 
 
@@ -95,6 +99,8 @@ class Load:
     optimizer: str = "muon"
     recompute: bool = True
     teacher: bool = True
+    state: State = "fp32"
+    gradients: Literal["fp32", "bf16"] = "fp32"
 
 
 def read_shape(model: str, sequence_length: int) -> Shape:
@@ -215,10 +221,12 @@ class Plan:
         """For people."""
         load = self.load
         lines = [
-            f"{self.model} on {self.gpus} GPUs of {self.available / 1e9:.0f} GB",
+            f"{self.model} on {self.gpus:,} GPU{'s' if self.gpus > 1 else ''} of {self.available / 1e9:.0f} GB",
             f"mesh          {self.arrangement}",
             f"step          {self.tokens_per_step:,} tokens: {load.sequences} × {load.sequence_length} a rank, "
-            f"{load.accumulation} times; {load.optimizer}"
+            f"{load.accumulation} micro-batch{'es' if load.accumulation > 1 else ''}; {load.optimizer}"
+            + (f", moments in {load.state}" if load.state != "fp32" else "")
+            + (f", gradients in {load.gradients}" if load.gradients != "fp32" else "")
             + (", activations computed again" if load.recompute else "")
             + (", a teacher" if load.teacher else ""),
         ]
@@ -242,6 +250,8 @@ def plan(
     rates = rates or Rates()
     local = min(gpus, rates.per_machine)
     arrangement = arrange(mesh, shape.parameters, gpus, local, memory)
+    if load.gradients == "bf16" and gpus > 1:
+        raise ConfigError("--gradients bf16 is for one GPU; several divide them among each other.")
     held, seconds = memory_of(shape, arrangement, load), seconds_of(shape, arrangement, load, rates)
     return Plan(
         model, gpus, arrangement, load, held, memory, seconds,
@@ -254,7 +264,8 @@ def require_fitting(found: Plan) -> None:
     if not found.fits:
         raise ConfigError(
             f"{found.summary()}\nThis does not fit. Less: more --gpus, --mesh fsdp, --sequences 1, --accumulation 1, a shorter "
-            "--sequence-length, --no-teacher, --recompute, or --optimizer muon (one moment instead of two)."
+            "--sequence-length, --no-teacher, --recompute, --optimizer muon (one moment instead of two), --optimizer-state "
+            "int8, or on one GPU --gradients bf16."
         )
 
 
@@ -262,7 +273,10 @@ def memory_of(shape: Shape, arrangement: Arrangement, load: Load) -> dict[str, i
     """Bytes that a rank holds at the fullest moment of a step, by what for."""
     total, parts = shape.parameters, arrangement.shards
     outside = total - shape.inside
-    moments = 8 * total - (4 * shape.muons if load.optimizer == "muon" else 0)
+    ones = shape.muons if load.optimizer == "muon" else 0  # numbers that have one moment instead of two
+    each, of_one = WIDTHS[load.state]
+    moments = 2 * each * (total - ones) + round(of_one * ones)
+    width = 2 if load.gradients == "bf16" else 4
     tokens = load.sequences * load.sequence_length
     if load.recompute:
         activations = tokens * (shape.layers * 4 * shape.width + shape.layer_bytes) + shape.layer_fixed
@@ -273,7 +287,7 @@ def memory_of(shape: Shape, arrangement: Arrangement, load: Load) -> dict[str, i
     layer = shape.inside // shape.layers
     found = {
         "latents": 4 * total // parts,
-        "gradients": 4 * total if whole else 4 * total // parts,
+        "gradients": width * total if whole else width * total // parts,
         "moments": moments // parts,
         # Of two layers the parameters (one is fetched ahead), of one the gradient; of what is outside them, both.
         "gathered": 4 * (3 * layer + 2 * outside) if parts > 1 else 0,

@@ -109,7 +109,7 @@ class ShardedMuon(Muon):
         """One step of matrices of one shape."""
         updates = []
         for parameter, gradient in found:
-            updates.append(torch.empty_like(gradient))
+            updates.append(torch.empty_like(parameter))
             self._accelerate(parameter, gradient, updates[-1])
         with alone() if runs_on(self.compute, found[0][0].device) else nullcontext():
             results = self.exchange(updates, shape, first, self._group, self._iterate)
