@@ -2,9 +2,9 @@
 
     python experiments/state_price.py OUT [--tokens 600000] [--seeds 2]
 
-The 3.5 M Llama of `pretrain` (512 tokens of vocabulary) on the standard library, outlier-safe with Muon and ordinary with AdamW.
-A run that is there is not trained again. The table has nats per token on held-out text, mean over seeds, and the difference to fp32
-with half its range over seeds.
+The 3.5 M Llama of `pretrain` (512 tokens of vocabulary) on the standard library, outlier-safe with Muon and ordinary with
+AdamW. A run that is there is not trained again. The table has nats per token on held-out text, mean over seeds, and the
+difference to fp32 with half its range over seeds.
 """
 
 import argparse
@@ -18,16 +18,17 @@ from proof import Quiet
 from trilobit.config.pretrain import PretrainConfig
 from trilobit.train import pretrain
 
-OPTIMIZERS: dict[str, dict[str, Any]] = {
-    "muon": {},
-    "adamw": {"optimizer": "adamw", "ssnorm": False, "embproj": False, "weight_decay": 0.1},
-}  # fmt: skip
-WAYS: dict[str, dict[str, Any]] = {
-    "fp32": {},
-    "moments in bf16": {"optimizer_state": "bf16"},
-    "Muon's in int8, others in bf16": {"optimizer_state": "int8"},
-    "the same, gradients in bf16": {"optimizer_state": "int8", "gradients": "bf16"},
-}
+PLAIN: dict[str, Any] = {"optimizer": "adamw", "ssnorm": False, "embproj": False, "weight_decay": 0.1}
+BF16, INT8, GRADIENTS = {"optimizer_state": "bf16"}, {"optimizer_state": "int8"}, {"gradients": "bf16"}
+CASES: list[tuple[str, str, dict[str, Any]]] = [
+    ("muon", "fp32", {}),
+    ("muon", "moments in bf16", BF16),
+    ("muon", "its momentum in int8, other moments in bf16", INT8),
+    ("muon", "… and gradients in bf16", INT8 | GRADIENTS),
+    ("adamw", "fp32", PLAIN),
+    ("adamw", "moments in bf16", PLAIN | BF16),
+    ("adamw", "… and gradients in bf16", PLAIN | BF16 | GRADIENTS),
+]
 
 
 def nats(out: Path, tokens: int, **settings: Any) -> float:
@@ -51,31 +52,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     arguments = parser.parse_args()
     print("| | stored | nats per token | above fp32 |\n|---|---|---|---|")
-    for optimizer, of_optimizer in OPTIMIZERS.items():
-        plain: list[float] = []
-        for way, settings in WAYS.items():
-            if optimizer == "adamw" and settings.get("optimizer_state") == "int8":
-                settings = settings | {"optimizer_state": "bf16"}
-                if "gradients" not in settings:
-                    continue  # bf16 again
-            found = [
-                nats(
-                    arguments.out / f"{optimizer}-{'-'.join(settings.values()) or 'fp32'}-{seed}", arguments.tokens, seed=seed,
-                    **of_optimizer, **settings,
-                )
-                for seed in range(arguments.seeds)
-            ]  # fmt: skip
-            plain = plain or found
-            apart = [a - b for a, b in zip(found, plain, strict=True)]
-            spread = (max(apart) - min(apart)) / 2
-            name = way.replace("Muon's in int8, others in bf16", "Muon's momentum in int8, others in bf16")
-            name = name.replace(
-                "the same, gradients", "moments and gradients" if optimizer == "adamw" else "the same, gradients"
-            )
-            print(
-                f"| {optimizer} | {name} | {statistics.mean(found):.4f} | {statistics.mean(apart):+.4f} ± {spread:.4f} |",
-                flush=True,
-            )
+    plain: list[float] = []
+    for optimizer, name, settings in CASES:
+        stored = "-".join(settings[key] for key in ("optimizer_state", "gradients") if key in settings) or "fp32"
+        places = [arguments.out / f"{optimizer}-{stored}-{seed}" for seed in range(arguments.seeds)]
+        found = [nats(place, arguments.tokens, seed=seed, **settings) for seed, place in enumerate(places)]
+        plain = found if stored == "fp32" else plain
+        apart = [a - b for a, b in zip(found, plain, strict=True)]
+        spread = f"{statistics.mean(apart):+.4f} ± {(max(apart) - min(apart)) / 2:.4f}"
+        print(f"| {optimizer} | {name} | {statistics.mean(found):.4f} | {spread} |", flush=True)
 
 
 if __name__ == "__main__":
