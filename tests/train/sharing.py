@@ -2,7 +2,8 @@
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from families import build
 from trilobit import quant
@@ -19,6 +21,7 @@ from trilobit.surgery.outlier_safe import outlier_safe
 from trilobit.surgery.ternary import TernarySpec, set_strengths, ternarize
 from trilobit.train.adamw import State
 from trilobit.train.distributed import ALONE, Team
+from trilobit.train.layers import prepare_layers
 from trilobit.train.loop import Hooks, fit, make_optimizer
 from trilobit.train.meeting import open_team
 from trilobit.train.mesh import Arrangement, Spread, arrange, spread_over
@@ -49,6 +52,7 @@ class Case:
     steps: int = STEPS
     dropout: float = 0.0
     state: State = "fp32"
+    compiled: bool = False
 
 
 CASES = [
@@ -60,6 +64,7 @@ CASES = [
     Case("muon-fp32", "muon", torch.float32, steps=2),
     Case("muon-int8", "muon", torch.float64, steps=10, state="int8"),
 ]
+COMPILED = Case("compiled", "muon", torch.float64, steps=3, compiled=True)
 TRIED = {  # on so many ranks: two accumulate two micro-batches a step
     2: [("fsdp", 0), ("ddp", 0), ("fsdp", 1), ("fsdp", 4), ("fsdp", 5)],
     4: [("fsdp", 0), ("hsdp:2x2", 0), ("ddp", 2), ("fsdp", 3), ("fsdp", 4)],
@@ -90,6 +95,17 @@ def model_of(case: Case) -> Any:
     return model.to(case.dtype)
 
 
+@contextmanager
+def eager_backend() -> Iterator[None]:
+    """What is compiled meanwhile is captured and differentiated as ever, and its operators are run as they are."""
+    usual = nn.Module.compile
+    nn.Module.compile = lambda self: usual(self, backend="aot_eager")
+    try:
+        yield
+    finally:
+        nn.Module.compile = usual
+
+
 def windows() -> Windows:
     tokens = np.random.default_rng(1).integers(0, SHAPES["vocab_size"], 4001).astype(np.uint16)
     return Windows(tokens, LENGTH, seed=5)
@@ -102,6 +118,9 @@ def train(
     """λ from 0 over 0.5 to 1, everything as in a run. Returns the spread, the whole model and the rows of the log."""
     model, signals, rows = model_of(case), signals or Signals(), []
     config = settings(case, max_tokens=case.steps * SAMPLES * LENGTH, **changes)
+    if case.compiled and team.size > 1:
+        with eager_backend():
+            prepare_layers(model, config, compiled=True)
     arrangement = Arrangement("one", 1, 1, "") if team.size == 1 else arrange(mesh, 0, team.size, team.size, 0)
     spread = spread_over(team, arrangement, model)
 
@@ -135,6 +154,16 @@ def all_meshes(folder: Path) -> list[str]:
                 save_file(parameters(model), folder / f"{mesh}-{case.name}.safetensors")
             assert len(rows) == (case.steps if team.first else 0)
     return said
+
+
+def compiled_layers(folder: Path) -> dict[str, int]:
+    """Three steps by FSDP2 with compiled layers, λ at 0, ½ and 1; what rank 0 has in the end is saved. How many graphs there
+    are, and why any of them broke."""
+    with open_team(CPU, Signals(), print) as team:
+        _, model, _ = train(COMPILED, folder / "run", team, "fsdp")
+        if team.first:
+            save_file(parameters(model), folder / "found.safetensors")
+    return {"graphs": counters["stats"]["unique_graphs"], **counters["graph_break"]}
 
 
 def faults(folder: Path) -> None:

@@ -196,7 +196,6 @@ def test_a_restart_continues_its_own_run(base: dict[str, Any], tmp_path: Path) -
     ("changes", "named"),
     [
         ({"data": "self"}, "--data self"),
-        ({"compile": "yes"}, "--compile yes"),
         ({"schedule": "immediate", "reconstruct_tokens": 64}, "--reconstruct-tokens"),
         ({"schedule": "sensitivity"}, "the schedule sensitivity"),
         ({"activation_schedule": "sensitivity"}, "the schedule sensitivity"),

@@ -61,6 +61,16 @@ def test_every_mesh_trains_as_one_process(size: int, alone: dict[str, dict[str, 
         assert distance <= bound, (mesh, case.name)
 
 
+def test_layers_may_be_compiled(tmp_path: Path) -> None:
+    """With compiled layers two ranks' parts train as one process without them, by one graph for each state of λ that all layers
+    share, which nothing that gathers rows breaks."""
+    expected = sharing.parameters(sharing.train(replace(sharing.COMPILED, compiled=False), tmp_path / "alone")[1])
+    graphs = launch(sharing.compiled_layers, 2, tmp_path)
+    assert graphs == [{"graphs": 3}] * 2
+    found = load_file(tmp_path / "found.safetensors")
+    assert farthest(found, expected, sharing.parameters(sharing.model_of(sharing.COMPILED))) <= FP64
+
+
 def test_a_checkpoint_that_fails_unforeseen(tmp_path: Path) -> None:
     """A thread that ends with an exception of any kind is heard of by all ranks, and leaves nothing half-written."""
     said = launch(sharing.writer_fails, 2, tmp_path)

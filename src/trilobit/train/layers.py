@@ -1,6 +1,7 @@
 """A model while it trains: which attention; layers compiled or not, and why; recomputed in the backward or not.
 
-Each layer is compiled by itself: one small graph that all layers share, instead of one large one.
+Each layer is compiled by itself: one small graph that all layers share, instead of one large one. What FSDP2 gathers around a
+layer stays outside its graph.
 """
 
 import os
@@ -15,7 +16,6 @@ from transformers import PreTrainedModel, masking_utils
 from trilobit.config.training import TrainingConfig
 from trilobit.errors import ConfigError
 from trilobit.surgery.roles import decoder_layers
-from trilobit.train.meeting import several
 
 RECOMPILE_LIMIT = 32
 # 6 · parameters · tokens from which compiling pays. CPU: it takes a minute or two and saves a fifth of some 0.4 TFLOP/s.
@@ -27,8 +27,6 @@ def decide_compile(config: TrainingConfig, model: PreTrainedModel, device: torch
     """Whether to compile, and why."""
     if config.compile != "auto":
         return config.compile == "yes", "as asked"
-    if several():
-        return False, "compiled layers have not been tried with several processes"
     if obstacle := _compiler_obstacle(device):
         return False, obstacle
     work = 6 * sum(p.numel() for p in model.parameters()) * config.max_tokens
@@ -72,7 +70,7 @@ def prepare_layers(model: PreTrainedModel, config: TrainingConfig, compiled: boo
         # transformers 5 renamed it on the way and warns at the old name
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    if compiled and not several():  # one that was begun by a process alone may go on by many
+    if compiled:
         if obstacle := _compiler_obstacle(next(model.parameters()).device):
             raise ConfigError(f"this run's layers are to be compiled (--compile), but {obstacle}.")
         # Each state of λ, training and evaluating, has a graph of its own; beyond the limit dynamo quietly stops compiling.

@@ -244,7 +244,6 @@ def require_several(config: TrainingConfig) -> None:
     schedules = (getattr(config, "schedule", ""), getattr(config, "activation_schedule", ""))
     refused = {
         "--data self": config.data == "self",
-        "--compile yes": config.compile == "yes",
         "--reconstruct-tokens": getattr(config, "reconstruct_tokens", None) is not None,
         "the schedule sensitivity": "sensitivity" in schedules,
         "--distill-attention": getattr(config, "distill_attention", None) is not None,
