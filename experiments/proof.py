@@ -90,7 +90,10 @@ STUDIES = {
         262_144, (2e-2, 4e-2, 8e-2, 1.6e-1), STORIES | {"batch_tokens": 1024, "sequences": 8}, one_rung=True
     ),
     "stories260k-cut": Study(262_144, (2.5e-3, 5e-3, 1e-2, 2e-2), STORIES),  # docs/proof.md says what was wrong with it
-    "embedded": Study(1_228_800, (1e-3, 2e-3, 4e-3, 8e-3), SMALL | {"sequence_length": 256, "sequences": 16}),
+    "embedded": Study(
+        262_144, (1e-3, 2e-3, 4e-3, 8e-3), SMALL | {"sequence_length": 256, "sequences": 4, "batch_tokens": 1024},
+        control_rates=1 / 32,
+    ),
     "smollm2": Study(
         2_097_152, (2e-4, 4e-4, 8e-4, 1.6e-3),
         {"sequence_length": 512, "batch_tokens": 32_768, "sequences": 64, "compile": "yes", "eval_tokens": 131_072},
@@ -256,7 +259,7 @@ def reporter(arguments: argparse.Namespace, study: Study) -> Callable[[Path], di
         sets["report"] = evaluation_windows(sampled.train, length, REPORT_TOKENS)
     for name, path in (("report", arguments.report), ("other", arguments.other)):
         if path:
-            texts = (document.text for document in documents(path))
+            texts = (document.text for document in documents(path, split="heldout" if path == "stdlib" else None))
             sets[name], _ = text_windows(texts, base.tokenizer, length + 1, False, max(1, REPORT_TOKENS // length))
     base_nats = {name: nats(base.model, windows, 16) for name, windows in sets.items()}
 

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# The proof study on the model inside the package, 3.5 M parameters pre-trained outlier-safe, on the text that it is of: the arms
+# that README's first table has, and those around our default. One process of one thread; call it again to continue; the table
+# comes last.
+#
+#   experiments/proof_embedded.sh [MINUTES [OTHER]]
+#
+# Rates and arms are chosen on 16 k tokens spread over the held-out part and reported on its first 66 k, a twentieth of which is
+# the same. OTHER: text of another kind to report on. Two cores: an hour for the first budget, six for the second.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+minutes=${1:-9} other=${2:-}
+export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS=1
+exec "${PYTHON:-python3}" -W ignore experiments/proof.py embedded src/trilobit/assets/model \
+    --data stdlib --report stdlib ${other:+--other "$other"} --minutes "$minutes" --device cpu --arms \
+    full-precision none-immediate-ce every-ones-immediate-ce none-immediate-kl recipe-hf-blog every-ones-layerwise-ce \
+    none-global-kl every-global-kl every-global-kl-row
