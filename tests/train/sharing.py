@@ -17,15 +17,17 @@ from torch._dynamo.utils import counters
 from families import build
 from trilobit import quant
 from trilobit.config.training import TrainingConfig
+from trilobit.config.tune import TuneConfig
 from trilobit.surgery.outlier_safe import outlier_safe
 from trilobit.surgery.ternary import TernarySpec, set_strengths, ternarize
 from trilobit.train.adamw import State
 from trilobit.train.distributed import ALONE, Team
+from trilobit.train.head_loss import LateHead
 from trilobit.train.layers import prepare_layers
 from trilobit.train.loop import Hooks, fit, make_optimizer
 from trilobit.train.meeting import open_team
 from trilobit.train.mesh import Arrangement, Spread, arrange, spread_over
-from trilobit.train.objective import NextToken
+from trilobit.train.objective import NextToken, TuneObjective
 from trilobit.train.pieces import Piece, heights
 from trilobit.train.sharded_checkpoint import Checkpoints
 from trilobit.train.sharded_muon import ShardedMuon, gathered, owned
@@ -53,6 +55,7 @@ class Case:
     dropout: float = 0.0
     state: State = "fp32"
     compiled: bool = False
+    late: bool = False  # the head's product together with the loss
 
 
 CASES = [
@@ -63,10 +66,12 @@ CASES = [
     # Iterates in bf16, which magnifies last bits: after ten steps one process is 4 % from itself with its batch cut otherwise.
     Case("muon-fp32", "muon", torch.float32, steps=2),
     Case("muon-int8", "muon", torch.float64, steps=10, state="int8"),
+    Case("late-head", "adamw", torch.float64, steps=6, late=True),
+    Case("late-head-tied", "adamw", torch.float64, steps=6, late=True, tied=True),
 ]
 COMPILED = Case("compiled", "muon", torch.float64, steps=3, compiled=True)
 TRIED = {  # on so many ranks: two accumulate two micro-batches a step
-    2: [("fsdp", 0), ("ddp", 0), ("fsdp", 1), ("fsdp", 4), ("fsdp", 5)],
+    2: [("fsdp", 0), ("ddp", 0), ("fsdp", 1), ("fsdp", 4), ("fsdp", 5), ("fsdp", 6), ("ddp", 6), ("fsdp", 7), ("ddp", 7)],
     4: [("fsdp", 0), ("hsdp:2x2", 0), ("ddp", 2), ("fsdp", 3), ("fsdp", 4)],
 }
 
@@ -135,7 +140,9 @@ def train(
 
     run.mkdir(parents=True, exist_ok=True)
     hooks = Hooks(before_step, log=[rows.append])
-    fit(model, windows(), NextToken(spread.forward), config, 0.02, run, CPU, signals, hooks, spread)
+    late = LateHead(model, case.late and team.size > 1)
+    fit(model, windows(), NextToken(spread.forward, late), config, 0.02, run, CPU, signals, hooks, spread)
+    assert not case.late or team.size == 1 or late.proven
     return spread, spread.whole_model(), rows
 
 
@@ -154,6 +161,31 @@ def all_meshes(folder: Path) -> list[str]:
                 save_file(parameters(model), folder / f"{mesh}-{case.name}.safetensors")
             assert len(rows) == (case.steps if team.first else 0)
     return said
+
+
+def late_distillation(folder: Path) -> float:
+    """Losses and gradients of a distilled micro-batch on FSDP2's rows, with both models' heads in the loss and without: the
+    largest difference, relative to the largest value."""
+    config = TuneConfig(model="m", data="d", sequence_length=LENGTH, sequences=SAMPLES, max_tokens=10**6, lr=1.0)
+    with open_team(CPU, Signals(), print) as team:
+        model, teacher = (model_of(case).float() for case in CASES[:2])
+        spread = spread_over(team, arrange("fsdp", 0, team.size, team.size, 0), model, teacher)
+        found = []
+        for late in (False, True):
+            objective = TuneObjective(config, model, teacher, spread.forward)
+            objective.late, objective.late_teacher = LateHead(model, late), LateHead(teacher, late)
+            for _ in range(1 + late):  # the first batch proves that a head may be late
+                losses = objective(windows().samples(team.rank * SAMPLES, SAMPLES))
+                losses.total.backward()
+                spread.clip(1e9)
+                gradients = [piece.local.grad for piece in spread.pieces]
+                for piece in spread.pieces:
+                    piece.local.grad = None
+            assert losses.divergence is not None
+            found.append([losses.total.detach(), losses.divergence, *(g for g in gradients if g is not None and g.numel())])
+            assert objective.late.proven == objective.late_teacher.proven == late
+            objective.close()
+    return max(((a - b).abs().max() / a.abs().max().clamp(min=1e-9)).item() for a, b in zip(*found, strict=True))
 
 
 def compiled_layers(folder: Path) -> dict[str, int]:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import families
+from trilobit.surgery.outlier_safe import outlier_safe
 from trilobit.train import head_loss as module
 from trilobit.train.distill import mixed_loss
 from trilobit.train.head_loss import LateHead, head_loss
@@ -79,9 +80,11 @@ def test_the_logits_of_all_tokens_never_exist(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_model_trains_alike_with_its_head_in_the_loss() -> None:
     """From the second batch on the head is applied late; losses and gradients of all parameters stay those of the model as it
-    is, with tied embeddings too; the model is left as it was."""
-    for tied in (True, False):
+    is, with tied embeddings too, and with an embedding projection in front of the head; the model is left as it was."""
+    for tied, projected in ((True, False), (False, False), (False, True)):
         model = families.build("llama", tied=tied).double()
+        if projected:
+            outlier_safe(model, ssnorm=False, embproj=True)
         windows = torch.randint(0, model.config.vocab_size, (2, 6))
         late = LateHead(model, True)
         found = []

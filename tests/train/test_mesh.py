@@ -71,6 +71,12 @@ def test_layers_may_be_compiled(tmp_path: Path) -> None:
     assert farthest(found, expected, sharing.parameters(sharing.model_of(sharing.COMPILED))) <= FP64
 
 
+def test_heads_may_be_in_the_loss(tmp_path: Path) -> None:
+    """Of rows that FSDP2 shares out, a distilled batch has the same losses and gradients with student's and teacher's heads
+    applied block by block inside the loss."""
+    assert max(launch(sharing.late_distillation, 2, tmp_path)) <= 1e-4
+
+
 def test_a_checkpoint_that_fails_unforeseen(tmp_path: Path) -> None:
     """A thread that ends with an exception of any kind is heard of by all ranks, and leaves nothing half-written."""
     said = launch(sharing.writer_fails, 2, tmp_path)

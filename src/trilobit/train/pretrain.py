@@ -153,7 +153,7 @@ class _Pretrain(Run[PretrainConfig, PretrainResult]):
         hooks = Hooks(evaluate=self.evaluate)
         hooks.log.append(self.heard)
         spread = self.over_ranks()
-        late = LateHead(self.model, spread.forward is self.model and self.device.type != "cpu")  # as in TuneObjective
+        late = LateHead(self.model, self.device.type != "cpu")  # as in TuneObjective
         self.progress = fit(
             self.model, self.windows, NextToken(spread.forward, late), config, self.peak_lr, self.out, self.device,
             self.signals, hooks, spread,
