@@ -49,8 +49,8 @@ class LateHead:
             self.proven = len(given) == 1 and given[0] is output.logits
             self.head = head if self.proven else None
             return output, None
-        projected = isinstance(head, ProjectedLinear)
-        head.forward = (lambda input: head.projection(input)) if projected else _same  # pyright: ignore[reportAttributeAccessIssue]
+        projection = head.projection if isinstance(head, ProjectedLinear) else _same
+        head.forward = lambda input: projection(input)  # pyright: ignore[reportAttributeAccessIssue]
         try:
             return forward(**inputs), head.weight
         finally:
