@@ -5,10 +5,13 @@
 forward    a bf16 forward over 4 × 512 tokens at 4-4-4 (osp, + FFN Hadamard) / the plain bf16 forward, interleaved
 hadamard   the transform of 2,048 rows at width 2,048 / the dense product with the matrix, fp32, interleaved
 gptq       wall time of GPTQ on --samples × --length tokens (with --gptq), of which rounding to nearest is said apart; beside
-           gptqmodel's weight-only pass on the same tokens where that package is installed
+           gptqmodel's weight-only pass on the same tokens, with the same search for clips, where that package is installed
+           (7.7.0 runs beside torch 2.13: pip install --no-deps --no-build-isolation gptqmodel device-smi logbar tokenicer
+           defuser pypcre torchao). Models must be local: HF_HUB_OFFLINE=1
 """
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -81,19 +84,35 @@ def calibrated(arguments: argparse.Namespace) -> None:
 
 
 def peer(arguments: argparse.Namespace, windows: torch.Tensor, seconds: float) -> None:
+    # Its pool of max(1, (cores + 1) // 2) workers has to have two, which a two-core machine's has not; and it would compile
+    # a packer in C++, for minutes, within the time taken.
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+    os.environ.setdefault("GPTQMODEL_DISABLE_PACK_EXT", "1")
     try:
         from gptqmodel import GPTQModel  # pyright: ignore[reportMissingImports]
         from gptqmodel import QuantizeConfig as PeerConfig
     except ImportError:
         print("gptqmodel is not installed: no peer")
         return
-    settings = PeerConfig(bits=4, group_size=-1, sym=True, desc_act=False, damp_percent=0.01)
-    model = GPTQModel.load(arguments.model, settings)
+    settings = PeerConfig(
+        bits=4,
+        group_size=-1,
+        sym=True,
+        desc_act=False,
+        act_group_aware=False,  # on by default, and refused without groups
+        damp_percent=0.01,
+        mse=2.4,  # the search of the clip that ours makes too: the same norm and candidates
+        lm_head=False,
+        offload_to_disk=False,  # else weights are read and written within the time taken
+        device="cpu",
+    )
+    model = GPTQModel.load(arguments.model, settings, dtype=torch.float32)  # ours computes in fp32; its choice is bf16
     rows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in windows]
     start = time.perf_counter()
-    model.quantize(rows)
+    model.quantize(rows, batch_size=1)
     theirs = time.perf_counter() - start
-    print(f"gptqmodel: {theirs:.0f} s, ratio {seconds / theirs:.2f} (target ≤ 0.8)")
+    packing = model.quant_region_timer.snapshot()["submodule_finalize_pack"]["total"]
+    print(f"\ngptqmodel: {theirs:.0f} s, of which packing {packing:.0f} s, ratio {seconds / theirs:.2f} (target ≤ 0.8)")
 
 
 def main() -> None:
