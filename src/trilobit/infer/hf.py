@@ -5,6 +5,7 @@ The engine's way to text is infer/engine.py; `trilobit generate` takes either (i
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.generation.streamers import TextStreamer
 
 from trilobit.errors import ModelError
+from trilobit.infer.cuda_graph import WORTHWHILE, GraphedSteps, obstacle
 from trilobit.infer.engine import end_tokens
 
 
@@ -52,7 +54,12 @@ def _refuse_damage(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
 def _generate(
     model: PreTrainedModel, inputs: torch.Tensor, max_tokens: int, seed: int, streamer: TextStreamer | None, options: dict
 ) -> torch.Tensor:
-    with torch.random.fork_rng(devices=[inputs.device] if inputs.device.type == "cuda" else []):
+    steps, positions = None, inputs.shape[1] + max_tokens
+    if max_tokens >= WORTHWHILE and obstacle(model, positions) is None:
+        steps = GraphedSteps(model, len(inputs), positions)
+        options = {**options, "past_key_values": steps.cache, "disable_compile": True}
+    drawn_on = [inputs.device] if inputs.device.type == "cuda" else []
+    with steps.replaced() if steps else nullcontext(), torch.random.fork_rng(devices=drawn_on):
         torch.manual_seed(seed)
         output = model.generate(  # pyright: ignore[reportCallIssue]
             inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=max_tokens, streamer=streamer,
