@@ -2,9 +2,9 @@
 
 FSDP2 (torch's fully_shard, DTensor) keeps a part of every parameter's rows on each rank and gathers a decoder layer's rows
 just before the layer runs: inside a forward every parameter is whole, so that a ternary scale is mean|W| over the full logical
-matrix without a further word. Outside a forward no rank has more than its rows, from the first on (parts.py). FSDP1 is refused: its flat parameters cut
-through matrices. Parameters stay fp32 when gathered and autocast rounds activations alone; gathering bf16 would round latents
-before they are quantised.
+matrix without a further word. Outside a forward no rank has more than its rows, from the beginning (parts.py) to the end
+(`gathered`). FSDP1 is refused: its flat parameters cut through matrices. Parameters stay fp32 when gathered and autocast
+rounds activations alone; gathering bf16 would round latents before they are quantised.
 """
 
 import os
@@ -144,8 +144,8 @@ class Spread:
         """After a forward without backward: hold no more than what this rank keeps."""
 
     def gathered(self, do: Callable[[Read], T]) -> T | None:
-        """What `do` makes, on rank 0, of the parameters, which it may ask for by name, whole and one at a time; None on the others.
-        Every rank has to ask. In parts they are put together on rank 0's CPU, and nowhere else."""
+        """What `do` makes, on rank 0, of the parameters, which it asks for by name and gets whole, one at a time; None on the
+        others. Every rank has to call it. Of a model in parts they are put together on rank 0's CPU, and nowhere else."""
         return do(lambda name: self.model.get_parameter(name).detach()) if self.team.first else None
 
 
@@ -277,8 +277,9 @@ def spread_over(team: Team, arrangement: Arrangement, model: PreTrainedModel, te
         return Spread(model)
     if arrangement.kind == "ddp":
         return Copies(model, team, arrangement)
-    mesh, structure = make_mesh(arrangement, next(model.parameters()).device.type), without_memory(model)
+    device, structure = next(model.parameters()).device, without_memory(model)
+    mesh = make_mesh(arrangement, device.type)
     for each in (model, teacher):
         if each is not None:
-            cut_whole(each, mesh)
+            cut_whole(each, mesh, device)
     return Shards(model, structure, mesh, team, arrangement)

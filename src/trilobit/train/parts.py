@@ -7,7 +7,7 @@ outside the layers). Buffers are whole on every rank, as they are small.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -34,16 +34,21 @@ def cut(model: nn.Module, mesh: DeviceMesh, device: torch.device, rows: Rows) ->
     return pieces
 
 
-def cut_whole(model: nn.Module, mesh: DeviceMesh) -> list[Piece]:
-    """`cut` of a model that is whole on this rank's device, in place. Its memory is freed a parameter at a time."""
-    device = next(model.parameters()).device
-    whole = {name: parameter.detach() for name, parameter in model.named_parameters()}
+def cut_whole(model: nn.Module, mesh: DeviceMesh, device: torch.device, own: Mapping[str, Tensor] | None = None) -> list[Piece]:
+    """`cut` of a model that this rank has whole, in place; its memory is freed a parameter at a time. own: this rank's rows of
+    those parameters that are on meta already."""
+    own = own or {}
+    real = {name: parameter.detach() for name, parameter in model.named_parameters() if name not in own}
     on_meta = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 module._parameters[name] = on_meta[id(parameter)]
-    return cut(model, mesh, device, lambda piece: whole.pop(piece.name)[piece.start : piece.stop])
+
+    def rows(piece: Piece) -> Tensor:
+        return own[piece.name] if piece.name in own else real.pop(piece.name)[piece.start : piece.stop]
+
+    return cut(model, mesh, device, rows)
 
 
 def shard(model: nn.Module, mesh: DeviceMesh) -> None:
