@@ -110,6 +110,7 @@ def stream_tensors(
                     assert tensor.shape == entry.shape, (entry.name, tensor.shape, entry.shape)
                     data: Any = tensor.view(-1).view(torch.uint8).numpy()
                     file.write(data.data)  # not tofile, which does not notice that the disk is full for the last bytes
+                    del tensor, data  # else two would be in memory while the next one is read
                     written += 1
                     each(written, len(entries))
         except OSError as error:

@@ -1,5 +1,6 @@
 """What the ranks of tests/train/test_parts.py do: whole commands without their training, and what they hold meanwhile."""
 
+import ctypes
 import json
 import threading
 import time
@@ -15,7 +16,7 @@ from torch import Tensor
 from train.commands import Notes
 from trilobit.config.pretrain import PretrainConfig
 from trilobit.config.tune import TuneConfig
-from trilobit.train import parts, pretrain, tune
+from trilobit.train import pretrain, tune
 from trilobit.train.checkpoint import Progress
 from trilobit.train.loop import autocast, fit
 from trilobit.train.mesh import Shards
@@ -60,6 +61,9 @@ PATCHED: list[tuple[Any, str]] = [
     (tune, "fit"), (tune, "plot_loss"), (tune, "plot_strengths"), (tune, "plot_flips"), (pretrain, "fit"),
     (pretrain, "plot_loss"), (pretrain, "plot_kurtosis"),
 ]  # fmt: skip
+
+
+MMAP_THRESHOLD = -3  # of glibc's mallopt
 
 
 def anonymous() -> int:
@@ -108,10 +112,10 @@ def held(folder: Path, tuned: dict[str, Any], old: bool = False) -> dict[str, An
         found["start"] = before.most
         return fit(*arguments)
 
+    ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 1 << 16)  # what is freed goes back at once, or it would be counted on
     Shards._received, tune.fit = counted, until_here
     if old:
         tune.open_for_ranks = lambda source, team: (None, "as it was")
     with Peak() as before:
         tune.run(TuneConfig(**tuned), Notes())
-    assert parts
     return found

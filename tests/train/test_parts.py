@@ -142,3 +142,23 @@ def test_what_is_said(runs: tuple[Path, Path, list[list[str]]]) -> None:
         assert any("mesh fsdp: one copy in 3 parts" in note for note in notes)
         assert any("read back and compared on the CPU of rank 0" in note for note in notes)
         assert not any("the whole model before it keeps its part" in note for note in notes)
+
+
+def test_no_rank_holds_the_whole_model(tmp_path: Path) -> None:
+    """Until four ranks train, none has more than its rows, twice, and some layers: less than the model; and rank 0 is given one
+    parameter at a time to write. Ranks that load the model whole, as before, are seen to."""
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 8}
+    model = build("llama", vocab_size=259, **sizes)
+    size, largest = sum(p.nbytes for p in model.parameters()), max(p.nbytes for p in model.parameters())
+    save(tmp_path / "model", model)
+    del model
+    (tmp_path / "text.txt").write_text("Sphinx of black quartz, judge my vow. Pack my box with five dozen jugs. " * 80)
+    more = {"model": str(tmp_path / "model"), "distill": "none", "mesh": "fsdp", "batch_tokens": 64, "max_tokens": 64}
+    tuned = settings(tmp_path, tmp_path / "run", **more, model_format="none", sequences=1)
+    for answer in launch(parting.held, 4, tmp_path / "new", seconds=300, tuned=tuned):
+        print({name: value / size for name, value in answer.items()})
+        assert 0.25 * size < answer["start"] < 0.75 * size
+        assert answer["given"] <= largest
+    answers = launch(parting.held, 2, tmp_path / "old", seconds=300, tuned=tuned | {"out": str(tmp_path / "old-run")}, old=True)
+    print([answer["start"] / size for answer in answers])
+    assert all(answer["start"] > size for answer in answers)

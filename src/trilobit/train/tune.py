@@ -8,6 +8,7 @@ out/model/           the ternary model, read back and compared before it got its
 out/loss.png, out/lambda.png, out/flips.png
 """
 
+import gc
 import math
 import time
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trilobit.config.tune import TuneConfig
-from trilobit.errors import ConfigError, ModelError
+from trilobit.errors import ModelError
 from trilobit.export.forms import require_form, stored_precision
 from trilobit.export.hf import Written, round_kept, write_full_precision, write_latent, write_model, write_source
 from trilobit.export.source import Source, StoredSource
@@ -31,14 +32,15 @@ from trilobit.measure.perplexity import perplexity, require_positions
 from trilobit.nn.ternary import ternary_modules
 from trilobit.surgery.roles import find_roles
 from trilobit.surgery.single_scale import hold_single_scales, release_single_scales, single_scale_norms, stock_gain
-from trilobit.surgery.ternary import Plan, TernarySpec, apply_plan, make_plan, measure_rms, set_gains, set_strengths
+from trilobit.surgery.ternary import Plan, apply_plan, make_plan, set_gains, set_strengths
 from trilobit.tensors import weights_fingerprint
+from trilobit.train.begin import CALIBRATION_WINDOWS, calibrate, require_as_it_is, schedules_of, spec_of
 from trilobit.train.checkpoint import list_checkpoints
 from trilobit.train.data import Tokens
-from trilobit.train.evaluate import shared_nats
+from trilobit.train.evaluate import compared_windows, shared_nats
 from trilobit.train.flips import watch_flips
 from trilobit.train.layers import decide_compile, prepare_layers, set_attention
-from trilobit.train.loop import Hooks, autocast, fit
+from trilobit.train.loop import Hooks, fit
 from trilobit.train.mesh import make_mesh
 from trilobit.train.objective import TuneObjective, frozen_copy
 from trilobit.train.original import Original, open_for_ranks
@@ -47,16 +49,13 @@ from trilobit.train.plots import plot_flips, plot_loss, plot_strengths
 from trilobit.train.reconstruct import reconstruct
 from trilobit.train.record import new_record
 from trilobit.train.run import Run, start
-from trilobit.train.schedule import StrengthSchedule, sensitivity_schedule, strength_schedule
+from trilobit.train.schedule import StrengthSchedule
 from trilobit.train.sensitivity import layer_costs
 from trilobit.train.text import read_tokens
-from trilobit.train.windows import Windows, evaluation_windows
 
 DECIDED = frozenset({"base_nats_per_token", "gains", "schedules"})
 LR_TIMES_WIDTH = 0.4
 FORWARDS = 3  # that a token of training costs, its backward included; one more for a teacher
-CALIBRATION_WINDOWS = 8
-COMPARED_TOKENS = 1024  # model/ is compared with what was trained on at least as many tokens, held out as far as there are any
 
 
 @dataclass(frozen=True)
@@ -118,10 +117,10 @@ class _Tune(Run[TuneConfig, TuneResult]):
         self.model = self.base.model
         require_positions(self.model, config.sequence_length)
         if self.base.plan is not None:
-            _require_as_it_is(config, self.base.plan)
+            require_as_it_is(config, self.base.plan)
             self.plan = self.base.plan
         else:
-            self.plan = None if config.schedule == "never" else make_plan(find_roles(self.model), _spec(config))
+            self.plan = None if config.schedule == "never" else make_plan(find_roles(self.model), spec_of(config))
             reshard(self.model)
         if self.plan is not None:
             require_form(Source(self.model, self.plan), config.model_format)
@@ -165,7 +164,7 @@ class _Tune(Run[TuneConfig, TuneResult]):
         if not math.isfinite(total):
             raise ModelError(f"{config.model} itself has a loss of {total} on held-out text: its weights are damaged.")
         self.base_nats = total / count
-        self.gains = {} if self.base.plan else _calibrate(config, plan, model, self.windows, self.device)
+        self.gains = {} if self.base.plan else calibrate(config, plan, model, self.windows, self.device)
         self.single_scale = single_scale_norms(model, plan) if plan else []
         reshard(model)
 
@@ -188,19 +187,11 @@ class _Tune(Run[TuneConfig, TuneResult]):
     def plan_schedules(self, gains: dict[str, float]) -> list[StrengthSchedule]:
         """λ of weights, λ of activations."""
         config, plan = self.config, self.plan
-        kinds = config.schedule, config.activation_schedule or config.schedule
-        ramps = config.ramp_fraction, config.activation_ramp_fraction or config.ramp_fraction
         costs: list[float] = []
-        if plan is not None and "sensitivity" in kinds:
+        if plan is not None and "sensitivity" in (config.schedule, config.activation_schedule):
             costs = layer_costs(self.model, plan, gains, self.windows.samples(0, CALIBRATION_WINDOWS), config.sequences)
             self.listener.note("quantising one layer alone costs, in nats: " + ", ".join(f"{cost:.2f}" for cost in costs))
-        layers = self.layers()
-        return [
-            sensitivity_schedule(costs, config.max_tokens, ramp, config.overlap)
-            if kind == "sensitivity"
-            else strength_schedule(kind, layers, config.max_tokens, ramp, config.overlap)
-            for kind, ramp in zip(kinds, ramps, strict=True)
-        ]
+        return schedules_of(config, self.layers(), costs)
 
     def operate(self) -> None:
         """The teacher, if one is needed, and the surgery."""
@@ -235,6 +226,7 @@ class _Tune(Run[TuneConfig, TuneResult]):
         elif self.original is not None:
             self.structure = self.original.opened.structure()
         self.base.model, self.original = self.model, None
+        gc.collect()  # parts of a model refer to each other in circles: without this the original's would stay
         self.model.requires_grad_(True)
         self.peak_lr = config.lr or LR_TIMES_WIDTH / self.model.config.get_text_config().hidden_size
         if config.lr is None:
@@ -380,54 +372,4 @@ class _Tune(Run[TuneConfig, TuneResult]):
         config = self.config
         if self.plan is None:
             return self.heldout
-        compared = evaluation_windows(
-            self.tokens.heldout, config.sequence_length, max(config.evaluation_tokens, COMPARED_TOKENS)
-        )  # fmt: skip
-        if (lacking := COMPARED_TOKENS - len(compared) * config.sequence_length) > 0:  # text that was trained on will do
-            compared = torch.cat([compared, self.windows.samples(0, math.ceil(lacking / config.sequence_length))])
-        return compared
-
-
-def _spec(config: TuneConfig) -> TernarySpec:
-    return TernarySpec(
-        placement=config.placement, gain=config.gain, activations=config.activations, scale=config.scale,
-        cover=config.cover, dead_zone_bias=config.dead_zone_bias or 0.0, learned_ranges=config.learned_ranges,
-    )  # fmt: skip
-
-
-def _require_as_it_is(config: TuneConfig, plan: Plan) -> None:
-    """Raise ConfigError unless the settings say what a model that is ternary already is, and that it goes on at λ = 1.
-
-    It has no full-precision original that it could learn from, and from any other λ it would start as another function.
-    """
-    spec = plan.spec
-    wanted: dict[str, Any] = {
-        "schedule": "immediate", "distill": "none", "placement": spec.placement, "activations": spec.activations,
-        "scale": spec.scale, "cover": spec.cover,
-    }  # fmt: skip
-    differ = [name for name, value in wanted.items() if getattr(config, name) != value]
-    if config.activation_schedule not in (None, "immediate"):
-        raise ConfigError(f"{config.model} is ternary already: it starts at λ = 1, drop --activation-schedule.")
-    if config.dead_zone_bias or config.learned_ranges or config.reconstruct_tokens is not None:
-        raise ConfigError(
-            f"{config.model} is ternary already, and has no original: drop --dead-zone-bias, --learned-ranges and "
-            "--reconstruct-tokens."
-        )
-    if differ:
-        flags = " ".join(f"--{name} {value}" for name, value in wanted.items())
-        raise ConfigError(
-            f"{config.model} is ternary already. To train it on as it is, from λ = 1 and without an original to learn from, "
-            f"say so: {flags} (here {differ[0]} is {getattr(config, differ[0])})."
-        )
-
-
-def _calibrate(
-    config: TuneConfig, plan: Plan | None, model: PreTrainedModel, windows: Windows, device: torch.device
-) -> dict[str, float]:
-    """Measured RMS of the inputs that get a norm, over the first windows of the training order."""
-    if plan is None or config.gain_init == "ones":
-        return {}
-    batch = windows.samples(0, CALIBRATION_WINDOWS)[:, :-1].to(device)
-    normed = [path for path, linear in plan.linears.items() if linear.normed]
-    with autocast(config.precision, device):
-        return measure_rms(model, normed, batch.split(2))
+        return compared_windows(config, self.tokens, self.windows)
