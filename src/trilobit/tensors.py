@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,14 +23,25 @@ _DTYPES = {
 
 
 def weights_fingerprint(model: "nn.Module") -> str:
-    """SHA-256 of every parameter's name, dtype, shape and bytes, which no device and no number of threads changes."""
+    """`fingerprint` of every parameter. Of a model in parts, put together a tensor at a time, every rank has to ask."""
+    return fingerprint((name, whole(parameter)) for name, parameter in model.named_parameters())
+
+
+def fingerprint(tensors: "Iterable[tuple[str, Tensor]]") -> str:
+    """SHA-256 of every tensor's name, dtype, shape and bytes, which no device and no number of threads changes."""
     import torch
 
     found = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        found.update(repr((name, str(parameter.dtype), tuple(parameter.shape))).encode())
-        found.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    for name, tensor in tensors:
+        found.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
+        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
+
+
+def whole(tensor: "Tensor") -> "Tensor":
+    """All rows of a parameter, gathered if it is a DTensor: then every rank has to ask."""
+    held: Any = tensor.detach()
+    return held.full_tensor() if hasattr(held, "full_tensor") else held
 
 
 def save_tensors(tensors: "dict[str, Tensor]", path: Path) -> None:
@@ -99,6 +110,7 @@ def stream_tensors(
                     assert tensor.shape == entry.shape, (entry.name, tensor.shape, entry.shape)
                     data: Any = tensor.view(-1).view(torch.uint8).numpy()
                     file.write(data.data)  # not tofile, which does not notice that the disk is full for the last bytes
+                    del tensor, data  # else two would be in memory while the next one is read
                     written += 1
                     each(written, len(entries))
         except OSError as error:

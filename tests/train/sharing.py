@@ -143,7 +143,17 @@ def train(
     late = LateHead(model, case.late and team.size > 1)
     fit(model, windows(), NextToken(spread.forward, late), config, 0.02, run, CPU, signals, hooks, spread)
     assert not case.late or team.size == 1 or late.proven
-    return spread, spread.whole_model(), rows
+    return spread, whole_model(spread, case), rows
+
+
+def whole_model(spread: Spread, case: Case) -> Any:
+    """The trained model in plain parameters; what it began as on all ranks but the first."""
+    model = model_of(case)
+    trained = spread.gathered(lambda read: {name: read(name) for name, _ in model.named_parameters()})
+    with torch.no_grad():
+        for name, parameter in (trained or {}).items():
+            model.get_parameter(name).copy_(parameter)
+    return model
 
 
 def parameters(model: nn.Module) -> dict[str, Tensor]:

@@ -124,11 +124,16 @@ def test_muon_waits_for_the_owner_of_the_most(small: Shape) -> None:
         assert found["muon"] == pytest.approx(most * one)
 
 
-def test_a_model_must_fit_whole_once(small: Shape) -> None:
-    """However many parts, a card holds the whole model before the first step, and its teacher: a plan that needs more for that
-    than for a step says so."""
+def test_a_plan_needs_what_a_step_needs(small: Shape) -> None:
+    """Nothing is counted but the parts of a step, of which those of a rank's rows fall with the ranks: however large a model
+    is, enough of them hold all but what is gathered (old code: each had to hold the whole model once, 8 bytes a parameter)."""
     found = plan("m", small, 64, Load(512, teacher=True), mesh="fsdp", memory=9 * small.parameters)
-    assert found.whole == 8 * small.parameters and found.whole <= found.needed
+    assert found.needed == sum(found.memory.values())
+    huge = replace(small, parameters=100 * small.parameters, inside=100 * small.inside, layers=100 * small.layers)
+    rows = ("latents", "gradients", "moments")
+    few, many = (plan("m", huge, gpus, Load(512, teacher=False), mesh="fsdp") for gpus in (64, 4096))
+    assert sum(many.memory[name] for name in rows) == pytest.approx(sum(few.memory[name] for name in rows) / 64, rel=1e-4)
+    assert many.needed < 8 * huge.parameters
 
 
 def test_operations_of_the_iteration() -> None:
@@ -156,9 +161,9 @@ def test_doctor_plans_and_refuses() -> None:
         "activations",
         "tokens/s",
         "GB a rank, of 72 usable",
-        "before the first step",
     ):
         assert word in said
+    assert "one copy in 64 parts" in run(DoctorConfig(plan="llama-70b", gpus=64)).summary()
     with pytest.raises(ConfigError, match=r"(?s)needed .* GB a rank, of 0.*does not fit.*--gpus"):
         run(DoctorConfig(plan="llama-3m", gpus=8, gpu_memory=0.5, sequence_length=4096))
     with pytest.raises(ConfigError, match="is 16 ranks, but 8 were started"):

@@ -5,13 +5,14 @@ the model in memory; one that differs is not left behind (transformers loads som
 """
 
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trilobit import __version__
@@ -24,7 +25,7 @@ from trilobit.infer.hub import names_a_place
 from trilobit.infer.stored import CARD, PACKED_FILE, read_ours
 from trilobit.storage import atomic_directory, read_json, write_json
 from trilobit.surgery.ternary import Plan
-from trilobit.tensors import save_tensors, stream_tensors
+from trilobit.tensors import Entry, stream_tensors
 
 PLACES = ("_name_or_path", "_model_name_or_path", "name_or_path")  # where transformers notes what was loaded
 
@@ -51,73 +52,100 @@ def write_model(
     form chosen by `auto` to the packed one, and the reason says so. Raises VerificationError, leaving nothing, when none is
     left, and ConfigError if `form` cannot hold this model.
     """
-    source = Source(model, plan, tokenizer)
+    was_training = model.training
+    model.eval()
+    try:
+        return write_source(Source(model, plan, tokenizer), model, target, probe, form, store)
+    finally:
+        model.train(was_training)
+
+
+def write_source(
+    source: Source, reference: nn.Module, target: Path, probe: Tensor, form: str = "auto", store: Store = "bf16"
+) -> Written:
+    """`write_model` of a model that may lie in a directory. reference: what it is compared with, the model or what was recorded
+    of it."""
     chosen, reason = choose_form(source)
     if form != "auto":
         require_form(source, form)
         chosen, reason = form, "as asked"
     store = stored_precision(source, form, store)
-    was_training = model.training
-    model.eval()
     try:
-        try:
-            agreement = _write(source, target, probe, chosen, store)
-        except VerificationError as error:
-            if store == "bf16":
-                reason += "; stored in fp32, because bf16 embeddings changed the model too much"
-            elif form == "auto" and chosen != "packed":
-                chosen, reason = "packed", str(error).replace("It was not left behind.", "So it is stored in our own form.")
-            else:
-                raise
-            agreement = _write(source, target, probe, chosen, "fp32")
-    finally:
-        model.train(was_training)
+        agreement = _write(source, reference, target, probe, chosen, store)
+    except VerificationError as error:
+        if store == "bf16":
+            reason += "; stored in fp32, because bf16 embeddings changed the model too much"
+        elif form == "auto" and chosen != "packed":
+            chosen, reason = "packed", str(error).replace("It was not left behind.", "So it is stored in our own form.")
+        else:
+            raise
+        agreement = _write(source, reference, target, probe, chosen, "fp32")
     if agreement.floor_top1 is not None:
         reason += (
             f"; read by transformers it has the same argmax at {agreement.top1:.2%} of the positions, and the model itself, "
             f"its embeddings changed in their last bits, at {agreement.floor_top1:.2%}"
         )
-    size = sum(file.stat().st_size for file in target.iterdir() if file.suffix == ".safetensors")
-    return Written(str(target), chosen, reason, size, agreement)
+    return Written(str(target), chosen, reason, _weights_size(target), agreement)
 
 
-def write_full_precision(model: PreTrainedModel, tokenizer: Any, target: Path, probe: Tensor) -> Written:
-    """Write a model without surgery as an ordinary fp32 checkpoint, read back by transformers and compared."""
+def _weights_size(directory: Path) -> int:
+    return sum(file.stat().st_size for file in directory.iterdir() if file.suffix == ".safetensors")
+
+
+def write_full_precision(
+    model: PreTrainedModel, tokenizer: Any, target: Path, probe: Tensor,
+    read: Callable[[str], Tensor] | None = None, reference: nn.Module | None = None,
+) -> Written:  # fmt: skip
+    """Write a model without surgery as an ordinary fp32 checkpoint, read back by transformers and compared.
+
+    Of a model on meta, read gives its parameters by name, and reference is what was recorded of it.
+    """
     with atomic_directory(target) as directory:
-        save_tensors({n: p.detach() for n, p in model.named_parameters()}, directory / "model.safetensors")
+        stream_tensors(_parameters(model, read), directory)
         write_companions(directory, model, None, tokenizer, "full precision", {})
-        agreement = compare(model.eval(), load_stock(directory), probe).require("transformers' reading")
-    size = (target / "model.safetensors").stat().st_size
-    return Written(str(target), "full precision", "no surgery was made", size, agreement)
+        agreement = compare(model.eval() if reference is None else reference, load_stock(directory), probe).require(
+            "transformers' reading"
+        )
+    return Written(str(target), "full precision", "no surgery was made", _weights_size(target), agreement)
+
+
+def _parameters(model: PreTrainedModel, read: Callable[[str], Tensor] | None) -> list[Entry]:
+    """All of them in fp32, to be read one at a time."""
+    get = read or model.get_parameter
+    return [Entry(n, torch.float32, tuple(p.shape), partial(get, n)) for n, p in model.named_parameters()]
 
 
 @torch.no_grad()
-def round_kept(model: PreTrainedModel, plan: Plan, store: Store) -> None:
+def round_kept(model: PreTrainedModel, plan: Plan, store: Store, tensors: Mapping[str, Tensor]) -> None:
     """Round, in place, the matrices outside the ternary modules to the precision `write_model` will store them in.
 
-    Done before a finished model is measured, so that what is measured is what is stored.
+    Done before a finished model is measured, so that what is measured is what is stored. model: names and shapes; tensors: its
+    parameters, or what this rank has of them.
     """
     for entry in kept_entries(Source(model, plan), store):
-        model.get_parameter(entry.name).copy_(entry.read().to(entry.dtype))
+        if entry.dtype != torch.float32:
+            tensors[entry.name].copy_(tensors[entry.name].to(entry.dtype))
 
 
-def write_latent(model: PreTrainedModel, plan: Plan | None, tokenizer: Any, target: Path) -> None:
-    """Write the trainable fp32 latents: what `trilobit.load` gives back for more training."""
+def write_latent(
+    model: PreTrainedModel, plan: Plan | None, tokenizer: Any, target: Path, read: Callable[[str], Tensor] | None = None
+) -> None:
+    """Write the trainable fp32 latents: what `trilobit.load` gives back for more training. Of a model on meta, read gives its
+    parameters by name."""
     with atomic_directory(target) as directory:
-        save_tensors({n: p.detach() for n, p in model.named_parameters()}, directory / "model.safetensors")
+        stream_tensors(_parameters(model, read), directory)
         write_companions(directory, model, plan, tokenizer, "latent" if plan else "full precision", {})
 
 
-def _write(source: Source, target: Path, probe: Tensor, form: str, store: Store) -> Agreement:
-    model = source.model
+def _write(source: Source, reference: nn.Module, target: Path, probe: Tensor, form: str, store: Store) -> Agreement:
     with atomic_directory(target) as directory:
         write_form(source, directory, form, store)
-        floor = cache(lambda: noise_floor(model, probe))
-        agreement = compare(model, read_ours(directory).model, probe)
+        floor = cache(lambda: noise_floor(reference, probe))
+        agreement = compare(reference, read_ours(directory).model, probe)
         agreement = agreement.require(f"trilobit's reading of the {form} form", floor)
         if form != "packed":
             stock = load_stock(directory)
-            agreement = compare(model, stock, probe)
+            agreement = compare(reference, stock, probe)
             agreement = agreement.require(f"transformers' reading of the {form} form", floor)
             quantization = read_json(directory / "config.json").get("quantization_config", {})
             if is_comparable(source, quantization):

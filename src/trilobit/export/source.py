@@ -25,6 +25,7 @@ from trilobit.nn.packed import PackedEmbedding, PackedLinear
 from trilobit.nn.ternary import TernaryEmbedding, TernaryLinear
 from trilobit.storage import read_json, verify_manifest
 from trilobit.surgery.ternary import Plan, apply_plan
+from trilobit.tensors import whole
 
 TERNARY = (TernaryLinear, TernaryEmbedding, PackedLinear, PackedEmbedding)
 
@@ -76,8 +77,9 @@ class Source:
         return self.model.get_parameter(name).detach().float()
 
     def norm(self, path: str) -> nn.Module:
-        """A block norm that can be called."""
-        return self.model.get_submodule(path)
+        """A block norm that can be called. Of a model in parts every rank has to ask."""
+        norm = self.model.get_submodule(path)
+        return copy.deepcopy(norm, {id(p): nn.Parameter(whole(p), requires_grad=False) for p in norm.parameters()})
 
     def gain(self, path: str) -> Tensor:
         """Gain of the norm in front of a ternary linear, [K] or [1], fp32."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from trilobit.errors import VerificationError
 from trilobit.infer.quiet import quiet_transformers
 from trilobit.measure.perplexity import perplexity
+from trilobit.surgery.roles import evaluating
 
 POSITIONS = 8192  # at 1,000 the perplexity of small models would move by most of its limit from int8 flips alone
 MIN_TOP1 = 0.985
@@ -103,8 +105,11 @@ def shaken(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
         handle.remove()
 
 
-def noise_floor(model: PreTrainedModel, windows: Tensor) -> Agreement:
+def noise_floor(model: nn.Module, windows: Tensor) -> Agreement:
     """How the model agrees with itself when its embeddings change in their last bits."""
+    if isinstance(model, Recorded):
+        assert model.floor is not None, "the floor was not recorded"
+        return model.floor
     return compare(model, model, windows, other_context=shaken)
 
 
@@ -117,7 +122,7 @@ def compare(
 
     `other_context` is entered around every forward of `other`.
     """
-    device = next(reference.parameters()).device
+    device = next(iter(reference.parameters()), windows).device
     other.to(device)
 
     def pairs() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -136,6 +141,42 @@ def compare(
             seen += len(a[:left])
 
     return agreement_of(pairs())
+
+
+class Recorded(nn.Module):
+    """The logits of a model that is not here (any more), on some windows: called with one of these windows' tokens, [1, T], it
+    gives them back, as the model would have. floor: the model's agreement with itself, if it was asked for."""
+
+    floor: Agreement | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[bytes, Tensor] = {}
+
+    def forward(self, input_ids: Tensor, use_cache: bool = False) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.seen[_key(input_ids)][None])
+
+
+def record(model: PreTrainedModel, windows: Tensor, keep: bool = True, floor: bool = True) -> Recorded:
+    """What `compare` will want to know of a model as its reference: fp32 logits, on the CPU, of as many of the token windows
+    [N, W + 1] as it reads. Of a model in parts every rank has to ask; keep: whether this one is to have them."""
+    recorded, seen = Recorded(), 0
+    with evaluating(model), torch.autocast(model.device.type, enabled=False):
+        for window in windows:
+            if seen >= POSITIONS:
+                break
+            inputs = window[None, :-1]
+            logits = model(input_ids=inputs.to(model.device), use_cache=False).logits[0].float()
+            seen += len(logits)
+            if keep:
+                recorded.seen[_key(inputs)] = logits.cpu()
+        if floor:
+            recorded.floor = noise_floor(model, windows)
+    return recorded
+
+
+def _key(input_ids: Tensor) -> bytes:
+    return input_ids.cpu().numpy().tobytes()
 
 
 def agreement_of(pairs: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Agreement:

@@ -90,8 +90,8 @@ class ProjectedEmbedding(nn.Embedding):
 
     @torch.no_grad()
     def folded(self) -> Tensor:
-        """E Pᵀ, [V, D] float64: the rows of the embedding without a projection that is the same function."""
-        return self.weight.double() @ self.projection.weight.double().T
+        """The weight of the embedding without a projection that is the same function, as folded_embedding gives it."""
+        return folded_embedding(self.weight, self.projection.weight)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (f", scale={self.scale}" if self.scale != 1 else "")
@@ -129,8 +129,18 @@ class ProjectedLinear(nn.Linear):
 
     @torch.no_grad()
     def folded(self) -> Tensor:
-        """W P, [V, D] float64: the weight of the linear without a projection that is the same function."""
-        return self.weight.double() @ self.projection.weight.double()
+        """The weight of the linear without a projection that is the same function, as folded_linear gives it."""
+        return folded_linear(self.weight, self.projection.weight)
+
+
+def folded_embedding(weight: Tensor, projection: Tensor) -> Tensor:
+    """E Pᵀ, [V, D] float64, of E [V, D] and P [D, D]."""
+    return weight.double() @ projection.double().T
+
+
+def folded_linear(weight: Tensor, projection: Tensor) -> Tensor:
+    """W P, [V, D] float64, of W [V, D] and P [D, D]."""
+    return weight.double() @ projection.double()
 
 
 def random_orthogonal(width: int, generator: torch.Generator | None = None) -> Tensor:

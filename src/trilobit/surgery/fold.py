@@ -9,13 +9,17 @@ in float64, rounded once to fp32. The stock model is built anew from the config,
 """
 
 import copy
+from collections.abc import Callable, Set
+from functools import partial
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from trilobit.errors import ModelError
-from trilobit.nn.outlier_safe import ProjectedEmbedding, ProjectedLinear, SingleScaleRMSNorm
+from trilobit.nn.outlier_safe import ProjectedEmbedding, ProjectedLinear, SingleScaleRMSNorm, folded_embedding, folded_linear
 from trilobit.surgery.outlier_safe import TERNARY, embedding_scale, probe_norm
 
 
@@ -36,36 +40,64 @@ def fold(model: PreTrainedModel) -> PreTrainedModel:
         raise ModelError(f"the config of this {kind} builds a {type(stock).__name__}: fold the {type(stock).__name__} in it.")
     stock.to(model.device)  # pyright: ignore[reportArgumentType]
     _fill(dict(stock.named_parameters()), plain_parameters(model, stock), kind)
-    _fill(_persistent_buffers(stock), _persistent_buffers(model), kind)
+    buffers = _persistent_buffers(model)
+    _fill(_persistent_buffers(stock), {name: partial(torch.clone, value) for name, value in buffers.items()}, kind)
     stock.generation_config = copy.deepcopy(model.generation_config)
     return stock.train(model.training)
 
 
-def plain_parameters(model: PreTrainedModel, stock: PreTrainedModel) -> dict[str, Tensor]:
-    """Every parameter of the plain model by name, a shared one once: folded ones in float64, the others as they are."""
-    values: dict[str, Tensor] = {}
+def stock_structure(model: PreTrainedModel) -> PreTrainedModel:
+    """The stock model that `fold` would make of `model`, its parameters on meta."""
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        stock = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), dtype=torch.float32)
+    stock.tie_weights()
+    stock.generation_config = copy.deepcopy(model.generation_config)
+    return stock
+
+
+def plain_parameters(
+    model: PreTrainedModel, stock: PreTrainedModel, read: Callable[[str], Tensor] | None = None
+) -> dict[str, Callable[[], Tensor]]:
+    """How to get every parameter of the plain model, by name, a shared one once: folded ones in float64, the others as they
+    are. read: a parameter of `model` by its name, where it is on meta."""
+    get = read or (lambda name: model.get_parameter(name).detach())
+    values: dict[str, Callable[[], Tensor]] = {}
     done: set[int] = set()
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) not in done:
                 done.add(id(parameter))
-                values[f"{path}.{name}" if path else name] = parameter.detach()
+                full = f"{path}.{name}" if path else name
+                values[full] = partial(get, full)
         if isinstance(module, ProjectedEmbedding):
             # One unless the model was cast: a bf16 Gemma multiplies by √D in bf16.
             ratio = module.scale / embedding_scale(stock.get_submodule(path))
-            values[f"{path}.weight"] = module.folded() * ratio
+            values[f"{path}.weight"] = partial(_embedding, get, path, ratio)
             done.add(id(module.projection.weight))
         elif isinstance(module, ProjectedLinear):
-            values[f"{path}.weight"] = module.folded()
+            values[f"{path}.weight"] = partial(_head, get, path)
             done.add(id(module.projection.weight))
         elif isinstance(module, SingleScaleRMSNorm):
             norm = stock.get_submodule(path)
             rule = probe_norm(norm)
             assert rule is not None and rule.eps == module.eps, (path, rule, module.eps)
             del values[f"{path}.weight"]
-            scale = module.weight.detach().double() - rule.offset
-            values[f"{path}.{rule.parameter}"] = scale.expand(norm.get_parameter(rule.parameter).shape)
+            values[f"{path}.{rule.parameter}"] = partial(
+                _gain, get, path, rule.offset, norm.get_parameter(rule.parameter).shape
+            )
     return values
+
+
+def _embedding(get: Callable[[str], Tensor], path: str, ratio: float) -> Tensor:
+    return folded_embedding(get(f"{path}.weight"), get(f"{path}.projection.weight")) * ratio
+
+
+def _head(get: Callable[[str], Tensor], path: str) -> Tensor:
+    return folded_linear(get(f"{path}.weight"), get(f"{path}.projection.weight"))
+
+
+def _gain(get: Callable[[str], Tensor], path: str, offset: float, shape: torch.Size) -> Tensor:
+    return (get(f"{path}.weight").double() - offset).expand(shape)
 
 
 def _persistent_buffers(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -73,11 +105,17 @@ def _persistent_buffers(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in model.named_buffers() if name in kept}
 
 
-def _fill(targets: dict[str, Tensor], values: dict[str, Tensor], kind: str) -> None:
+def _fill(targets: dict[str, Tensor], values: dict[str, Callable[[], Tensor]], kind: str) -> None:
     """Copy `values` into `targets`, names and shapes agreeing to the last."""
-    for name in sorted(targets.keys() ^ values.keys()):
-        where = "only the stock model has" if name in targets else "the stock model has no"
-        raise ModelError(f"{kind} is not the stock model with outlier-safe parts: {where} {name}.")
+    require_same_names(targets.keys(), values.keys(), kind)
     for name, target in targets.items():
-        assert target.shape == values[name].shape, (name, target.shape, values[name].shape)
-        target.copy_(values[name])
+        value = values[name]()
+        assert target.shape == value.shape, (name, target.shape, value.shape)
+        target.copy_(value)
+
+
+def require_same_names(stock: Set[str], plain: Set[str], kind: str) -> None:
+    """Raise ModelError if a model of this kind, made plain, has other parameters than the stock model."""
+    for name in sorted(stock ^ plain):
+        where = "only the stock model has" if name in stock else "the stock model has no"
+        raise ModelError(f"{kind} is not the stock model with outlier-safe parts: {where} {name}.")

@@ -76,12 +76,14 @@ class NormRule:
 
 
 def outlier_safe(
-    model: PreTrainedModel, *, ssnorm: bool = True, embproj: bool = True, tied: bool | None = None, seed: int = 0
-) -> OutlierSafeSurgery:
+    model: PreTrainedModel, *, ssnorm: bool = True, embproj: bool = True, tied: bool | None = None, seed: int = 0,
+    runs: bool = True,
+) -> OutlierSafeSurgery:  # fmt: skip
     """Give `model`, in place, single-scale norms and embedding projections; its logits stay what they were.
 
     tied: whether embedding and head share a weight afterwards; None leaves that alone, unless `embproj`, which unties
-    them (`config.tie_word_embeddings` becomes False). seed: of the two projections. Returns the table of what became what,
+    them (`config.tie_word_embeddings` becomes False). seed: of the two projections. runs: false for a model whose layers have
+    no weights yet, for which `require_causal` is to be called when they have. Returns the table of what became what,
     whose parts are asserted to add up to the model's parameters. Raises ConfigError for a tied head with projections, and
     ModelError, with nothing changed, for encoders, for models without a linear head, for norms that are not RMSNorms with
     a gain alone, and for norms that have learned different gains (they would be lost).
@@ -89,6 +91,8 @@ def outlier_safe(
     if tied and embproj:
         raise ConfigError("a tied head cannot have an embedding projection: embedding and head are folded with different ones.")
     _require_decoder(model)
+    if runs:
+        require_causal(model)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if tied and head.weight is not embedding.weight:  # pyright: ignore[reportOptionalMemberAccess]
         raise ModelError(f"the head of {type(model).__name__} has a weight of its own. Build it with tie_word_embeddings=True.")
@@ -212,6 +216,12 @@ def _require_decoder(model: PreTrainedModel) -> None:
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear:
         raise ModelError(f"{kind} has no linear language-model head (its head is a {type(head).__name__}).")
+
+
+def require_causal(model: PreTrainedModel) -> None:
+    """Raise ModelError unless the logits of `model` are finite and do not depend on later tokens. Of a model in parts every
+    rank has to ask."""
+    kind = type(model).__name__
     vocabulary, generator = vocabulary_size(model), torch.Generator().manual_seed(0)
     tokens = torch.randint(0, vocabulary, (1, PROBE_TOKENS), generator=generator).to(model.device)
     other = tokens.clone()

@@ -8,16 +8,18 @@ each, and are stock norms again before anything is written.
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trilobit.nn.outlier_safe import SingleScaleRMSNorm
 from trilobit.surgery.outlier_safe import probe_norm
 from trilobit.surgery.ternary import Plan
+from trilobit.tensors import whole
 
 
 def single_scale_norms(model: nn.Module, plan: Plan) -> list[str]:
     """Paths of the block norms in front of inserted norms with one gain, if each of them has exactly the same gain in all
-    channels; else none: where one has not, there are two norms in a row that are not one anyway."""
+    channels; else none: where one has not, there are two norms in a row that are not one anyway. Of a model in parts every
+    rank has to ask."""
     if plan.spec.gain != "scalar":
         return []
     paths = list(
@@ -26,7 +28,10 @@ def single_scale_norms(model: nn.Module, plan: Plan) -> list[str]:
     for path in paths:
         norm = model.get_submodule(path)
         rule = probe_norm(norm)
-        if rule is None or not bool((norm.get_parameter(rule.parameter) == norm.get_parameter(rule.parameter)[0]).all()):
+        if rule is None:
+            return []
+        gain = whole(norm.get_parameter(rule.parameter))
+        if not bool((gain == gain[0]).all()):
             return []
     return paths
 
@@ -39,11 +44,27 @@ def hold_single_scales(model: nn.Module, paths: list[str]) -> dict[str, nn.Modul
         norm = held[path] = model.get_submodule(path)
         rule = probe_norm(norm)
         assert rule is not None, path
-        weight = norm.get_parameter(rule.parameter)
+        (weight,) = norm.parameters()
         single = SingleScaleRMSNorm(rule.eps, device=weight.device, dtype=weight.dtype)
-        single.weight.copy_(rule.offset + weight[:1])
+        single.weight.copy_(single_scale(norm))
         model.set_submodule(path, single.train(norm.training))
     return held
+
+
+@torch.no_grad()
+def single_scale(norm: nn.Module) -> Tensor:
+    """The gain, [1], of a stock norm that has the same in all channels."""
+    rule = probe_norm(norm)
+    assert rule is not None, type(norm)
+    return rule.offset + whole(norm.get_parameter(rule.parameter))[:1]
+
+
+@torch.no_grad()
+def stock_gain(norm: nn.Module, scale: Tensor) -> Tensor:
+    """The parameter, [K], of a stock norm that is to have the gain `scale`, [1], in all channels."""
+    rule = probe_norm(norm)
+    assert rule is not None, type(norm)
+    return (scale - rule.offset).expand(norm.get_parameter(rule.parameter).shape)
 
 
 @torch.no_grad()
@@ -51,7 +72,7 @@ def release_single_scales(model: nn.Module, held: dict[str, nn.Module]) -> None:
     """Put the stock norms back, in place, with the scales that were trained in all channels."""
     for path, norm in held.items():
         single = model.get_submodule(path)
-        rule = probe_norm(norm)
-        assert rule is not None and isinstance(single, SingleScaleRMSNorm), path
-        norm.get_parameter(rule.parameter).copy_(single.weight - rule.offset)
+        assert isinstance(single, SingleScaleRMSNorm), path
+        (weight,) = norm.parameters()
+        weight.copy_(stock_gain(norm, single.weight))
         model.set_submodule(path, norm.train(single.training))

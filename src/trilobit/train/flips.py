@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from trilobit import quant
 from trilobit.nn.ternary import TernaryLinear
 from trilobit.surgery.roles import decoder_layers
-from trilobit.train.pieces import whole
+from trilobit.tensors import whole
 
 ROWS = 64  # of each matrix: a sample, at any model's size
 

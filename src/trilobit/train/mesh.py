@@ -2,33 +2,36 @@
 
 FSDP2 (torch's fully_shard, DTensor) keeps a part of every parameter's rows on each rank and gathers a decoder layer's rows
 just before the layer runs: inside a forward every parameter is whole, so that a ternary scale is mean|W| over the full logical
-matrix without a further word. Outside a forward no rank has more than its rows. FSDP1 is refused: its flat parameters cut
-through matrices. Parameters stay fp32 when gathered and autocast rounds activations alone; gathering bf16 would round latents
-before they are quantised.
+matrix without a further word. Outside a forward no rank has more than its rows, from the beginning (parts.py) to the end
+(`gathered`). FSDP1 is refused: its flat parameters cut through matrices. Parameters stay fp32 when gathered and autocast
+rounds activations alone; gathering bf16 would round latents before they are quantised.
 """
 
-import copy
 import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from trilobit.config.training import mesh_of
 from trilobit.errors import ConfigError
 from trilobit.nn.ternary import TernaryLinear
-from trilobit.surgery.roles import decoder_layers
 from trilobit.train.distributed import ALONE, Ranks, Team
-from trilobit.train.pieces import Piece, sharded_pieces, whole_pieces
+from trilobit.train.parts import cut_whole, pieces_of, reshard, without_memory
+from trilobit.train.pieces import Piece, heights, whole_pieces
+
+T = TypeVar("T")
+Read = Callable[[str], Tensor]
+"""A whole parameter by its name."""
 
 STATE_BYTES = 16  # of a parameter that trains: latent, gradient and two moments in fp32
 SHARE_FOR_STATE = 0.5  # of a device's memory; the rest is for activations
@@ -42,6 +45,11 @@ class Arrangement:
     replicas: int
     shards: int
     reason: str
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether a rank has less than a copy."""
+        return self.shards > 1
 
     def __str__(self) -> str:
         what = {
@@ -97,7 +105,8 @@ def device_memory(device: torch.device, local_size: int) -> int:
 class Spread:
     """A model over the ranks of a team, as the training loop sees it. This one is a model in one process.
 
-    forward: what an objective calls instead of the model. pieces: the rows that this rank steps and saves.
+    forward: what an objective calls instead of the model. pieces: the rows that this rank steps and saves. structure: the model
+    with whole parameters, on meta where there is no rank that has them.
     """
 
     def __init__(self, model: nn.Module, team: Team = ALONE, arrangement: Arrangement | None = None):
@@ -105,6 +114,7 @@ class Spread:
         self.arrangement = arrangement or Arrangement("one", 1, 1, "")
         self.forward: Callable[..., Any] = model
         self.pieces: list[Piece] = whole_pieces(model)
+        self.structure: Any = model
 
     @property
     def shard_group(self) -> Any:
@@ -139,9 +149,10 @@ class Spread:
     def rest(self) -> None:
         """After a forward without backward: hold no more than what this rank keeps."""
 
-    def whole_model(self) -> nn.Module:
-        """The trained model in plain parameters: on rank 0, for everything that follows training. Every rank has to ask."""
-        return self.model
+    def gathered(self, do: Callable[[Read], T]) -> T | None:
+        """What `do` makes, on rank 0, of the parameters, which it asks for by name and gets whole, one at a time; None on the
+        others. Every rank has to call it. Of a model in parts they are put together on rank 0's CPU, and nowhere else."""
+        return do(lambda name: self.model.get_parameter(name).detach()) if self.team.first else None
 
 
 class Copies(Spread):
@@ -177,17 +188,13 @@ class Copies(Spread):
 class Shards(Spread):
     """Rows of every parameter on each rank (FSDP2), all of them once in each of the mesh's copies."""
 
-    def __init__(self, model: nn.Module, team: Team, arrangement: Arrangement):
-        # What the trained rows will be put into: the model without its parameters' memory, ties kept.
-        memo: dict[int, Any] = {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in model.parameters()}
-        self._skeleton = copy.deepcopy(model, memo)
-        mesh = make_mesh(arrangement, next(model.parameters()).device.type)
-        shard(model, mesh)
+    def __init__(self, model: nn.Module, structure: nn.Module, mesh: DeviceMesh, team: Ranks, arrangement: Arrangement):
         super().__init__(model, team, arrangement)
-        self._group = mesh.get_group("shard")
+        self.structure, self.ranks = structure, team
+        self._group: Any = mesh.get_group("shard")
         self._copies = mesh.get_group("copy") if mesh.ndim > 1 else None
         self.copy_index = mesh.get_local_rank("copy") if mesh.ndim > 1 else 0
-        self.pieces = sharded_pieces(model, self._group.rank(), self._group.size())
+        self.pieces = pieces_of(model, mesh)
 
     @property
     def shard_group(self) -> Any:
@@ -223,19 +230,44 @@ class Shards(Spread):
         return norm
 
     def rest(self) -> None:
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        reshard(self.model)
 
-    @torch.no_grad()
-    def whole_model(self) -> nn.Module:
+    def gathered(self, do: Callable[[Read], T]) -> T | None:
         self.rest()
-        targets = dict(self._skeleton.named_parameters())
-        for piece in self.pieces:
-            full = piece.parameter.full_tensor()  # pyright: ignore[reportAttributeAccessIssue]
-            if self.team.first:
-                torch.utils.swap_tensors(targets[piece.name], nn.Parameter(full, piece.parameter.requires_grad))
-        return self._skeleton
+        key, count = self.ranks.key("gathered"), 0
+        numbers = {piece.name: index for index, piece in enumerate(self.pieces)}
+
+        def ask(number: int) -> None:
+            nonlocal count
+            self.ranks.store.set(f"{key}/{count}", str(number))
+            count += 1
+
+        def read(name: str) -> Tensor:
+            ask(numbers[name])
+            return self._received(self.pieces[numbers[name]])
+
+        if self.team.first:
+            try:
+                return do(read)
+            finally:
+                ask(-1)
+        # At the store, however long rank 0 writes between two of them.
+        while self.writes and (number := int(self.ranks.wait_calmly(f"{key}/{count}"))) >= 0:
+            count += 1
+            if self.pieces[number].local.numel():
+                dist.send(self.pieces[number].local.detach().cpu().contiguous(), dst=0, group=self.ranks.control)
+        return None
+
+    def _received(self, piece: Piece) -> Tensor:
+        """On rank 0: a whole parameter, of its own rows and those that the others send."""
+        whole = torch.empty(piece.shape, dtype=piece.local.dtype)
+        whole[: piece.stop] = piece.local.detach().cpu()
+        start = piece.stop
+        for index, height in enumerate(heights(piece.shape[0], self._group.size())):
+            if index > 0 and height > 0 and whole.numel():
+                dist.recv(whole[start : start + height], src=dist.get_global_rank(self._group, index), group=self.ranks.control)
+                start += height
+        return whole
 
 
 def make_mesh(arrangement: Arrangement, device_type: str) -> DeviceMesh:
@@ -245,19 +277,15 @@ def make_mesh(arrangement: Arrangement, device_type: str) -> DeviceMesh:
     return init_device_mesh(device_type, (arrangement.shards,), mesh_dim_names=("shard",))
 
 
-def shard(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Shard every decoder layer by itself, and what is outside them (embeddings, last norm, head) together."""
-    for _, layer in decoder_layers(model):
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-
-
 def spread_over(team: Team, arrangement: Arrangement, model: PreTrainedModel, teacher: PreTrainedModel | None = None) -> Spread:
-    """The model over the ranks, in place; a teacher is cut into parts where its student is."""
+    """A model that every rank has whole, over the ranks, in place; a teacher is cut into parts where its student is."""
     if not isinstance(team, Ranks):
         return Spread(model)
     if arrangement.kind == "ddp":
         return Copies(model, team, arrangement)
-    if teacher is not None:
-        shard(teacher, make_mesh(arrangement, next(teacher.parameters()).device.type))
-    return Shards(model, team, arrangement)
+    device, structure = next(model.parameters()).device, without_memory(model)
+    mesh = make_mesh(arrangement, device.type)
+    for each in (model, teacher):
+        if each is not None:
+            cut_whole(each, mesh, device)
+    return Shards(model, structure, mesh, team, arrangement)

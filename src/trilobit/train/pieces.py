@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 
@@ -52,9 +52,3 @@ def heights(rows: int, size: int) -> list[int]:
     """How many of a parameter's rows each of `size` ranks keeps, as torch.chunk cuts them."""
     most = -(-rows // size)
     return [max(0, min(most, rows - rank * most)) for rank in range(size)]
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """All rows of a parameter, gathered if it is sharded: then every rank has to ask."""
-    held: Any = tensor.detach()
-    return held.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -3,7 +3,7 @@
     memory   latents 4·P/S + gradients 4·P/S + moments (AdamW 8, Muon 4 a matrix' number) /S + what is gathered for a while
              (narrower gradients and moments as asked)
              + activations (measured on fake tensors: what autograd saves of one layer, and of the head) + teacher 2·P/S;
-             before the first step, and to write the trained model, the whole of it once on a card, 4·P
+             before the first step rows of the original, a teacher and the student at most, which is less (original.py)
     compute  6·(P − embeddings) + 6·L·T·D of causal attention, a token; + a forward where activations are computed again
              or where there is a teacher; Muon's iteration, 5·(4·R²C + 2·R³) a matrix, over its S owners
     network  ddp 2·4·P · fsdp 4·P twice a micro-batch and once a step · hsdp that within S, and 2·4·P/S over the copies
@@ -198,12 +198,9 @@ class Plan:
     seconds: dict[str, float]
     tokens_per_step: int
 
-    whole: int
-    """Bytes that a rank holds while the model is not yet, or no longer, in parts."""
-
     @property
     def needed(self) -> int:
-        return max(sum(self.memory.values()), self.whole)
+        return sum(self.memory.values())
 
     @property
     def fits(self) -> bool:
@@ -231,8 +228,6 @@ class Plan:
             + (", a teacher" if load.teacher else ""),
         ]
         lines += [f"{name:<13} {size / 1e9:9.2f} GB a rank" for name, size in self.memory.items()]
-        lines.append(f"{'together':<13} {sum(self.memory.values()) / 1e9:9.2f} GB a rank")
-        lines.append(f"{'whole':<13} {self.whole / 1e9:9.2f} GB a rank, before the first step and after the last")
         lines.append(
             f"{'needed':<13} {self.needed / 1e9:9.2f} GB a rank, of {(1 - LEFT_FREE) * self.available / 1e9:.0f} usable"
         )
@@ -255,7 +250,7 @@ def plan(
     held, seconds = memory_of(shape, arrangement, load), seconds_of(shape, arrangement, load, rates)
     return Plan(
         model, gpus, arrangement, load, held, memory, seconds,
-        gpus * load.sequences * load.sequence_length * load.accumulation, 4 * shape.parameters * (1 + load.teacher),
+        gpus * load.sequences * load.sequence_length * load.accumulation,
     )  # fmt: skip
 
 

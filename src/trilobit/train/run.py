@@ -4,7 +4,7 @@ A run is a class with stages between which a signal may stop it. It claims its d
 begins it is in run.json before the first step, so that --resume finds everything that was decided (record.py).
 
 Several ranks (distributed.py) go through the same stages: rank 0 decides, writes and finishes; the others load the same
-model and the same text, and train.
+model, or their part of it, and the same text, measure and train.
 """
 
 import os
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from trilobit.config.training import TrainingConfig
@@ -23,16 +24,15 @@ from trilobit.errors import ConfigError, DataError, ModelError, OutputError
 from trilobit.infer.loaded import pick_device
 from trilobit.listener import SILENT, Listener
 from trilobit.locks import alone_in
-from trilobit.measure.perplexity import nats
 from trilobit.storage import read_json, require_free_space, require_new_run, write_json
 from trilobit.surgery.roles import decoder_layers
-from trilobit.tensors import weights_fingerprint
 from trilobit.train.checkpoint import BYTES_PER_PARAMETER, list_checkpoints
 from trilobit.train.data import Tokens
-from trilobit.train.distributed import Team, require_even_parts
+from trilobit.train.distributed import Ranks, Team, require_even_parts
+from trilobit.train.evaluate import shared_nats
 from trilobit.train.loop import muon_matrices
 from trilobit.train.meeting import open_team, restarts, several
-from trilobit.train.mesh import Spread, arrange, arrangement_for, device_memory, spread_over
+from trilobit.train.mesh import Arrangement, Shards, Spread, arrange, arrangement_for, device_memory, spread_over
 from trilobit.train.pace import Forecast
 from trilobit.train.record import record_to_resume
 from trilobit.train.signals import Signals
@@ -48,7 +48,12 @@ class Run(ABC, Generic[Config, Result]):
 
     model: PreTrainedModel
     record: dict[str, Any]
+    fingerprint: str
+    arrangement: Arrangement | None = None
     spread: Spread
+    mesh: DeviceMesh | None = None
+    """Where the model has been in parts from the beginning; then it has a structure, too, the same on meta."""
+    structure: Any = None
     result_type: ClassVar[type]
 
     def __init__(
@@ -65,6 +70,8 @@ class Run(ABC, Generic[Config, Result]):
         team.stop_if_asked(self.signals)
         self.set_tokens(team.by_node(self.read_tokens))
         team.stop_if_asked(self.signals)
+        if record is None:
+            team.together(self.measure)
         self.record = team.shared(self.begin) if record is None else self.go_on(record)
         team.together(self.require_same)
         team.stop_if_asked(self.signals)
@@ -72,6 +79,7 @@ class Run(ABC, Generic[Config, Result]):
         with ExitStack() as stack:
             team.together(lambda: self.claim(record, stack))
             self.train()
+            self.settle()
             kept: list[Result] = []
             value = team.shared(lambda: self.conclude(kept))
             return kept[0] if kept else self.result_type(**value)
@@ -95,7 +103,7 @@ class Run(ABC, Generic[Config, Result]):
         """Raise ModelError or DataError if this rank has another model or other text than rank 0."""
         if self.team.size == 1:
             return
-        if self.record["base"] != weights_fingerprint(self.model):
+        if self.record["base"] != self.fingerprint:
             raise ModelError(
                 f"rank {self.team.rank} has loaded other weights than rank 0: is it the same checkpoint everywhere?"
             )
@@ -104,15 +112,18 @@ class Run(ABC, Generic[Config, Result]):
 
     @abstractmethod
     def load(self, record: dict[str, Any] | None) -> None:
-        """The model before training."""
+        """The model before training, its fingerprint, and how the ranks share it (`arrange`)."""
 
     @abstractmethod
     def read_tokens(self) -> Tokens:
         """What is trained and measured on."""
 
+    def measure(self) -> None:
+        """What `begin` has to know of the model and every rank has to take part in. Of a new run only."""
+
     @abstractmethod
     def begin(self) -> dict[str, Any]:
-        """run.json of a new run: everything that is decided before training."""
+        """run.json of a new run: everything that is decided before training. Rank 0's alone."""
 
     @abstractmethod
     def operate(self) -> None:
@@ -122,9 +133,12 @@ class Run(ABC, Generic[Config, Result]):
     def train(self) -> None:
         """All steps that are left."""
 
+    def settle(self) -> None:
+        """After the last step, what every rank has to take part in, as a model in parts is nowhere whole."""
+
     @abstractmethod
     def finish(self) -> Result:
-        """What remains beside run.json and log.jsonl; the result makes the run a finished one."""
+        """What remains beside run.json and log.jsonl; the result makes the run a finished one. Rank 0's alone."""
 
     def set_tokens(self, tokens: Tokens) -> None:
         """The windows that are trained and measured on."""
@@ -144,14 +158,32 @@ class Run(ABC, Generic[Config, Result]):
             )
         return record
 
-    def over_ranks(self, teacher: PreTrainedModel | None = None) -> Spread:
-        """The model, spread over the ranks as --mesh says, in place; and said."""
-        team, parameters = self.team, sum(p.numel() for p in self.model.parameters())
-        memory = device_memory(self.device, team.local_size)
-        arrangement = arrangement_for(team, self.config.mesh, parameters, memory)
+    def arrange(self, parameters: int) -> Arrangement:
+        """How the ranks share a model of so many parameters; said."""
+        team, memory = self.team, device_memory(self.device, self.team.local_size)
+        self.arrangement = found = arrangement_for(team, self.config.mesh, parameters, memory)
         if team.size > 1:
-            self.listener.note(f"mesh {arrangement}")
-        self.spread = spread_over(team, arrangement, self.model, teacher)
+            self.listener.note(f"mesh {found}")
+        return found
+
+    @property
+    def arranged(self) -> Arrangement:
+        """As `arrange` has found, once it has."""
+        assert self.arrangement is not None, "load() has not arranged the ranks"
+        return self.arrangement
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether no rank has the whole model while it trains."""
+        return self.arranged.in_parts
+
+    def over_ranks(self, teacher: PreTrainedModel | None = None) -> Spread:
+        """The model, spread over the ranks as was arranged, in place, unless it has begun so."""
+        team, arrangement = self.team, self.arranged
+        if self.mesh is None or not isinstance(team, Ranks):
+            self.spread = spread_over(team, arrangement, self.model, teacher)
+        else:
+            self.spread = Shards(self.model, self.structure, self.mesh, team, arrangement)
         return self.spread
 
     def make_directory(self) -> None:
@@ -171,18 +203,12 @@ class Run(ABC, Generic[Config, Result]):
             raise OutputError(f"{self.out} is not as it was: another process has been working in it.")
 
     def evaluate(self) -> dict[str, float]:
-        """Held-out loss at the run's precision, between steps. Ranks share the windows; those that are left over, fewer than
-        ranks, are read by all and counted by the first, so that all run the same number of forwards."""
-        config, team = self.config, self.team
-        each = len(self.heldout) // team.size
-        own, rest = self.heldout[team.rank * each : (team.rank + 1) * each], self.heldout[team.size * each :]
-        total, count = nats(self.model, own, config.sequences, config.precision, self.listener) if each else (0.0, 0)
-        if len(rest):
-            more, tokens = nats(self.model, rest, config.sequences, config.precision)
-            total, count = (total + more, count + tokens) if team.first else (total, count)
-        self.spread.rest()
-        total, counted = team.sums(total, count)
-        return {"heldout_nats": total / counted}
+        """Held-out loss at the run's precision, between steps."""
+        config = self.config
+        total, count = shared_nats(
+            self.team, self.model, self.heldout, config.sequences, config.precision, self.listener
+        )  # fmt: skip
+        return {"heldout_nats": total / count}
 
     def heard(self, row: dict[str, Any]) -> None:
         """A row of log.jsonl, told to whoever wants it."""
