@@ -155,10 +155,10 @@ def test_no_rank_holds_the_whole_model(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("Sphinx of black quartz, judge my vow. Pack my box with five dozen jugs. " * 80)
     more = {"model": str(tmp_path / "model"), "distill": "none", "mesh": "fsdp", "batch_tokens": 64, "max_tokens": 64}
     tuned = settings(tmp_path, tmp_path / "run", **more, model_format="none", sequences=1)
-    for answer in launch(parting.held, 4, tmp_path / "new", seconds=300, tuned=tuned):
+    for answer in launch(parting.held, 4, tmp_path / "new", seconds=900, tuned=tuned):
         print({name: value / size for name, value in answer.items()})
         assert 0.25 * size < answer["start"] < 0.75 * size
         assert answer["given"] <= largest
-    answers = launch(parting.held, 2, tmp_path / "old", seconds=300, tuned=tuned | {"out": str(tmp_path / "old-run")}, old=True)
+    answers = launch(parting.held, 2, tmp_path / "old", seconds=900, tuned=tuned | {"out": str(tmp_path / "old-run")}, old=True)
     print([answer["start"] / size for answer in answers])
     assert all(answer["start"] > size for answer in answers)
