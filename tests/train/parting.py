@@ -93,9 +93,13 @@ class Peak:
         self._thread.join()
 
 
-def held(folder: Path, tuned: dict[str, Any], old: bool = False) -> dict[str, Any]:
-    """The most that this rank holds from the start of `tune` until it trains and afterwards, and the most bytes of whole
-    parameters at once that rank 0 was given. old: every rank loads the model whole, as before it was cut on meta."""
+def held(folder: Path, tuned: dict[str, Any]) -> dict[str, Any]:
+    """The most that this rank holds from the start of `tune` until it trains, and the most bytes of whole parameters at once
+    that rank 0 was given. Loading a model whole is an error."""
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a rank loads the whole model")
+
     found: dict[str, Any] = {"given": 0}
     alive: list[Any] = []
     received: Callable[..., Tensor] = Shards._received
@@ -114,8 +118,7 @@ def held(folder: Path, tuned: dict[str, Any], old: bool = False) -> dict[str, An
 
     ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 1 << 16)  # what is freed goes back at once, or it would be counted on
     Shards._received, tune.fit = counted, until_here
-    if old:
-        tune.open_for_ranks = lambda source, team: (None, "as it was")
+    tune.load_pretrained = refuse
     with Peak() as before:
         tune.run(TuneConfig(**tuned), Notes())
     return found
