@@ -129,7 +129,8 @@ def test_a_plan_needs_what_a_step_needs(small: Shape) -> None:
     is, enough of them hold all but what is gathered (old code: each had to hold the whole model once, 8 bytes a parameter)."""
     found = plan("m", small, 64, Load(512, teacher=True), mesh="fsdp", memory=9 * small.parameters)
     assert found.needed == sum(found.memory.values())
-    huge = replace(small, parameters=100 * small.parameters, inside=100 * small.inside, layers=100 * small.layers)
+    more = 999 * small.inside  # all of it in layers
+    huge = replace(small, parameters=small.parameters + more, inside=small.inside + more, layers=1000 * small.layers)
     rows = ("latents", "gradients", "moments")
     few, many = (plan("m", huge, gpus, Load(512, teacher=False), mesh="fsdp") for gpus in (64, 4096))
     assert sum(many.memory[name] for name in rows) == pytest.approx(sum(few.memory[name] for name in rows) / 64, rel=1e-4)
