@@ -7,7 +7,8 @@ Nothing is measured here: rates are those of `Rates`, an H100 in machines of eig
 
 import argparse
 
-from trilobit.train.plan import Load, Plan, plan, read_shape
+from trilobit.train.plan import Load, Plan, plan
+from trilobit.train.shape import read_shape
 
 MODELS = ("llama-1.4b", "llama-8b", "llama-70b")
 GPUS = (1, 8, 64, 512, 4096)

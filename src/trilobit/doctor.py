@@ -108,7 +108,8 @@ def advice(sets: list[str], bandwidth: float | None) -> list[str]:
 def run(config: DoctorConfig, listener: Listener = SILENT) -> "DoctorResult | Plan":
     """`trilobit doctor`. With --plan, raises ConfigError where the model cannot fit."""
     if config.plan is not None:
-        from trilobit.train.plan import Load, plan, read_shape, require_fitting
+        from trilobit.train.plan import Load, plan, require_fitting
+        from trilobit.train.shape import read_shape
 
         load = Load(
             config.sequence_length, config.sequences, config.accumulation, config.optimizer, config.recompute, config.teacher,

@@ -52,6 +52,32 @@ def test_steps_are_the_models_tokens(family: str, options: dict[str, Any], stepp
         stepped.clear()
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_attention_reads_as_much_as_there_is(family: str, stepped: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Places are read in powers of two of the first number, as far as there are any, and another graph is made for each; the
+    tokens stay transformers' own."""
+    monkeypatch.setattr(cuda_graph, "LEAST_READ", 4)
+    model, read = ternary(family), []
+    more = GraphedSteps._read_more
+
+    def noted(self: GraphedSteps) -> None:
+        self._graph = "old"  # pyright: ignore[reportAttributeAccessIssue]
+        more(self)
+        assert self._graph is None
+        read.append((self.seen, self.read))
+
+    monkeypatch.setattr(GraphedSteps, "_read_more", noted)
+    cases = {5: [(5, 8), (9, 16), (17, 25)], 4: [(4, 4), (5, 8), (9, 16), (17, 24)]}
+    for length, expected in cases.items():
+        prompt = families.tokens(2, length)
+        found = continue_tokens(model, prompt, 20, ends=False)
+        assert read == expected and stepped
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(hf, "obstacle", obstacle)
+            assert torch.equal(found, continue_tokens(model, prompt, 20, ends=False))
+        read.clear()
+
+
 def test_short_texts_are_not_worth_a_graph(stepped: list[int]) -> None:
     continue_tokens(ternary("llama"), families.tokens(1, 3), cuda_graph.WORTHWHILE - 1, ends=False)
     assert not stepped

@@ -196,6 +196,7 @@ def test_a_restart_continues_its_own_run(base: dict[str, Any], tmp_path: Path) -
     ("changes", "named"),
     [
         ({"data": "self"}, "--data self"),
+        ({"gradients": "bf16"}, "--gradients bf16"),
         ({"schedule": "immediate", "reconstruct_tokens": 64}, "--reconstruct-tokens"),
         ({"schedule": "sensitivity"}, "the schedule sensitivity"),
         ({"activation_schedule": "sensitivity"}, "the schedule sensitivity"),

@@ -13,23 +13,8 @@ from trilobit.train.adamw import State
 from trilobit.train.loop import make_optimizer
 from trilobit.train.mesh import Arrangement
 from trilobit.train.pieces import heights
-from trilobit.train.plan import (
-    VOCABULARY,
-    Load,
-    Rates,
-    Shape,
-    exchange,
-    flops_of,
-    memory_of,
-    muon_flops,
-    plan,
-    read_shape,
-    saved_by_a_layer,
-    saved_bytes,
-    seconds_of,
-    shape_config,
-    travel,
-)
+from trilobit.train.plan import Load, Rates, exchange, flops_of, memory_of, muon_flops, plan, seconds_of, travel
+from trilobit.train.shape import VOCABULARY, Shape, read_shape, saved_by_a_layer, saved_bytes, shape_config
 
 ONE = Arrangement("one", 1, 1, "")
 
@@ -178,3 +163,14 @@ def test_speed_is_bounded_by_the_slower_of_two(small: Shape) -> None:
     found = plan("m", small, 64, Load(512), mesh="fsdp")
     assert found.step_seconds == max(found.seconds["compute"], found.seconds["network"]) + found.seconds["muon"]
     assert found.tokens_per_second == 64 * 512 / found.step_seconds
+
+
+def test_narrow_gradients_are_one_gpus() -> None:
+    """--gradients bf16 halves a plan's gradients on one GPU, and is refused on several."""
+    settings = {"plan": "llama-60m", "gradients": "bf16", "optimizer_state": "int8"}
+    found = run(DoctorConfig(**settings))
+    plain = run(DoctorConfig(plan="llama-60m"))
+    assert found.memory["gradients"] == plain.memory["gradients"] / 2  # pyright: ignore[reportAttributeAccessIssue]
+    assert "moments in int8, gradients in bf16" in found.summary()
+    with pytest.raises(ConfigError, match="for one GPU"):
+        run(DoctorConfig(**settings, gpus=2))

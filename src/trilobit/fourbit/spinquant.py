@@ -51,7 +51,8 @@ TOKENS = 2048  # that a graph is kept for at once: windows shorter than that run
 
 @dataclass(frozen=True)
 class LearnedRotation:
-    """R [D, D] float64 on the CPU, and what it cost. losses: of each step, before it; `skipped` of them were not finite."""
+    """R [D, D] float64 on the CPU, and what it cost. losses: of each step, before it; `skipped` of them were not finite. after:
+    what the sequences of the first step lose at the end."""
 
     matrix: Tensor
     losses: tuple[float, ...]
@@ -60,19 +61,18 @@ class LearnedRotation:
     lr: float
     seed: int
     skipped: int
+    after: float = math.nan  # not known of one that was kept by an earlier version
 
     @property
     def worsened(self) -> bool:
-        """Whether the loss ended above its beginning: over the last steps, as over as many first ones, as batches differ."""
-        seen = [loss for loss in self.losses if math.isfinite(loss)]
-        ends = max(1, len(seen) // 10)
-        return sum(seen[-ends:]) > sum(seen[:ends])
+        """Whether the sequences of the first step lose more at the end than they did then."""
+        return self.after > self.losses[0]
 
     @property
     def rotation(self) -> Rotation:
         """For `rotate`, with the budget in its description."""
         budget = f"{self.steps} steps, {self.tokens:,} tokens, lr {self.lr:g}, seed {self.seed}"
-        budget += f", loss {self.losses[0]:.4f} to {self.losses[-1]:.4f}, {self.skipped} skipped"
+        budget += f", loss of the first batch {self.losses[0]:.4f} to {self.after:.4f}, {self.skipped} skipped"
         if self.worsened:
             budget += WORSENED
         return Rotation(len(self.matrix), lambda x: x @ self.matrix.to(x), f"a rotation learned by Cayley steps ({budget})")
@@ -121,7 +121,9 @@ def learn(
                 "model in fp32, or use `--rotate quarot`, which learns nothing."
             )
         listener.row({"step": step + 1, "tokens": tokens, "loss": loss}, steps * batch * windows.shape[1])
-    return LearnedRotation(rotation.cpu(), tuple(losses), steps, tokens, lr, seed, skipped)
+    with torch.no_grad():
+        after = sum(loss.item() for loss in _losses(model, stream, rotation, windows[order[:batch]], how))
+    return LearnedRotation(rotation.cpu(), tuple(losses), steps, tokens, lr, seed, skipped, after)
 
 
 def cayley_step(rotation: Tensor, gradient: Tensor, lr: float) -> Tensor:

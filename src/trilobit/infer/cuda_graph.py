@@ -3,7 +3,9 @@
     prompt ──model, as ever──▶ static cache ──▶ step: token in a fixed place ──graph──▶ logits in a fixed place, cache grown
 
 The cache has room for all tokens from the start (StaticCache) and knows on the device how many there are, so that mask and
-positions follow from it inside the graph. What sits around the model (sampling, penalties, streams) is transformers' own.
+positions follow from it inside the graph. Attention reads 256 places of it, and twice as many, by another graph, whenever
+these are full: a short text does not pay for the room of a long one. What sits around the model (sampling, penalties, streams)
+is transformers' own.
 """
 
 import copy
@@ -14,13 +16,30 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, StaticCache
+from transformers import PreTrainedConfig, PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 WARM_UPS = 3
 WORTHWHILE = 16
 """Tokens from which a graph is captured: it costs some four steps."""
+LEAST_READ = 256
+"""Places of the cache that the first graph's attention reads."""
+
+
+class GrowingLayer(StaticLayer):
+    """A layer's cache of which attention reads the first `read` places."""
+
+    def __init__(self, max_cache_len: int):
+        super().__init__(max_cache_len)
+        self.read = max_cache_len
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        keys, values = super().update(key_states, value_states, *args, **options)
+        return keys[:, :, : self.read], values[:, :, : self.read]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.read, 0
 
 
 def obstacle(model: PreTrainedModel, positions: int) -> str | None:
@@ -31,18 +50,18 @@ def obstacle(model: PreTrainedModel, positions: int) -> str | None:
 
 
 def cache_obstacle(model: PreTrainedModel, positions: int) -> str | None:
-    """The same, but for the device: whether every layer's cache counts its tokens there."""
-    if any(type(layer) is not StaticLayer for layer in full_cache(model, positions).layers):
+    """The same, but for the device: whether every layer keeps all of its tokens."""
+    if any(type(layer) is not StaticLayer for layer in StaticCache(_unwindowed(model, positions), positions).layers):
         return "not every layer keeps all of its tokens"
     return None
 
 
-def full_cache(model: PreTrainedModel, positions: int) -> StaticCache:
-    """For so many positions a row. A window of attention that is no shorter is none."""
+def _unwindowed(model: PreTrainedModel, positions: int) -> PreTrainedConfig:
+    """A window of attention that is no shorter than the text is none."""
     config = copy.deepcopy(model.config.get_text_config())
     if not getattr(config, "layer_types", None) and (getattr(config, "sliding_window", None) or 0) >= positions:
         config.sliding_window = None
-    return StaticCache(config=config, max_cache_len=positions)
+    return config
 
 
 class GraphedSteps:
@@ -53,7 +72,9 @@ class GraphedSteps:
 
     def __init__(self, model: PreTrainedModel, rows: int, positions: int, capture: bool = True):
         self.model, self.capture = model, capture
-        self.cache: Any = full_cache(model, positions)
+        self.cache: Any = StaticCache(_unwindowed(model, positions), positions)
+        self.cache.layers = [GrowingLayer(positions) for _ in self.cache.layers]
+        self.positions, self.seen, self.read = positions, 0, 0
         self.token = torch.zeros(rows, 1, dtype=torch.int64, device=next(model.parameters()).device)
         self.logits: Tensor | None = None
         self._forward, self._graph = model.forward, None
@@ -68,7 +89,13 @@ class GraphedSteps:
             del self.model.forward
 
     def _call(self, input_ids: Tensor, **inputs: Any) -> Any:
-        if input_ids.shape != self.token.shape or inputs.get("past_key_values") is not self.cache or not self._length():
+        if inputs.get("past_key_values") is not self.cache:
+            return self._forward(input_ids=input_ids, **inputs)
+        one = self.seen > 0 and input_ids.shape == self.token.shape  # else it is the prompt
+        self.seen += input_ids.shape[1]
+        if self.seen > self.read:
+            self._read_more()
+        if not one:
             return self._forward(input_ids=input_ids, **inputs)
         self.token.copy_(input_ids)
         if self.capture and self._graph is None:
@@ -79,9 +106,14 @@ class GraphedSteps:
             self._graph.replay()
         return CausalLMOutputWithPast(logits=self.logits, past_key_values=self.cache)  # pyright: ignore[reportArgumentType]
 
-    def _length(self) -> bool:
-        """Whether the prompt is in the cache."""
-        return self.cache.layers[0].is_initialized
+    def _read_more(self) -> None:
+        """Let attention read more places, by another graph."""
+        self.read = max(LEAST_READ, self.read)
+        while self.read < self.seen:
+            self.read *= 2
+        self.read, self._graph = min(self.read, self.positions), None
+        for layer in self.cache.layers:
+            layer.read = self.read
 
     def _step(self) -> None:
         self.logits = self._forward(input_ids=self.token, past_key_values=self.cache, use_cache=True).logits

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from trilobit.config.training import TrainingConfig
-from trilobit.errors import ConfigError, NonFiniteError, OutputError
+from trilobit.errors import NonFiniteError, OutputError
 from trilobit.nn.ternary import kept_codes
 from trilobit.train.adamw import AdamW
 from trilobit.train.checkpoint import Progress
@@ -160,8 +160,6 @@ def make_optimizer(model: nn.Module, lr: float, config: TrainingConfig, spread: 
     pieces = [piece for piece in spread.pieces if piece.parameter.requires_grad]
     assert all(p.local.dtype in (torch.float32, torch.float64) for p in pieces), "latent weights are fp32, always"
     if config.gradients == "bf16":
-        if spread.team.size > 1:
-            raise ConfigError("--gradients bf16 is for one process; several divide them among each other (--mesh fsdp).")
         for piece in pieces:
             piece.parameter.grad_dtype = torch.bfloat16
     routed = {id(p) for p in muon_matrices(model, config)} if config.optimizer == "muon" else set()

@@ -270,6 +270,7 @@ def require_several(config: TrainingConfig) -> None:
     schedules = (getattr(config, "schedule", ""), getattr(config, "activation_schedule", ""))
     refused = {
         "--data self": config.data == "self",
+        "--gradients bf16": config.gradients == "bf16",
         "--reconstruct-tokens": getattr(config, "reconstruct_tokens", None) is not None,
         "the schedule sensitivity": "sensitivity" in schedules,
         "--distill-attention": getattr(config, "distill_attention", None) is not None,

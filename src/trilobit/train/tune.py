@@ -12,7 +12,7 @@ import gc
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from trilobit.errors import ModelError
 from trilobit.export.forms import require_form, stored_precision
 from trilobit.export.hf import Written, round_kept, write_full_precision, write_latent, write_model, write_source
 from trilobit.export.source import Source, StoredSource
-from trilobit.export.verify import in_words, record
+from trilobit.export.verify import record
 from trilobit.infer.load import load_pretrained
 from trilobit.listener import SILENT, Listener
 from trilobit.measure.perplexity import perplexity, require_positions
@@ -52,38 +52,11 @@ from trilobit.train.run import Run, start
 from trilobit.train.schedule import StrengthSchedule
 from trilobit.train.sensitivity import layer_costs
 from trilobit.train.text import read_tokens
+from trilobit.train.tune_result import TuneResult
 
 DECIDED = frozenset({"base_nats_per_token", "gains", "schedules"})
 LR_TIMES_WIDTH = 0.4
 FORWARDS = 3  # that a token of training costs, its backward included; one more for a teacher
-
-
-@dataclass(frozen=True)
-class TuneResult:
-    """What a run gave. Nats are per token on the held-out windows; `base_` is the original model on the same windows."""
-
-    out: str
-    model: str
-    form: str
-    reason: str
-    steps: int
-    tokens: int
-    seconds: float
-    tokens_per_second: float
-    base_nats_per_token: float
-    nats_per_token: float
-    base_perplexity: float
-    perplexity: float
-    heldout_tokens: int
-    parameters: int
-    ternary_parameters: int
-    base_bytes: int
-    model_bytes: int
-    agreement: dict[str, float]
-
-    def words(self) -> dict[str, str]:
-        """What people are told instead of numbers."""
-        return {"agreement": in_words(self.agreement)}
 
 
 def run(config: TuneConfig, listener: Listener = SILENT) -> TuneResult:
@@ -352,20 +325,16 @@ class _Tune(Run[TuneConfig, TuneResult]):
         config, tokenizer, target = self.config, self.base.tokenizer, self.out / "model"
         if config.model_format == "none":
             return Written(str(self.out / "latent"), "latent", "as asked", 0, None)
-        if self.in_parts:
-            self.listener.note(f"{target} is read back and compared on the CPU of rank 0, which alone has the model whole")
-        if self.plan is None and self.in_parts:
-            source = StoredSource(self.out / "latent")
-            return write_full_precision(source.model, tokenizer, target, self.compared(), source.tensor, self.recorded)
+        compared = self.compared()
+        if not self.in_parts:
+            if self.plan is None:
+                return write_full_precision(self.model, tokenizer, target, compared)
+            return write_model(self.model, self.plan, tokenizer, target, compared, config.model_format, config.store)
+        self.listener.note(f"{target} is read back and compared on the CPU of rank 0, which alone has the model whole")
         if self.plan is None:
-            return write_full_precision(self.model, tokenizer, target, self.compared())
-        if self.in_parts:
-            return write_source(
-                self.source(self.plan), self.recorded, target, self.compared(), config.model_format, config.store
-            )  # fmt: skip
-        return write_model(
-            self.model, self.plan, tokenizer, target, self.compared(), config.model_format, config.store
-        )  # fmt: skip
+            source = StoredSource(self.out / "latent")
+            return write_full_precision(source.model, tokenizer, target, compared, source.tensor, self.recorded)
+        return write_source(self.source(self.plan), self.recorded, target, compared, config.model_format, config.store)
 
     def compared(self) -> Tensor:
         """Token windows that model/ is compared with what was trained on."""
