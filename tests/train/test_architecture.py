@@ -7,7 +7,7 @@ import pytest
 from trilobit.errors import ModelError
 from trilobit.infer import hub
 from trilobit.train.architecture import read_architecture
-from trilobit.train.plan import shape_config
+from trilobit.train.shape import shape_config
 
 
 @pytest.fixture
