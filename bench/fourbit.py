@@ -1,6 +1,6 @@
 """`trilobit quantize`: what fake quantisation, GPTQ and the Hadamard transform cost, each against its peer in the same run.
 
-    python bench/fourbit.py MODEL [--data stdlib] [--rounds 3] [--gptq] [--samples 16] [--length 2048] [--only forward]
+    python bench/fourbit.py MODEL [--data stdlib] [--rounds 3] [--gptq] [--samples 16] [--length 2048] [--only PART]
 
 forward    a bf16 forward over 4 × 512 tokens at 4-4-4 (osp, + FFN Hadamard) / the plain bf16 forward, interleaved
 hadamard   the transform of 2,048 rows at width 2,048 / the dense product with the matrix, fp32, interleaved
@@ -123,13 +123,13 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--gptq", action="store_true")
-    parser.add_argument("--only", choices=["forward", "hadamard"])
+    parser.add_argument("--only", choices=["forward", "hadamard", "gptq"])
     arguments = parser.parse_args()
     if arguments.only in (None, "hadamard"):
         transform(arguments.rounds)
     if arguments.only in (None, "forward"):
         forward(arguments.model, arguments.rounds)
-    if arguments.gptq:
+    if arguments.gptq or arguments.only == "gptq":
         calibrated(arguments)
 
 

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from trilobit.fourbit.evaluate import ORIGINAL, Cell
-from trilobit.fourbit.result import footnotes, grid_rows, markdown
+from trilobit.fourbit.result import footnotes, grid_rows, markdown, task_rows
+from trilobit.measure.scores import TaskScore
 
 DOCS = Path(__file__).parents[1] / "docs"
 RECORDS = DOCS / "data" / "fourbit"
-KEPT = [field.name for field in fields(Cell) if field.name not in ("model", "tasks")]
+KEPT = [field.name for field in fields(Cell) if field.name != "model"]
 
 
 def keep(name: str, out: Path) -> None:
@@ -40,11 +41,12 @@ def keep(name: str, out: Path) -> None:
 
 def section(record: dict[str, Any]) -> str:
     """Perplexities by bits and column; below it what the protocols came to."""
-    cells = [Cell(model="", tasks=None, **cell) for cell in record["cells"]]
+    cells = [Cell(model="", **c | {"tasks": [TaskScore(**s) for s in c.get("tasks") or []]}) for c in record["cells"]]
     original = next(cell for cell in cells if cell.column == ORIGINAL)
     notes = [f"* {note}" for note in footnotes(cells)]
     notes.append(f"* {record['data']}, {original.tokens:,} tokens, {record['precision']}; `trilobit` {original.version}")
-    return "\n".join([markdown(grid_rows(cells)), "", *notes])
+    asked = task_rows(cells)
+    return "\n".join([markdown(grid_rows(cells)), "", *([markdown(asked), ""] if asked else []), *notes])
 
 
 def main() -> None:

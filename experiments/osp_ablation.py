@@ -5,8 +5,8 @@
 Every row is `trilobit pretrain` with the recipe of its name, on the same tokens, at each learning rate of the study; the best
 held-out loss decides a row's rate. A finished model is measured as it is published, folded: loss, excess kurtosis by both
 protocols, and loss at W4A4KV4, rounded to nearest, without and with a Hadamard in front of the MLP's last linear (protocol
-osp of `trilobit quantize`; records without `protocols` had a coarser clip search and one scale a token at o_proj). One line
-a trial goes to docs/data/osp/STUDY/ROW.jsonl. Several processes may share a study.
+osp of `trilobit quantize`; records without `window` had windows of twice the trained length, a coarser clip search and one
+scale a token at o_proj). One line a trial goes to docs/data/osp/STUDY/ROW.jsonl. Several processes may share a study.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from trilobit.fourbit.fake import prepare, round_weights
 from trilobit.fourbit.protocol import PRESETS, Protocol
 from trilobit.infer.load import load
 from trilobit.measure.outliers import measure
-from trilobit.measure.perplexity import nats, text_windows
+from trilobit.measure.perplexity import fitting, nats, text_windows
 from trilobit.recipes import RECIPES
 from trilobit.train import pretrain
 from trilobit.train.loop import Interrupted
@@ -46,6 +46,7 @@ ROWS = {
     "embproj": "Muon + EmbProj", "osp": "all: outlier-safe",
 }  # fmt: skip
 REPORT_TOKENS = 65_536
+LENGTH = 512  # of windows, where a model has as many positions
 
 
 @dataclass(frozen=True)
@@ -120,16 +121,16 @@ PROTOCOLS = {
 def measured(out: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Kurtosis by both protocols, and the loss at 4 bits on text that nothing was trained or chosen on."""
     loaded = load(out, device=arguments.device)
-    length = loaded.model.config.max_position_embeddings // 4
+    length = fitting(loaded.model, LENGTH)
     text = arguments.report or arguments.data
     texts = (document.text for document in documents(text) if arguments.report or document.held_out)
     every, _ = text_windows(islice(texts, 10_000), loaded.tokenizer, length + 1, False)
     spread = torch.linspace(0, len(every) - 1, max(1, min(len(every), REPORT_TOKENS // length))).long()
     windows = every[spread]  # texts differ much in difficulty, and neighbours in a folder are alike
-    found: dict[str, Any] = {"protocols": {}}
+    found: dict[str, Any] = {"protocols": {}, "window": length}
     for name, protocol in PROTOCOLS.items():
         found[name], found["protocols"][name] = quantized_nats(loaded.model, protocol, windows), protocol.sha256
-    limits = {"max_tokens": REPORT_TOKENS, "sequence_length": 512, "protocol": "both", "device": arguments.device}
+    limits = {"max_tokens": REPORT_TOKENS, "sequence_length": length, "protocol": "both", "device": arguments.device}
     outliers = measure(loaded, OutliersConfig(model=str(out), data=text, **limits))  # pyright: ignore[reportArgumentType]
     assert outliers.contextual is not None and outliers.osp is not None
     found |= {"kurtosis": outliers.contextual.excess_kurtosis, "kurtosis_osp": outliers.osp.excess_kurtosis}
@@ -159,13 +160,16 @@ def table(records: dict[tuple[str, float], dict[str, Any]]) -> str:
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row, name in ROWS.items():
         if (r := best(records, row)) is not None:
-            mark = "" if "protocols" in r else " †"
+            mark = "" if "window" in r else " †"
             lost = [f"{r[key]:.2f} (+{r[key] - r['w16a16kv16']:.2f}){mark}" for key in ("w4a4kv4", "w4a4kv4_hadamard")]
             numbers = [f"{r[key]:.2f}" for key in ("kurtosis", "kurtosis_osp", "kurtosis_mlp_output")]
             cells = [name, f"{r['rate']:g}", f"{r['w16a16kv16']:.3f}", *numbers, *lost, f"{r['tokens_per_second']:,.0f}"]
             lines.append("| " + " | ".join(cells) + " |")
     if any("†" in line for line in lines):
-        lines += ["", "† by a coarser clip search and one scale a token at o_proj: not to be compared with the others."]
+        lines += [
+            "",
+            "† on windows of twice the trained length, a coarser clip search, one scale a token at o_proj: another measure.",
+        ]
     return "\n".join(lines)
 
 

@@ -56,10 +56,10 @@ def test_the_best_rate_decides() -> None:
 
 
 def test_older_four_bit_numbers_are_marked() -> None:
-    """A record that names no protocol is shown apart from those that do."""
+    """A record that names no window is shown apart from those that do."""
     old = {"row": "adam", "rate": 1.0, "diverged": False, "tokens_per_second": 1.0} | dict.fromkeys(
         ("nats_per_token", "w16a16kv16", "w4a4kv4", "w4a4kv4_hadamard", "kurtosis", "kurtosis_osp", "kurtosis_mlp_output"), 3.0
     )
-    new = old | {"row": "osp", "protocols": {}}
+    new = old | {"row": "osp", "window": 256}
     shown = table({("adam", 1.0): old, ("osp", 1.0): new}).splitlines()
     assert shown[2].count("†") == 2 and "†" not in shown[3] and shown[-1].startswith("†")

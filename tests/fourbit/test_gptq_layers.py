@@ -1,6 +1,7 @@
 """GPTQ of a whole decoder: in order, on quantised predecessors, and continued where it was killed."""
 
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from families import FAMILIES, VOCABULARY, build, logits, tokens
 from trilobit.errors import ConfigError, ModelError, OutputError
@@ -64,6 +66,30 @@ def test_each_linear_sees_its_quantised_predecessors() -> None:
     handle.remove()
     expected, _, _ = quantize_columns(build("llama").get_submodule(last).weight, moment, OSP)
     assert torch.allclose(model.get_submodule(last).weight, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_is_computed_once(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What attention made is put in place in later passes through its layer: the same weights to the bit as with all of it
+    computed again."""
+    with Counting() as once:
+        found = quantized(family)
+    monkeypatch.setattr(gptq_layers, "attending", lambda *_: nullcontext())
+    with Counting() as again:
+        expected = quantized(family)
+    assert all(torch.equal(a, b) for a, b in zip(found.model.parameters(), expected.model.parameters(), strict=True))
+    later = 3 * len(windows()) * len(found.roles.layers)  # for gate and up, down, and what the next layer gets
+    assert again.calls - once.calls == later
+
+
+class Counting(TorchFunctionMode):
+    """Counts calls of sdpa."""
+
+    calls = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += func is nn.functional.scaled_dot_product_attention
+        return func(*args, **(kwargs or {}))
 
 
 def test_what_is_not_a_decoder_linear_stays() -> None:
@@ -170,11 +196,11 @@ def test_memory_is_asked_for_before_it_starts(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_memory_grows_with_the_square_of_the_widest_input() -> None:
-    """The moment and its factors are K × K float64, at least three of them at once; hidden states come on top."""
+    """The moment and its factors are K × K float64, at least three of them at once; hidden states come on top, twice."""
     narrow, wide = (require_memory(prepare(build("llama", intermediate_size=k), OSP), windows()) for k in (480, 4800))
     assert wide - narrow > 3 * 8 * (4800**2 - 480**2)
     more = require_memory(prepare(build("llama"), OSP), windows(60)) - require_memory(prepare(build("llama"), OSP), windows(6))
-    assert more == 54 * 16 * 32 * 4
+    assert more == 54 * 16 * (32 + 32) * 4
 
 
 def test_disk_is_asked_for_before_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

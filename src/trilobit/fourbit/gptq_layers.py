@@ -3,22 +3,28 @@
 For q/k/v, then o, then gate/up, then down: the second moment of what they read is collected with all before them quantised,
 and the matrices that share it are quantised together. Activations and cache are at 16 bits meanwhile, online transforms on.
 
+Attention is computed once: what its last linear reads is kept from the pass that quantises that linear, and later passes
+through the layer put it there.
+
 A layer that is done is written to disk at once, whole or not at all (storage.py), under a name that hashes weights, text and
 protocol: a run that was killed reads what it finds and goes on, and gets the same weights. Only the hidden states of one
-depth are held.
+depth are held, and what that depth's attentions made.
 
 Letters: N sequences, T positions, D width, K inputs.
 """
 
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 
 from trilobit.fourbit.fake import Prepared
 from trilobit.fourbit.gptq import quantize_columns
@@ -70,27 +76,68 @@ def gptq(
             def run(x: Tensor, layer: nn.Module = layer, index: int = index) -> Tensor:
                 return hidden_states_of(layer(x, **calls[index]))
 
+            attended: Attended | None = None
             if index >= done:
                 began = time.perf_counter()
-                raised = _quantize_layer(prepared, index, states, run, protocol)
+                raised, attended = _quantize_layer(prepared, index, states, run, protocol)
                 if place is not None:
                     _write_layer(prepared, index, place, raised, time.perf_counter() - began)
                 left = len(layers) - done
                 listener.progress("GPTQ layers", index + 1 - done, left, time.perf_counter() - start)
             for number, x in enumerate(states):
-                states[number] = run(x)
+                with attending(attended, number):
+                    states[number] = run(x)
+
+
+@dataclass(frozen=True)
+class Attended:
+    """What the last linear of a layer's attention reads, after its other hooks, for each sequence."""
+
+    linear: nn.Linear
+    inputs: list[Tensor]
+
+
+class _NoAttention(TorchFunctionMode):
+    """Within, sdpa returns zeros. Attention that is not sdpa is computed as ever."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        given = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
+        return given["query"].new_zeros(*given["query"].shape[:-1], given["value"].shape[-1])
+
+
+@contextmanager
+def attending(attended: Attended | None, sequence: int) -> Iterator[None]:
+    """Within, the layer's attention has already been: its last linear reads what it read then."""
+    if attended is None:
+        yield
+        return
+    put = attended.linear.register_forward_pre_hook(lambda module, inputs: (attended.inputs[sequence], *inputs[1:]))
+    try:
+        with _NoAttention():
+            yield
+    finally:
+        put.remove()
 
 
 def _quantize_layer(
     prepared: Prepared, index: int, states: list[Tensor], run: Callable[[Tensor], Tensor], protocol: Protocol
-) -> list[str]:
-    """Returns a line for each input where damping had to be raised."""
+) -> tuple[list[str], Attended | None]:
+    """Returns a line for each input where damping had to be raised, and what attention made."""
     raised: list[str] = []
+    attended: Attended | None = None
     members = [(site, linear) for site, linear in prepared.linears() if site.layer == index]
+    ends = sum(site.role == "attention-output" for site, _ in members)
     for _, group in groupby(members, key=lambda member: member[0].group):
         together = list(group)
         where = ", ".join(site.path for site, _ in together)
-        moment = input_moment(together[0][1], states, run)
+        site, linear = together[0]
+        kept = Attended(linear, []) if ends == 1 and site.role == "attention-output" else None
+        moment = input_moment(linear, states, run, attended, None if kept is None else kept.inputs)
+        attended = kept or attended
         *found, damping = quantize_columns(torch.cat([linear.weight for _, linear in together]), moment, protocol, where)
         if damping != protocol.gptq_damping:
             raised.append(f"GPTQ damping {damping:g} instead of {protocol.gptq_damping:g}: {where}")
@@ -99,23 +146,28 @@ def _quantize_layer(
             linear.weight.copy_(weight)
             prepared.scales[site.path] = scale
     prepared.applied += raised
-    return raised
+    return raised, attended
 
 
-def input_moment(linear: nn.Linear, states: list[Tensor], run: Callable[[Tensor], Tensor]) -> Tensor:
+def input_moment(
+    linear: nn.Linear, states: list[Tensor], run: Callable[[Tensor], Tensor], attended: Attended | None = None,
+    keep: list[Tensor] | None = None,
+) -> Tensor:  # fmt: skip
     """Σ x xᵀ of what `linear` reads, after its other hooks, while `run` sends each of `states` through its layer: [K, K]
-    float64, each sequence's share summed in fp32."""
+    float64, each sequence's share summed in fp32. keep: gets what it reads, one after the other."""
     moment = torch.zeros(linear.in_features, linear.in_features, dtype=torch.float64, device=linear.weight.device)
 
     def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if keep is not None:
+            keep.append(inputs[0])
         x = inputs[0].flatten(0, -2).float()
         moment.add_(x.T @ x)
         raise Stopped
 
     handle = linear.register_forward_pre_hook(add)
     try:
-        for x in states:
-            with suppress(Stopped):
+        for number, x in enumerate(states):
+            with attending(attended, number), suppress(Stopped):
                 run(x)
     finally:
         handle.remove()
@@ -154,12 +206,13 @@ def _read_layer(prepared: Prepared, index: int, place: Path) -> None:
 
 
 def require_memory(prepared: Prepared, windows: Tensor) -> int:
-    """Bytes that GPTQ needs beyond the model: hidden states, a moment with its factors, a layer's activations. Raises
-    ConfigError, with what would help, if this machine has fewer."""
+    """Bytes that GPTQ needs beyond the model: hidden states and what attention made of them, a moment with its factors, a
+    layer's activations. Raises ConfigError, with what would help, if this machine has fewer."""
     linears = [linear for _, linear in prepared.linears()]
     widest, rows = max(x.in_features for x in linears), max(x.out_features for x in linears)
     embedding: Any = prepared.model.get_input_embeddings()
-    states: int = windows.numel() * embedding.embedding_dim * prepared.model.dtype.itemsize
+    attended = max((linear.in_features for site, linear in prepared.linears() if site.role == "attention-output"), default=0)
+    states: int = windows.numel() * (embedding.embedding_dim + attended) * prepared.model.dtype.itemsize
     needed = states + 5 * 8 * widest**2 + 4 * 4 * rows * widest + 16 * 4 * windows.shape[1] * widest
     what = (
         f"GPTQ on {len(windows)} × {windows.shape[1]} tokens needs {needed / 1e9:.2f} GB beside the model, of which "

@@ -54,8 +54,9 @@ def footnotes(cells: list[Cell]) -> list[str]:
 
 
 def table(cells: list[Cell]) -> list[str]:
-    """Perplexities (and benchmark averages, where there are any) by bits and column."""
-    return aligned(grid_rows(cells))
+    """Perplexities (and benchmark averages, where there are any) by bits and column; below, benchmark by benchmark."""
+    asked = task_rows(cells)
+    return [*aligned(grid_rows(cells)), *(["", *aligned(asked)] if asked else [])]
 
 
 def grid_rows(cells: list[Cell]) -> list[list[str]]:
@@ -77,6 +78,21 @@ def grid_rows(cells: list[Cell]) -> list[list[str]]:
     return [*rows, ["seconds", *(f"{value:,.0f}" for value in seconds)]]
 
 
+def task_rows(cells: list[Cell]) -> list[list[str]]:
+    """Of each cell that was asked benchmarks, the scores that count and their average, in percent ± standard error, below
+    their names and numbers of questions. [] where none was asked."""
+    scores = {i: {s.task: s for s in cell.tasks if s.averaged} for i, cell in enumerate(cells) if cell.tasks}
+    if not scores:
+        return []
+    names = dict.fromkeys(name for found in scores.values() for name in found)
+    counts = {name: max(s[name].examples for s in scores.values() if name in s) for name in names}
+    rows = [["bits", "made by", *(f"{name} ({count:,})" for name, count in counts.items()), "average"]]
+    for i, found in scores.items():
+        shown = [_percent(found[name].score, found[name].stderr) if name in found else "" for name in names]
+        rows.append([cells[i].bits, cells[i].column, *shown, _percent(cells[i].average, cells[i].average_stderr)])
+    return rows
+
+
 def markdown(rows: list[list[str]]) -> str:
     """Rows as a table, the first its heads."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]
@@ -95,6 +111,12 @@ def _shown(cell: Cell | None) -> str:
         return "refused" if cell is not None else ""
     average = "" if cell.average is None else f" ({100 * cell.average:.1f} %)"
     return _number(cell.perplexity) + average
+
+
+def _percent(value: float | None, stderr: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{100 * value:.1f}" + ("" if stderr is None else f" ± {100 * stderr:.1f}")
 
 
 def _number(value: float | None, digits: int = 4) -> str:

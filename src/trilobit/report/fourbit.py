@@ -18,7 +18,7 @@ from trilobit.config.quantize import QuantizeConfig
 from trilobit.errors import ConfigError, OutputError
 from trilobit.fourbit.evaluate import ORIGINAL, Cell, Facts, Measure, plan
 from trilobit.fourbit.protocol import Protocol
-from trilobit.fourbit.result import QuantizeResult, footnotes, grid_rows, markdown
+from trilobit.fourbit.result import QuantizeResult, footnotes, grid_rows, markdown, task_rows
 from trilobit.listener import SILENT, Listener
 from trilobit.locks import alone_in, remove_directory
 from trilobit.measure.scores import TaskScore
@@ -81,7 +81,9 @@ def write(directory: Path, result: QuantizeResult, protocols: dict[str, Protocol
 
 def _section(model: str, cells: list[Cell]) -> str:
     notes = "\n".join(f"* {note}" for note in footnotes(cells))
-    return f"## {model}\n\n{markdown(grid_rows(cells))}" + (f"\n\n{notes}" if notes else "")
+    asked = task_rows(cells)
+    parts = [f"## {model}", markdown(grid_rows(cells)), markdown(asked) if asked else "", notes]
+    return "\n\n".join(filter(None, parts))
 
 
 def _open(out: Path, config: QuantizeConfig) -> Path:

@@ -12,7 +12,6 @@ from trilobit.infer.hub import names_a_place, require_on_hub
 from trilobit.infer.quiet import clear_errors
 from trilobit.recipes import RECIPES
 
-POSITIONS = 2048
 OURS = ("llama-", "osp-")  # how names of ours begin, and those of recipes
 
 LLAMAS: dict[str, dict[str, Any]] = {
@@ -33,8 +32,8 @@ def read_architecture(source: str, sequence_length: int, names: Sequence[str] = 
     """The config of `source`, without a quantisation. names: those of ours, to which a misspelt one is compared. Raises
     ModelError for what is no config, or has too few positions."""
     if source in LLAMAS:
-        positions = max(POSITIONS, sequence_length)
-        return LlamaConfig(**LLAMAS[source], max_position_embeddings=positions, rms_norm_eps=1e-6, tie_word_embeddings=False)
+        sizes = LLAMAS[source] | {"max_position_embeddings": sequence_length}  # it will have seen no others
+        return LlamaConfig(**sizes, rms_norm_eps=1e-6, tie_word_embeddings=False)
     if not names_a_place(source):
         _require_no_misspelt_one(source, names)
         require_on_hub(source)

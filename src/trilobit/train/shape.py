@@ -70,7 +70,7 @@ def read_shape(model: str, sequence_length: int) -> Shape:
 def shape_config(model: str, sequence_length: int) -> PretrainedConfig:
     if model in FULL_SIZE or model in LLAMAS:
         sizes = {"vocab_size": VOCABULARY, **(FULL_SIZE.get(model) or LLAMAS[model])}
-        return LlamaConfig(**sizes, max_position_embeddings=max(2048, sequence_length), tie_word_embeddings=False)
+        return LlamaConfig(**sizes, max_position_embeddings=sequence_length, tie_word_embeddings=False)
     return read_architecture(model, sequence_length, (*LLAMAS, *FULL_SIZE))
 
 
