@@ -29,11 +29,13 @@ LLAMAS: dict[str, dict[str, Any]] = {
 
 
 def read_architecture(source: str, sequence_length: int, names: Sequence[str] = tuple(LLAMAS)) -> PretrainedConfig:
-    """The config of `source`, without a quantisation. names: those of ours, to which a misspelt one is compared. Raises
-    ModelError for what is no config, or has too few positions."""
+    """The config of `source`, without a quantisation; one of ours has the positions that will be trained, and no more.
+
+    names: those of ours, to which a misspelt one is compared. Raises ModelError for no config, and for too few positions.
+    """
     if source in LLAMAS:
-        sizes = LLAMAS[source] | {"max_position_embeddings": sequence_length}  # it will have seen no others
-        return LlamaConfig(**sizes, rms_norm_eps=1e-6, tie_word_embeddings=False)
+        seen = {"max_position_embeddings": sequence_length, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+        return LlamaConfig.from_dict(LLAMAS[source] | seen)
     if not names_a_place(source):
         _require_no_misspelt_one(source, names)
         require_on_hub(source)
