@@ -2,11 +2,13 @@
 
 import ctypes
 import json
+import os
+import signal
 import threading
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,12 @@ from torch import Tensor
 from train.commands import Notes
 from trilobit.config.pretrain import PretrainConfig
 from trilobit.config.tune import TuneConfig
+from trilobit.listener import Listener
 from trilobit.train import pretrain, tune
 from trilobit.train.checkpoint import Progress
 from trilobit.train.loop import autocast, fit
 from trilobit.train.mesh import Shards
+from trilobit.train.signals import Interrupted
 
 
 def begun(
@@ -61,6 +65,31 @@ PATCHED: list[tuple[Any, str]] = [
     (tune, "fit"), (tune, "plot_loss"), (tune, "plot_strengths"), (tune, "plot_flips"), (pretrain, "fit"),
     (pretrain, "plot_loss"), (pretrain, "plot_kurtosis"),
 ]  # fmt: skip
+
+
+class Stopping(Listener):
+    """A signal at the end of the second step."""
+
+    def row(self, row: dict[str, Any], max_tokens: int) -> None:
+        if row["step"] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def continued(folder: Path, tuned: list[dict[str, Any]], pretrained: list[dict[str, Any]]) -> list[list[str]]:
+    """Runs of which every second one is stopped after two steps and goes on; the notes of those on this rank."""
+    said = []
+    for module, kind, all_settings in ((tune, TuneConfig, tuned), (pretrain, PretrainConfig, pretrained)):
+        straight, broken = (kind(**settings) for settings in all_settings)
+        module.run(straight)
+        try:
+            module.run(broken, Stopping())
+            raise AssertionError("the signal did not stop it")
+        except Interrupted:
+            pass
+        notes = Notes()
+        module.run(replace(broken, resume=True), notes)
+        said.append(notes.heard)
+    return said
 
 
 MMAP_THRESHOLD = -3  # of glibc's mallopt

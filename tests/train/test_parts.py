@@ -1,6 +1,7 @@
 """Models that ranks share from the beginning to the end, without one of them ever having the whole."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,45 @@ def test_what_is_said(runs: tuple[Path, Path, list[list[str]]]) -> None:
         assert any("mesh fsdp: one copy in 3 parts" in note for note in notes)
         assert any("read back and compared on the CPU of rank 0" in note for note in notes)
         assert not any("the whole model before it keeps its part" in note for note in notes)
+
+
+def test_what_was_stopped_goes_on_in_parts(place: Path) -> None:
+    """`tune` and `pretrain` in parts that a signal stopped after the second of four steps and that --resume continued end with
+    the weights of runs that were never stopped, bit for bit, and logs without gaps."""
+    more = {"mesh": "fsdp", "max_tokens": 4 * 96}
+
+    def pair(kind: str, name: str) -> list[dict[str, Any]]:
+        return [settings(place, place / f"{name}-{end}", **{kind: str(place / name)}, **more) for end in ("whole", "stopped")]
+
+    answers = launch(
+        parting.continued, 2, place / "pairs", seconds=500, tuned=pair("model", "odd"), pretrained=pair("architecture", "osp")
+    )
+    for name, kinds in {"odd": ("latent", "model"), "osp": ("model",)}.items():
+        whole, stopped = place / f"{name}-whole", place / f"{name}-stopped"
+        steps = [[json.loads(line)["step"] for line in (r / "log.jsonl").read_text().splitlines()] for r in (whole, stopped)]
+        assert steps[0] == steps[1] == [1, 2, 3, 4]
+        for kind in kinds:
+            ours, theirs = tensors(whole / kind), tensors(stopped / kind)
+            assert ours.keys() == theirs.keys() and ours
+            assert all(torch.equal(tensor, theirs[path]) for path, tensor in ours.items())
+    for notes in answers[0]:
+        assert not any("the whole model before it keeps its part" in note for note in notes)
+
+
+def test_what_cannot_be_read_in_parts_is_read_whole(place: Path) -> None:
+    """A checkpoint in PyTorch's pickled form is loaded whole by every rank, which is said, and is the same run."""
+    pickled = shutil.copytree(place / "odd", place / "pickled")
+    torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
+    one, two = ([settings(place, place / f"pickled-{n}", model=str(pickled))] for n in (1, 2))
+    parting.without_training(place, one, [])
+    two[0]["mesh"] = "fsdp"
+    answers = launch(parting.without_training, 2, place / "pickles", seconds=300, tuned=two, pretrained=[])
+    assert any("the whole model before it keeps its part" in note for note in answers[0][0])
+    ours, theirs = (tensors(place / f"pickled-{n}" / "latent") for n in (1, 2))
+    assert ours.keys() == theirs.keys()
+    for path, tensor in ours.items():
+        assert torch.allclose(tensor, theirs[path], rtol=1e-5, atol=0), path
 
 
 def test_no_rank_holds_the_whole_model(tmp_path: Path) -> None:
