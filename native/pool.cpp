@@ -1,5 +1,6 @@
 // A small thread pool of its own (a second OpenMP in a process that has torch's would fight it). Work is taken in ranges
-// from a shared counter, so that a thread whose core is busy elsewhere takes fewer. Idle workers spin for some
+// from a shared counter: first half of a fair share in one piece, which memory streams best, then small ones, of which a
+// thread whose core is busy elsewhere takes fewer. Idle workers spin for some
 // microseconds, the time between the products of one token, then sleep on a condition variable. One caller at a time uses
 // the workers; another does its work alone. Where the wait for workers at the end takes longer than the work (their cores
 // are busy with something else), the caller does without them for a while, longer each time. No thread exists before more
@@ -37,7 +38,7 @@ inline void relax() {
 struct Job {
     void (*run)(const void *, int64_t, int64_t);
     const void *call;
-    int64_t count, grain;
+    int64_t count, grain, share, shares;  // the first `shares` ranges have `share` items, those after `grain`
 };
 
 struct Pool {
@@ -50,7 +51,7 @@ struct Pool {
     Job job = {};
     // The number of the current job in the upper bits; below, how many workers may still join it.
     std::atomic<uint64_t> ticket{0};
-    std::atomic<int64_t> next{0};
+    std::atomic<int64_t> next{0};  // range
     std::atomic<int> inside{0};  // workers that joined the job and have not left it
 };
 
@@ -60,9 +61,10 @@ static_assert(std::is_trivially_destructible_v<Pool>);  // workers may outlive s
 void work(Pool &p) {
     const Job job = p.job;
     for (;;) {
-        const int64_t begin = p.next.fetch_add(job.grain, std::memory_order_relaxed);
+        const int64_t turn = p.next.fetch_add(1, std::memory_order_relaxed), later = turn - job.shares;
+        const int64_t begin = later < 0 ? turn * job.share : job.shares * job.share + later * job.grain;
         if (begin >= job.count) return;
-        job.run(job.call, begin, smaller(begin + job.grain, job.count));
+        job.run(job.call, begin, smaller(begin + (later < 0 ? job.share : job.grain), job.count));
     }
 }
 
@@ -142,7 +144,8 @@ void run_parallel(void (*run)(const void *, int64_t, int64_t), const void *call,
     hire(p, others);
     others = static_cast<int>(smaller(others, p.workers));
     const int64_t start = nanoseconds();
-    p.job = {run, call, count, grain};
+    const int64_t shares = others + 1;
+    p.job = {run, call, count, grain, larger(grain, count / (2 * shares)), shares};
     p.next.store(0, std::memory_order_relaxed);
     p.ticket.store(((p.ticket.load(std::memory_order_relaxed) >> 8) + 1) << 8 | static_cast<uint64_t>(others),
                    std::memory_order_seq_cst);
