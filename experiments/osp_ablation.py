@@ -161,9 +161,9 @@ def table(records: dict[tuple[str, float], dict[str, Any]]) -> str:
     for row, name in ROWS.items():
         if (r := best(records, row)) is not None:
             mark = "" if "window" in r else " †"
-            lost = [f"{r[key]:.2f} (+{r[key] - r['w16a16kv16']:.2f}){mark}" for key in ("w4a4kv4", "w4a4kv4_hadamard")]
+            lost = [f"{r[key]:.2f} (+{r[key] - r['w16a16kv16']:.2f})" for key in ("w4a4kv4", "w4a4kv4_hadamard")]
             numbers = [f"{r[key]:.2f}" for key in ("kurtosis", "kurtosis_osp", "kurtosis_mlp_output")]
-            cells = [name, f"{r['rate']:g}", f"{r['w16a16kv16']:.3f}", *numbers, *lost, f"{r['tokens_per_second']:,.0f}"]
+            cells = [name + mark, f"{r['rate']:g}", f"{r['w16a16kv16']:.3f}", *numbers, *lost, f"{r['tokens_per_second']:,.0f}"]
             lines.append("| " + " | ".join(cells) + " |")
     if any("†" in line for line in lines):
         lines += [

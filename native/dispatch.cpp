@@ -97,7 +97,7 @@ int32_t multiply(Call &call, int32_t set, int32_t threads) {
     if (const int32_t status = spread_activations(call)) return status;
     const int64_t panels = call.shape.panels();
     if (call.tokens <= GEMV_TOKENS) {
-        run_parallel(kernels->gemv, &call, panels, larger(1, CHUNK_BYTES / call.shape.panel_bytes()), threads);
+        run_parallel(kernels->gemv, &call, panels, larger(1, CHUNK_BYTES / call.shape.panel_bytes()), threads, true);
     } else {
         run_parallel(kernels->gemm, &call, divide_up(panels, UNIT_PANELS), 1, threads);
     }

@@ -20,9 +20,9 @@ constexpr int64_t EVEN_ITEMS = 8;        // pieces of work a thread that come ou
 
 // Run f(begin, end) over parts of 0 … count.
 template <class F>
-void parallel(int64_t count, int64_t grain, int threads, const F &f) {
+void parallel(int64_t count, int64_t grain, int threads, const F &f, bool streams = false) {
     auto run = [](const void *call, int64_t begin, int64_t end) { (*static_cast<const F *>(call))(begin, end); };
-    run_parallel(run, &f, count, grain, threads);
+    run_parallel(run, &f, count, grain, threads, streams);
 }
 
 bool same_input(const trilobit_projection &a, const trilobit_projection &b) {
@@ -157,7 +157,7 @@ struct trilobit_session : Memory {
                 const int64_t b = larger(begin, start), e = smaller(end, ends[i]);
                 if (b < e) run(calls[i], b - start, e - start);
             }
-        });
+        }, is_gemv(calls[0]));
     }
 
     // gate = f(W_gate · x) · (W_up · x): the same rows of both, then f while they are in the second-level cache.
@@ -170,7 +170,7 @@ struct trilobit_session : Memory {
             const GateCall gating = {gate, up, graph.hidden, begin * rows, smaller(end * rows, graph.hidden),
                                      graph.gate == TRILOBIT_SQUARED_RELU};
             floats->gate(&gating, 0, tokens);
-        });
+        }, is_gemv(both[0]));
     }
 
     const Quantised &input_of(const Product *products, int i) const {

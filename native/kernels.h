@@ -67,6 +67,8 @@ const FloatKernels *floats_of(int32_t set);
 int32_t check(int32_t format, int64_t rows, int64_t columns, int64_t group);
 
 // pool.cpp: run(call, b, e) over ranges that make up 0 … count, `grain` at a time, on up to `threads` threads.
-void run_parallel(void (*run)(const void *, int64_t, int64_t), const void *call, int64_t count, int64_t grain, int threads);
+// streams: of what lies in memory in order, so that a thread takes half of its fair share first, in one piece.
+void run_parallel(void (*run)(const void *, int64_t, int64_t), const void *call, int64_t count, int64_t grain, int threads,
+                  bool streams = false);
 // pool.cpp: memory of the calling thread, 64-byte aligned, good until its next call; null if there is none.
 void *thread_scratch(size_t bytes);

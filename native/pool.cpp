@@ -1,6 +1,6 @@
 // A small thread pool of its own (a second OpenMP in a process that has torch's would fight it). Work is taken in ranges
-// from a shared counter: first half of a fair share in one piece, which memory streams best, then small ones, of which a
-// thread whose core is busy elsewhere takes fewer. Idle workers spin for some
+// from a shared counter, so that a thread whose core is busy elsewhere takes fewer; where it streams from memory, half of a
+// fair share comes first, in one piece: every new place costs the prefetchers a start. Idle workers spin for some
 // microseconds, the time between the products of one token, then sleep on a condition variable. One caller at a time uses
 // the workers; another does its work alone. Where the wait for workers at the end takes longer than the work (their cores
 // are busy with something else), the caller does without them for a while, longer each time. No thread exists before more
@@ -131,7 +131,8 @@ pthread_key_t scratch_key;  // frees it when its thread ends (a destructor would
 
 }  // namespace
 
-void run_parallel(void (*run)(const void *, int64_t, int64_t), const void *call, int64_t count, int64_t grain, int threads) {
+void run_parallel(void (*run)(const void *, int64_t, int64_t), const void *call, int64_t count, int64_t grain, int threads,
+                  bool streams) {
     const int64_t ranges = divide_up(count, grain);
     int others = static_cast<int>(smaller(smaller(threads, ranges), MOST_WORKERS + 1)) - 1;
     Pool &p = pool;
@@ -145,7 +146,7 @@ void run_parallel(void (*run)(const void *, int64_t, int64_t), const void *call,
     others = static_cast<int>(smaller(others, p.workers));
     const int64_t start = nanoseconds();
     const int64_t shares = others + 1;
-    p.job = {run, call, count, grain, larger(grain, count / (2 * shares)), shares};
+    p.job = {run, call, count, grain, streams ? larger(grain, count / (2 * shares)) : grain, shares};
     p.next.store(0, std::memory_order_relaxed);
     p.ticket.store(((p.ticket.load(std::memory_order_relaxed) >> 8) + 1) << 8 | static_cast<uint64_t>(others),
                    std::memory_order_seq_cst);

@@ -11,7 +11,10 @@ from measure import bench_files
 from trilobit.config.eval import EvalConfig
 from trilobit.config.quantize import QuantizeConfig
 from trilobit.errors import ConfigError
+from trilobit.fourbit.evaluate import Cell
+from trilobit.fourbit.result import task_rows
 from trilobit.measure.evaluate import run as evaluate
+from trilobit.measure.scores import TaskScore
 from trilobit.report.fourbit import run
 
 pytest.importorskip("lm_eval", reason="benchmarks need lm-eval: pip install 'trilobit[eval]'")
@@ -53,6 +56,24 @@ def test_written_answers_have_a_limit_of_their_own(place: Path) -> None:
     assert cell.tasks is not None
     assert {task.task: task.examples for task in cell.tasks} == {"piqa": 4, "gsm8k": 2}
     assert sum(task.averaged for task in cell.tasks) == 2 and cell.average is not None
+
+
+def test_the_table_of_benchmarks() -> None:
+    """A row for each cell that was asked, what counts alone, in percent with its error; nothing where nobody was asked."""
+    common = {"model": "m", "protocol_sha256": "a", "model_sha256": "b", "measurement_sha256": "c", "version": "1"}
+
+    def score(task: str, value: float, averaged: bool = True) -> TaskScore:
+        return TaskScore(task, "acc", value, 0.035, 0.5, 200, 0, "1", averaged=averaged)
+
+    asked = Cell(
+        **common, column="RTN", bits="4-4-4", method="rtn", average=0.5, average_stderr=0.0151,
+        tasks=[score("piqa", 0.47), score("piqa_norm", 0.9, averaged=False)],
+    )  # fmt: skip
+    silent = Cell(**common, column="QuaRot", bits="4-4-4", method="gptq")
+    assert task_rows([silent]) == []
+    assert task_rows([silent, asked]) == [
+        ["bits", "made by", "piqa (200)", "average"], ["4-4-4", "RTN", "47.0 ± 3.5", "50.0 ± 1.5"],
+    ]  # fmt: skip
 
 
 def test_tasks_that_do_not_exist(place: Path) -> None:

@@ -75,8 +75,20 @@ class Stopping(Listener):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def continued(folder: Path, tuned: list[dict[str, Any]], pretrained: list[dict[str, Any]]) -> list[list[str]]:
-    """Runs of which every second one is stopped after two steps and goes on; the notes of those on this rank."""
+class Rows(Notes):
+    """Keeps the numbers of the steps that it hears of as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[int] = []
+
+    def row(self, row: dict[str, Any], max_tokens: int) -> None:
+        self.steps.append(row["step"])
+
+
+def continued(folder: Path, tuned: list[dict[str, Any]], pretrained: list[dict[str, Any]]) -> list[tuple[list[str], list[int]]]:
+    """Runs of which every second one is stopped after two steps and goes on; of those, continued, the notes and steps on this
+    rank."""
     said = []
     for module, kind, all_settings in ((tune, TuneConfig, tuned), (pretrain, PretrainConfig, pretrained)):
         straight, broken = (kind(**settings) for settings in all_settings)
@@ -86,9 +98,10 @@ def continued(folder: Path, tuned: list[dict[str, Any]], pretrained: list[dict[s
             raise AssertionError("the signal did not stop it")
         except Interrupted:
             pass
-        notes = Notes()
-        module.run(replace(broken, resume=True), notes)
-        said.append(notes.heard)
+        assert [path.name for path in (Path(broken.out or "") / "checkpoints").glob("step-*")] == ["step-2"]
+        going_on = Rows()
+        module.run(replace(broken, resume=True), going_on)
+        said.append((going_on.heard, going_on.steps))
     return said
 
 

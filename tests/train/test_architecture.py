@@ -53,4 +53,4 @@ def test_other_names_are_asked_of_the_hub(asked: Mock) -> None:
 def test_ours_have_the_positions_they_see() -> None:
     """A model that was trained on windows of 48 tokens promises no more: others measure it at what it promises."""
     assert read_architecture("llama-3m", 48).max_position_embeddings == 48
-    assert shape_config("llama-1.4b", 8192).max_position_embeddings == 8192
+    assert shape_config("llama-1.4b", 512).max_position_embeddings == 512

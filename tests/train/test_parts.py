@@ -164,7 +164,8 @@ def test_what_was_stopped_goes_on_in_parts(place: Path) -> None:
             ours, theirs = tensors(whole / kind), tensors(stopped / kind)
             assert ours.keys() == theirs.keys() and ours
             assert all(torch.equal(tensor, theirs[path]) for path, tensor in ours.items())
-    for notes in answers[0]:
+    for notes, steps in answers[0]:
+        assert steps == [3, 4]
         assert not any("the whole model before it keeps its part" in note for note in notes)
 
 

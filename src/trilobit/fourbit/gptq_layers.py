@@ -16,7 +16,7 @@ Letters: N sequences, T positions, D width, K inputs.
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -89,21 +89,30 @@ def gptq(
                     states[number] = run(x)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Attended:
-    """What the last linear of a layer's attention reads, after its other hooks, for each sequence."""
+    """What the last linear of a layer's attention reads, after its other hooks, for each sequence; and the calls of sdpa that
+    a pass makes until then."""
 
     linear: nn.Linear
-    inputs: list[Tensor]
+    inputs: list[Tensor] = field(default_factory=list)
+    calls: int = 0
 
 
-class _NoAttention(TorchFunctionMode):
-    """Within, sdpa returns zeros. Attention that is not sdpa is computed as ever."""
+class _Attention(TorchFunctionMode):
+    """Counts calls of sdpa, of which the first `skipped` return zeros. Attention that is not sdpa is computed as ever."""
+
+    def __init__(self, skipped: int = 0):
+        super().__init__()
+        self.skipped, self.calls = skipped, 0
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is not scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        self.calls += 1
+        if self.calls > self.skipped:
             return func(*args, **(kwargs or {}))
         given = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
         return given["query"].new_zeros(*given["query"].shape[:-1], given["value"].shape[-1])
@@ -117,7 +126,7 @@ def attending(attended: Attended | None, sequence: int) -> Iterator[None]:
         return
     put = attended.linear.register_forward_pre_hook(lambda module, inputs: (attended.inputs[sequence], *inputs[1:]))
     try:
-        with _NoAttention():
+        with _Attention(attended.calls):
             yield
     finally:
         put.remove()
@@ -135,8 +144,8 @@ def _quantize_layer(
         together = list(group)
         where = ", ".join(site.path for site, _ in together)
         site, linear = together[0]
-        kept = Attended(linear, []) if ends == 1 and site.role == "attention-output" else None
-        moment = input_moment(linear, states, run, attended, None if kept is None else kept.inputs)
+        kept = Attended(linear) if ends == 1 and site.role == "attention-output" else None
+        moment = input_moment(linear, states, run, attended, kept)
         attended = kept or attended
         *found, damping = quantize_columns(torch.cat([linear.weight for _, linear in together]), moment, protocol, where)
         if damping != protocol.gptq_damping:
@@ -151,15 +160,15 @@ def _quantize_layer(
 
 def input_moment(
     linear: nn.Linear, states: list[Tensor], run: Callable[[Tensor], Tensor], attended: Attended | None = None,
-    keep: list[Tensor] | None = None,
+    keep: Attended | None = None,
 ) -> Tensor:  # fmt: skip
     """Σ x xᵀ of what `linear` reads, after its other hooks, while `run` sends each of `states` through its layer: [K, K]
-    float64, each sequence's share summed in fp32. keep: gets what it reads, one after the other."""
+    float64, each sequence's share summed in fp32. keep: gets what it reads."""
     moment = torch.zeros(linear.in_features, linear.in_features, dtype=torch.float64, device=linear.weight.device)
 
     def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if keep is not None:
-            keep.append(inputs[0])
+            keep.inputs.append(inputs[0])
         x = inputs[0].flatten(0, -2).float()
         moment.add_(x.T @ x)
         raise Stopped
@@ -167,8 +176,10 @@ def input_moment(
     handle = linear.register_forward_pre_hook(add)
     try:
         for number, x in enumerate(states):
-            with attending(attended, number), suppress(Stopped):
+            with attending(attended, number), _Attention() as seen, suppress(Stopped):
                 run(x)
+            if keep is not None:
+                keep.calls = seen.calls
     finally:
         handle.remove()
     return moment
