@@ -87,8 +87,8 @@ class Rows(Notes):
 
 
 def continued(folder: Path, tuned: list[dict[str, Any]], pretrained: list[dict[str, Any]]) -> list[tuple[list[str], list[int]]]:
-    """Runs of which every second one is stopped after two steps and goes on; of those, continued, the notes and steps on this
-    rank."""
+    """Runs of which every second one is stopped after two steps and goes on; of those, the notes on this rank, and
+    the step of the checkpoint with those that followed."""
     said = []
     for module, kind, all_settings in ((tune, TuneConfig, tuned), (pretrain, PretrainConfig, pretrained)):
         straight, broken = (kind(**settings) for settings in all_settings)
@@ -98,10 +98,11 @@ def continued(folder: Path, tuned: list[dict[str, Any]], pretrained: list[dict[s
             raise AssertionError("the signal did not stop it")
         except Interrupted:
             pass
-        assert [path.name for path in (Path(broken.out or "") / "checkpoints").glob("step-*")] == ["step-2"]
+        kept = [path.name for path in (Path(broken.out or "") / "checkpoints").iterdir()]
+        assert kept in (["step-2"], ["step-3"]), "the step in progress is finished"
         going_on = Rows()
         module.run(replace(broken, resume=True), going_on)
-        said.append((going_on.heard, going_on.steps))
+        said.append((going_on.heard, [int(kept[0][5:]), *going_on.steps]))
     return said
 
 

@@ -146,8 +146,8 @@ def test_what_is_said(runs: tuple[Path, Path, list[list[str]]]) -> None:
 
 
 def test_what_was_stopped_goes_on_in_parts(place: Path) -> None:
-    """`tune` and `pretrain` in parts that a signal stopped after the second of four steps and that --resume continued end with
-    the weights of runs that were never stopped, bit for bit, and logs without gaps."""
+    """`tune` and `pretrain` in parts that a signal stopped after the second of four steps or in the third and that --resume
+    continued end with the weights of runs that were never stopped, bit for bit, and logs without gaps."""
     more = {"mesh": "fsdp", "max_tokens": 4 * 96}
 
     def pair(kind: str, name: str) -> list[dict[str, Any]]:
@@ -165,7 +165,7 @@ def test_what_was_stopped_goes_on_in_parts(place: Path) -> None:
             assert ours.keys() == theirs.keys() and ours
             assert all(torch.equal(tensor, theirs[path]) for path, tensor in ours.items())
     for notes, steps in answers[0]:
-        assert steps == [3, 4]
+        assert steps in ([2, 3, 4], [3, 4])
         assert not any("the whole model before it keeps its part" in note for note in notes)
 
 
