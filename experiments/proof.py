@@ -34,7 +34,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from proof_arms import ALWAYS, ARMS, CONTROL
+from torch import Tensor
 
 from trilobit.config.fields import parse_count
 from trilobit.config.tune import TuneConfig
@@ -91,8 +93,8 @@ STUDIES = {
     ),
     "stories260k-cut": Study(262_144, (2.5e-3, 5e-3, 1e-2, 2e-2), STORIES),  # docs/proof.md says what was wrong with it
     "embedded": Study(
-        262_144, (1e-3, 2e-3, 4e-3, 8e-3), SMALL | {"sequence_length": 256, "sequences": 4, "batch_tokens": 1024},
-        control_rates=1 / 32,
+        262_144, (1e-3, 2e-3, 4e-3, 8e-3),
+        SMALL | {"sequence_length": 256, "sequences": 4, "batch_tokens": 1024, "precision": "fp32"}, control_rates=1 / 32,
     ),
     "smollm2": Study(
         2_097_152, (2e-4, 4e-4, 8e-4, 1.6e-3),
@@ -242,6 +244,13 @@ def spikes(losses: list[float]) -> int:
     return sum(losses[i] > float(np.median(losses[i - 20 : i])) + 0.5 for i in range(20, len(losses)))
 
 
+def spread(windows: Tensor, number: int) -> Tensor:
+    """`number` of the windows, evenly from beginning to end and off the ends of their stretches: the first documents of a
+    text need not be like the rest."""
+    number = min(number, len(windows))
+    return windows[(2 * torch.arange(number) + 1) * len(windows) // (2 * number)]
+
+
 def reporter(arguments: argparse.Namespace, study: Study) -> Callable[[Path], dict[str, float]]:
     """Measures a finished trial on text that chose nothing: nats above the original, in and out of domain."""
     base = load_pretrained(arguments.model)
@@ -260,7 +269,8 @@ def reporter(arguments: argparse.Namespace, study: Study) -> Callable[[Path], di
     for name, path in (("report", arguments.report), ("other", arguments.other)):
         if path:
             texts = (document.text for document in documents(path, split="heldout" if path == "stdlib" else None))
-            sets[name], _ = text_windows(texts, base.tokenizer, length + 1, False, max(1, REPORT_TOKENS // length))
+            windows, _ = text_windows(texts, base.tokenizer, length + 1, False)
+            sets[name] = spread(windows, max(1, REPORT_TOKENS // length))
     base_nats = {name: nats(base.model, windows, 16) for name, windows in sets.items()}
 
     def report(out: Path) -> dict[str, float]:

@@ -32,6 +32,7 @@ from trilobit.nn.ternary import ternary_modules
 from trilobit.train import data as data_module
 from trilobit.train import layers as layers_module
 from trilobit.train import objective as objective_module
+from trilobit.train import precision as precision_module
 from trilobit.train import run as run_module
 from trilobit.train import text as text_module
 from trilobit.train import tune as tune_module
@@ -395,6 +396,37 @@ def test_resuming_with_other_settings_is_refused_by_name(place: Place, tmp_path:
     assert (tmp_path / "run" / "run.json").read_bytes() == before
     run(replace(config, keep_checkpoints=3, checkpoint_every=64, cache_dir=str(tmp_path / "cache")))
     assert [path.name for path in list_checkpoints(tmp_path / "run")][-1] == "step-8"
+
+
+class Said(Listener):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def test_a_run_keeps_the_precision_that_was_decided(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Continued where the other precision is faster, a run is the one that nothing stopped, bit for bit; run.json and the notes
+    say which it is; another one that is asked for is refused."""
+    monkeypatch.setattr(precision_module, "multiplication_rates", lambda: (1e11, 2e11))
+    said = Said()
+    run(place.config(tmp_path / "whole", precision="auto"), said)
+    assert "bf16: this CPU multiplies 100 GFLOP/s in fp32, 200 in bf16" in said.notes
+    config = place.config(tmp_path / "run", precision="auto")
+    with pytest.raises(Interrupted):
+        run(config, At(3, lambda: signal.raise_signal(signal.SIGTERM)))
+    monkeypatch.setattr(precision_module, "multiplication_rates", lambda: (2e11, 1e11))
+    with pytest.raises(ConfigError, match="--precision was bf16, is fp32"):
+        run(replace(config, precision="fp32", resume=True))
+    run(replace(config, resume=True))
+    whole, parts = (json.loads((tmp_path / name / "run.json").read_text()) for name in ("whole", "run"))
+    assert whole["config"]["precision"] == parts["config"]["precision"] == "bf16"
+    assert whole["result"]["nats_per_token"] == parts["result"]["nats_per_token"]
+    run(place.config(tmp_path / "other", precision="auto"))
+    other = json.loads((tmp_path / "other" / "run.json").read_text())
+    assert other["config"]["precision"] == "fp32"
+    assert other["result"]["nats_per_token"] != whole["result"]["nats_per_token"]
 
 
 def test_resuming_needs_the_same_base(place: Place, tmp_path: Path, no_writing: None) -> None:

@@ -81,8 +81,8 @@ class TrainingConfig:
     clip: float = 1.0
     """Largest gradient norm."""
 
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """Compute precision. Latent weights are fp32 always."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Compute precision. auto: bf16 on a GPU that has it; on a CPU what multiplies faster. Latent weights are fp32 always."""
     optimizer_state: Literal["fp32", "bf16", "int8"] = "fp32"
     """How moments are kept between steps. bf16: half of the bytes. int8: a quarter of Muon's momentum (blocks of 256), the
     other moments in bf16."""

@@ -2,9 +2,9 @@
 
 A step is: λ and learning rate from the tokens seen → micro-batches forward and backward → clip → refuse what is not
 finite → update → log. Latents are fp32 always (in bf16 most updates round to zero), gradients and moments unless they are
-asked to be narrower (adamw.py); compute is bf16 under autocast, or fp32. Nothing in a step waits for the device except
-logging: a non-finite loss or gradient is noticed on the device, which from then on skips every update, and is reported at the
-next log line.
+asked to be narrower (adamw.py); compute is bf16 under autocast, or fp32 (precision.py). Nothing in a step waits for the
+device except logging: a non-finite loss or gradient is noticed on the device, which from then on skips every update, and is
+reported at the next log line.
 """
 
 import json
@@ -197,7 +197,8 @@ def muon_matrices(model: nn.Module, config: TrainingConfig) -> list[nn.Parameter
 
 
 def autocast(config_precision: str, device: torch.device) -> torch.autocast:
-    """bf16 autocast where the precision asks for it. (On CPU fp16 is slower by two orders of magnitude: never used.)"""
+    """bf16 autocast where the precision, no longer `auto`, asks for it. (On CPU fp16 is slower by two orders of magnitude.)"""
+    assert config_precision != "auto"
     return torch.autocast(device.type, torch.bfloat16, enabled=config_precision == "bf16")
 
 

@@ -72,7 +72,8 @@ def record_to_resume(out: Path, config: TrainingConfig, decided: frozenset[str] 
     record = read_json(out / "run.json")
     if missing := sorted((DECIDED | decided) - record.keys()):
         raise OutputError(f"{out / 'run.json'} was not written by this version: it lacks {', '.join(missing)}.")
-    require_same_settings(asdict(config), record["config"], FREE_TO_CHANGE)
+    undecided = {"precision"} if config.precision == "auto" and "precision" in record["config"] else set[str]()
+    require_same_settings(asdict(config), record["config"], FREE_TO_CHANGE | undecided)
     return record
 
 

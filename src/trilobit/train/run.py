@@ -11,7 +11,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -34,6 +34,7 @@ from trilobit.train.loop import muon_matrices
 from trilobit.train.meeting import open_team, restarts, several
 from trilobit.train.mesh import Arrangement, Shards, Spread, arrange, arrangement_for, device_memory, spread_over
 from trilobit.train.pace import Forecast
+from trilobit.train.precision import decide_precision
 from trilobit.train.record import record_to_resume
 from trilobit.train.signals import Signals
 from trilobit.train.track import Track, tracker
@@ -249,8 +250,19 @@ def start(
         require_even_parts(config, team.size)
         (attempts,) = team.agree(restarts())
         record = team.shared(lambda: _record(out, config, decided, team.launch if attempts else None))
+        if config.precision == "auto":
+            config = replace(config, precision=team.shared(lambda: _precision(record, device, listener)))
         with tracker(config.track if team.first else None, out, asdict(config)) as track:
             return kind(config, listener, signals, track, out, device, team).whole(record)
+
+
+def _precision(record: dict[str, Any] | None, device: torch.device, listener: Listener) -> str:
+    """What `--precision auto` stands for in a run that begins, or stood for in the one that `record` is of."""
+    if record is not None:
+        return record["config"]["precision"]
+    precision, why = decide_precision(device)
+    listener.note(f"{precision}: {why}")
+    return precision
 
 
 def _record(out: Path, config: TrainingConfig, decided: frozenset[str], launch: str | None) -> dict[str, Any] | None:
