@@ -118,6 +118,9 @@ def main() -> None:
     gradients = [torch.randn(s, generator=generator, device=arguments.device) * 1e-3 for s in shapes]
     optimizers = {
         "trilobit": Muon([{"params": weights, "muon": True}], 1e-3, (0.9, 0.95), weight_decay=0.01),
+        "… iterated in fp32": Muon(
+            [{"params": weights, "muon": True}], 1e-3, (0.9, 0.95), weight_decay=0.01, compute=torch.float32
+        ),
         "… momentum in int8": Muon([{"params": weights, "muon": True}], 1e-3, (0.9, 0.95), weight_decay=0.01, state="int8"),
         "torch.optim.Muon": torch.optim.Muon(weights, lr=1e-3, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         "AdamW, fused": torch.optim.AdamW(weights, lr=1e-3, weight_decay=0.01, fused=True),
