@@ -91,7 +91,7 @@ def export(run: Path, to: str, out: Path) -> None:
     """In a process of its own: export without the check, and say what was in memory at most."""
     from trilobit.config.export import ExportConfig
     from trilobit.export import convert
-    from trilobit.export.verification import Check
+    from trilobit.export.check import Check
 
     convert.verify = lambda *arguments: Check(why_not="bench/export.py measures the writing")
     result = convert.run(ExportConfig(model=str(run), out=str(out), to=to))  # pyright: ignore[reportArgumentType]

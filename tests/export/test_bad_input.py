@@ -19,7 +19,8 @@ from infer.ggufs import write_gguf
 from infer.test_gguf_file import HOSTILE
 from trilobit.config.export import ExportConfig
 from trilobit.errors import ModelError, OutputError, TrilobitError
-from trilobit.export import convert, gguf, hf, verification
+from trilobit.export import convert, gguf, hf
+from trilobit.export.check import Check
 from trilobit.export.source import Source, StoredSource
 from trilobit.infer.gguf_file import open_gguf
 from trilobit.kernels import native
@@ -35,7 +36,7 @@ SMALL: dict[str, Any] = {"tie_word_embeddings": True, "num_hidden_layers": 1, "v
 @pytest.fixture(autouse=True)
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Checks have tests of their own; here none would be reached."""
-    monkeypatch.setattr(convert, "verify", lambda *arguments: verification.Check(why_not="a test"))
+    monkeypatch.setattr(convert, "verify", lambda *arguments: Check(why_not="a test"))
 
 
 @pytest.fixture

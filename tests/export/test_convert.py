@@ -14,7 +14,7 @@ from trilobit.config.export import ExportConfig
 from trilobit.errors import ConfigError, DataError, ExportError, OutputError, VerificationError
 from trilobit.export import convert, hf, llama_cpp, push, verification
 from trilobit.export.card import EMBEDDED, licence_of, named, write_card
-from trilobit.export.verification import Check
+from trilobit.export.check import Check
 from trilobit.export.verify import load_stock
 from trilobit.formats import Bitnet
 from trilobit.infer.gguf_file import open_gguf

@@ -11,9 +11,9 @@ from torch import Tensor
 from export.test_hf import PROBE, TOKENIZER, made
 from trilobit.errors import VerificationError
 from trilobit.export import hf
+from trilobit.export.check_stock import check_stock
 from trilobit.export.exact import is_comparable, require_exact
 from trilobit.export.source import Source, StoredSource
-from trilobit.export.verification import check_stock
 from trilobit.export.verify import compare, load_stock
 from trilobit.infer.load import load
 from trilobit.infer.loaded import Loaded

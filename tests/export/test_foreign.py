@@ -19,7 +19,8 @@ from infer.test_foreign import CASES
 from trilobit import quant
 from trilobit.config.export import ExportConfig
 from trilobit.errors import ExportError, ModelError
-from trilobit.export import convert, gguf, gguf_graph, llama_cpp, verification
+from trilobit.export import convert, gguf, gguf_graph, llama_cpp
+from trilobit.export.check import Check, activations
 from trilobit.export.foreign import BitnetSource, GgufSource, open_source
 from trilobit.export.source import Source, StoredSource
 from trilobit.export.verify import compare, load_stock
@@ -117,7 +118,7 @@ def exported(place: Path, out: Path, to: str, **settings: Any) -> convert.Export
 
 @pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert, "verify", lambda *arguments: verification.Check(why_not="a test"))
+    monkeypatch.setattr(convert, "verify", lambda *arguments: Check(why_not="a test"))
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -171,7 +172,7 @@ def test_bitnet_directories_run_in_llama_cpp(
     read = llama_cpp.read(tmp_path / "m.gguf", windows(), [], "", top=VOCABULARY - 2, threads=1)
     loaded = load(place)
     freeze(loaded.model)
-    with verification.activations(loaded.model, False) as model:
+    with activations(loaded.model, False) as model:
         agreement = llama_cpp.compare_reading(model, read, windows())
     assert agreement.top1 > 0.96
     assert agreement.kl < 1e-4
@@ -272,7 +273,7 @@ def test_llama_cpp_runs_relu2_as_silu(tmp_path: Path, monkeypatch: pytest.Monkey
     for gate in ("relu2", "silu"):
         config = json.loads((place / "config.json").read_text())
         (place / "config.json").write_text(json.dumps({**config, "hidden_act": gate}))
-        with verification.activations(load(place).model, False) as model:
+        with activations(load(place).model, False) as model:
             found[gate] = llama_cpp.compare_reading(model, read, windows()).kl
     assert found["silu"] < 1e-4
     assert found["relu2"] > 100 * found["silu"]

@@ -11,7 +11,9 @@ import torch
 from export.ggufs import frozen, stored, windows
 from families import build
 from trilobit.errors import ExportError, VerificationError
-from trilobit.export import gguf, gguf_blocks, llama_cpp, verification
+from trilobit.export import gguf, gguf_blocks, llama_cpp
+from trilobit.export.check import activations
+from trilobit.export.check_llama_cpp import check_llama_cpp
 from trilobit.export.source import Source, StoredSource
 from trilobit.export.verify import Agreement
 from trilobit.formats import Q2_0
@@ -31,7 +33,7 @@ def reading(folder: Path, int8: bool, **options: Any) -> tuple[Agreement, gguf.C
     """How llama.cpp agrees with the model, its activations quantised or not."""
     file, contents = written(folder, **options)
     read = llama_cpp.read(file, windows(), [], "", top=512, threads=1)
-    with verification.activations(frozen(folder / "model").model, int8) as model:
+    with activations(frozen(folder / "model").model, int8) as model:
         return llama_cpp.compare_reading(model, read, windows()), contents
 
 
@@ -154,7 +156,7 @@ def test_planted_faults_are_caught(fault: str, tmp_path: Path, monkeypatch: pyte
         monkeypatch.setattr(Q2_0, "pack", classmethod(lambda cls, codes, scales: shift(codes.roll(1, dims=1), scales)))
     file, _ = written(tmp_path, "q2_0" if fault == "codes shifted" else "f32", "f16", **model)
     with pytest.raises(VerificationError, match=r"llama\.cpp reads another model"):
-        verification.check_llama_cpp(frozen(tmp_path / "model"), file, windows(2))
+        check_llama_cpp(frozen(tmp_path / "model"), file, windows(2))
 
 
 @pytest.mark.interpreter
@@ -170,7 +172,7 @@ def test_the_check_ranks_a_thousand_tokens(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(llama_cpp, "read", noting)
     file, _ = written(tmp_path, "f32", "f16", placement="none")
-    check = verification.check_llama_cpp(frozen(tmp_path / "model"), file, windows())
+    check = check_llama_cpp(frozen(tmp_path / "model"), file, windows())
     assert found[0].ids.shape == (32, llama_cpp.TOP) == (32, 1024)
     assert check.theirs[:4] == check.ours[:4] != ""
 
@@ -185,7 +187,7 @@ def test_models_that_hardly_say_anything(spread: float, wrong: bool, tmp_path: P
         monkeypatch.setattr(gguf, "adjustments", lambda *a: gguf.Adjustments(right(*a).eps, scales=paths))
     file, _ = written(tmp_path, "f32" if wrong else "auto", "auto", placement="none", settings={"initializer_range": spread})
     with pytest.raises(VerificationError, match="another model") if wrong else nullcontext():
-        llama, int8 = verification.check_llama_cpp(frozen(tmp_path / "model"), file, windows(2)).rows
+        llama, int8 = check_llama_cpp(frozen(tmp_path / "model"), file, windows(2)).rows
         assert int8.against == "the model, none quantised, head q8_0"
         assert llama.agreement.kl < 2 * int8.agreement.kl < 1e-4
 

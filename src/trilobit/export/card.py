@@ -7,7 +7,7 @@ from typing import Any
 
 from trilobit import __version__
 from trilobit.errors import TrilobitError
-from trilobit.export.verification import Check
+from trilobit.export.check import Check
 from trilobit.infer.hub import HUB_SECONDS, names_a_place
 from trilobit.storage import read_json
 

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from trilobit.config.export import ExportConfig
 from trilobit.config.quantize import QuantizeConfig
 from trilobit.errors import ExportError, VerificationError
+from trilobit.export.check import PROBE_WINDOWS, Check, Row, probe_windows
 from trilobit.export.hf import write_companions
-from trilobit.export.verification import PROBE_WINDOWS, Check, Row, probe_windows
 from trilobit.export.verify import compare, load_stock, noise_floor
 from trilobit.formats import PackQuantized
 from trilobit.fourbit.calibration import calibration_windows

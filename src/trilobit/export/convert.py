@@ -20,12 +20,13 @@ from trilobit.config.export import ExportConfig
 from trilobit.errors import ExportError
 from trilobit.export import compressed, native
 from trilobit.export.card import write_card
+from trilobit.export.check import Check
 from trilobit.export.foreign import open_source
 from trilobit.export.forms import bitnet_obstacle, choose_form, dense_entries
 from trilobit.export.hf import write_companions, write_form
 from trilobit.export.push import push
 from trilobit.export.source import Source, StoredSource
-from trilobit.export.verification import Check, verify
+from trilobit.export.verification import verify
 from trilobit.infer.engine import require_library
 from trilobit.infer.load import locate
 from trilobit.listener import SILENT, Listener, timed

@@ -14,10 +14,10 @@ from typing import Any
 from torch import Tensor
 
 from trilobit.errors import VerificationError
+from trilobit.export.check import Check, Prompt, Row, probe_windows
 from trilobit.export.hf import write_companions
 from trilobit.export.llama_cpp import CONTINUED
 from trilobit.export.source import Source
-from trilobit.export.verification import Check, Prompt, Row, probe_windows
 from trilobit.export.verify import Agreement, compare, noise_floor
 from trilobit.infer import compiler, native_file
 from trilobit.infer.engine import Engine, open_native
