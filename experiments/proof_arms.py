@@ -63,6 +63,7 @@ def _beyond() -> dict[str, Settings]:
         "every-global-kl-hidden": {**EVERY, "schedule": "global", **KL, "distill_hidden": 1.0},
         "none-global-kl-row": {**NONE, "schedule": "global", **KL, "scale": "row"},
         "every-global-kl-row": {**EVERY, "schedule": "global", **KL, "scale": "row"},
+        "none-immediate-kl-row": {**NONE, "schedule": "immediate", **KL, "scale": "row"},
         "none-global-kl-long-ramp": {**NONE, "schedule": "global", **KL, "ramp_fraction": 0.5},
         "every-kl-sensitivity": {**start, "schedule": "sensitivity"},
         "every-kl-muon": {**start, "optimizer": "muon"},

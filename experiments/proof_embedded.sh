@@ -14,4 +14,4 @@ export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS=1
 exec "${PYTHON:-python3}" -W ignore experiments/proof.py embedded src/trilobit/assets/model \
     --data stdlib --report stdlib ${other:+--other "$other"} --minutes "$minutes" --device cpu --arms \
     full-precision none-immediate-ce every-ones-immediate-ce none-immediate-kl recipe-hf-blog every-ones-layerwise-ce \
-    none-global-kl every-global-kl every-global-kl-row
+    none-global-kl every-global-kl every-global-kl-row every-immediate-kl none-immediate-kl-row

@@ -16,7 +16,8 @@ def test_it_says_what_computes_here() -> None:
     assert result.kernels in result.instruction_sets and result.kernels == native.choice().name
     assert result.layout == ("base-3" if "avx512vbmi" in result.instruction_sets else "two-bit")
     assert result.bandwidth and result.bandwidth > 1e8
-    for said in (result.kernels, result.reason, str(result.layout), "GB/s"):
+    assert result.precision.startswith(("fp32: ", "bf16: ")), "of training, and why"
+    for said in (result.kernels, result.reason, str(result.layout), "GB/s", f"training     {result.precision}"):
         assert said in result.summary()
 
 

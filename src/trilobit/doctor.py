@@ -10,10 +10,12 @@ import torch
 
 from trilobit import __version__
 from trilobit.config.doctor import DoctorConfig
+from trilobit.infer.loaded import pick_device
 from trilobit.kernels import build, native
 from trilobit.kernels.frozen_linear import layout
 from trilobit.listener import SILENT, Listener
 from trilobit.measure.speed import read_rate
+from trilobit.train.precision import decide_precision
 
 if TYPE_CHECKING:
     from trilobit.train.plan import Plan
@@ -25,7 +27,7 @@ TERNARY_2B = 0.52e9  # bytes a token of a model of two billion parameters, head 
 @dataclass(frozen=True)
 class DoctorResult:
     """What was found. threads: torch's, and the engine's by default; cores: that this process may use; bandwidth: bytes a
-    second that memory gives to reads; advice: what would be faster."""
+    second that memory gives to reads; precision: of training by default, and why; advice: what would be faster."""
 
     version: str
     processor: str
@@ -38,6 +40,7 @@ class DoctorResult:
     instruction_sets: list[str]
     layout: str | None
     bandwidth: float | None
+    precision: str
     advice: list[str]
 
     def summary(self) -> str:
@@ -56,6 +59,7 @@ class DoctorResult:
                 f"memory       {self.bandwidth / 1e9:.1f} GB/s just now, enough for about "
                 f"{self.bandwidth / TERNARY_2B:.0f} tokens/s of a ternary model of 2 B parameters",
             ]
+        lines.append(f"training     {self.precision} (--precision)")
         lines += [f"faster       {line}" for line in self.advice] or ["faster       nothing that can be done here"]
         return "\n".join(lines)
 
@@ -124,8 +128,9 @@ def run(config: DoctorConfig, listener: Listener = SILENT) -> "DoctorResult | Pl
         area = native.huge_pages(ROOF_BYTES).fill_(1)
         bandwidth = max(read_rate(area, config.threads) for _ in range(3))
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    precision = ": ".join(decide_precision(pick_device("auto")))
     threads, cores = torch.get_num_threads(), usable_cores()
     return DoctorResult(
         __version__, processor_name(), threads, cores, torch.__version__, cuda, choice.name, choice.reason, sets,
-        layout("tensor") if sets else None, bandwidth, thread_advice(threads, cores) + advice(sets, bandwidth),
+        layout("tensor") if sets else None, bandwidth, precision, thread_advice(threads, cores) + advice(sets, bandwidth),
     )  # fmt: skip
