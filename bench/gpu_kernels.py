@@ -190,6 +190,29 @@ def inference(table: Table, tokens: int, outputs: int, inputs: int) -> None:
         table.row(f"two-bit, {granularity}, {shape}", right, amount, "GB/s" if few else "int8 TOP/s", ours, peers)
 
 
+def siblings(table: Table, tokens: int, sizes: tuple[int, ...], inputs: int) -> None:
+    """Linears that read the same input, each with a norm of its own, in two launches; the peer is one after the other."""
+    x = torch.randn(tokens, inputs, device=table.device).bfloat16()
+    gains = torch.rand(len(sizes), inputs, device=table.device) + 0.5
+    packed = LaneTwoBit.pack(torch.randint(-1, 2, (sum(sizes), inputs), device=table.device, dtype=torch.int8))
+    scale = torch.rand(sum(sizes), 1, device=table.device)
+    everything = copies(packed, table)
+
+    def together(i: int) -> Tensor:
+        return gpu.merged_linear(x, gains, EPS, everything[i % len(everything)], scale, None, 0, sizes)
+
+    def apart(i: int) -> Tensor:
+        parts, scales, found = everything[i % len(everything)].split(sizes), scale.split(sizes), []
+        for part, own, gain in zip(parts, scales, gains, strict=True):
+            codes, x_scale, _ = gpu.norm_quantize(x, gain, EPS)
+            found.append(gpu.packed_linear(codes, x_scale, part, own, None, 0, x.dtype))
+        return torch.cat(found, dim=1)
+
+    shape = f"{tokens} × {' + '.join(map(str, sizes))} × {inputs}"
+    right, peers = differs((together(0), apart(0))), {"one by one": apart}
+    table.row(f"siblings, {shape}", right, packed.nbytes / 1e9, "GB/s", together, peers)
+
+
 def muon(table: Table, number: int, rows: int, columns: int) -> None:
     x = torch.randn(number, rows, columns, device=table.device).bfloat16() / columns**0.5
     shape = f"{number} of {rows} × {columns}"
@@ -254,6 +277,8 @@ def main() -> None:
             training(table, 8192, outputs, inputs)
         for tokens in (1, 4, 16, 512, 2048):
             inference(table, tokens, 6912, 2560)
+        for sizes in ((2560, 640, 640), (6912, 6912)):
+            siblings(table, 1, sizes, 2560)
         muon(table, 24, 2048, 2048)
         muon(table, 24, 2048, 5632)
         loss(table, 8192, 2048, 128_256)
@@ -263,6 +288,7 @@ def main() -> None:
         training(table, 40, 37, 300)
         for tokens in (1, 5, 40):
             inference(table, tokens, 37, 300)
+        siblings(table, 1, (16, 32, 5), 300)
         muon(table, 2, 40, 70)
         loss(table, 50, 16, 999)
 

@@ -67,6 +67,11 @@ def calls(few: bool) -> None:
                 else:
                     triton_linear.linear(codes, scale, weight.to(torch.int8), weight_scale, bias, group, dtype, packed=False)
                     triton_linear.linear(codes, scale, packed, weight_scale, bias, group, dtype, packed=True)
+    x, sizes = torch.zeros(1, 2560, dtype=torch.bfloat16), (2560, 640, 640)
+    for gains in (torch.ones(3, 2560), torch.ones(3, 1))[: 1 if few else None]:  # siblings with norms of their own
+        codes, scale, _ = triton_norm.norm_quantize_each(x, gains, 1e-6)
+        packed = torch.zeros(sum(sizes), 640, dtype=torch.uint8)
+        triton_few.linear_each(codes, scale, packed, torch.ones(sum(sizes), 1), None, 0, (2560, 3200), torch.bfloat16)
     for rows, columns in ((2048, 2048), (576, 1536), (37, 37))[: 1 if few else None]:
         x = torch.zeros(2, rows, columns, dtype=torch.bfloat16)
         triton_symmetric.symmetric(x, x, diagonal=0.5)

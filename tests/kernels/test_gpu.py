@@ -8,15 +8,19 @@ from itertools import product
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import families
 from trilobit import quant
 from trilobit.formats import LaneTwoBit
+from trilobit.infer.stored import freeze
 from trilobit.kernels import gpu
 from trilobit.kernels.frozen_linear import frozen_choice
 from trilobit.nn.packed import PackedLinear
+from trilobit.nn.siblings import join_siblings
 from trilobit.nn.ternary import InputRMSNorm
 from trilobit.quant import Granularity
+from trilobit.surgery.ternary import TernarySpec, ternarize
 
 pytest.importorskip("triton")
 
@@ -171,6 +175,79 @@ def test_packed_linear_picks_the_kernels(granularity: Granularity) -> None:
         expected = quant.integer_linear(levels, x_scale, codes, scale, bias, granularity)
         assert y.dtype == dtype
         assert torch.equal(y, expected.to(dtype).view(2, 3, 37))
+
+
+class Attention(nn.Module):
+    """Three linears that read one input, as transformers calls them."""
+
+    def __init__(self, sizes: tuple[int, ...], inputs: int, granularity: Granularity, norms: str, biased: bool):
+        super().__init__()
+        for name, outputs in zip(("q_proj", "k_proj", "v_proj"), sizes, strict=True):
+            weight = random(outputs, inputs) * 0.05
+            scale = quant.absmean_scale(weight, granularity)
+            norm = None if norms == "none" else InputRMSNorm(inputs, scalar=norms == "scalar", eps=EPS).to(DEVICE)
+            if norm is not None:
+                nn.init.uniform_(norm.weight, 0.5, 1.5)
+            bias = random(outputs) if biased and name != "k_proj" else None
+            codes = quant.ternary_codes(weight, scale, granularity)
+            setattr(self, name, PackedLinear(codes, scale, bias, norm, granularity, True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
+
+
+@pytest.mark.parametrize(
+    ("granularity", "norms"), [("tensor", "none"), ("tensor", "vector"), ("row", "scalar"), ("group-64", "vector")]
+)
+def test_siblings_have_the_bits_of_each(granularity: Granularity, norms: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """q, k and v in two launches give what they give one by one, biases of some included; a token or a few; where norms of
+    their own would share a block of rows, or tokens are many, one by one it is. What is changed afterwards counts."""
+    launches: list[int] = []
+    merged = gpu.merged_linear
+    monkeypatch.setattr(gpu, "merged_linear", lambda *a: launches.append(1) or merged(*a))
+    even = 128 if granularity == "group-64" else 16
+    shapes = [((even, 2 * even, 5), 300, 1), ((19, 5, 7), 70, 1), ((even, even, even), 301, 3), ((16, 16, 3), 70, 17)]
+    for sizes, inputs, tokens in shapes:
+        module = Attention(sizes, inputs, granularity, norms, biased=inputs == 300)
+        alone, x = copy.deepcopy(module), random(tokens, inputs)
+        join_siblings(module)
+        assert module.k_proj.siblings is module.q_proj.siblings is not None and alone.q_proj.siblings is None
+        with torch.no_grad():
+            assert torch.equal(module(x), alone(x))
+            assert torch.equal(module.v_proj(x), alone.v_proj(x)), "called by itself"
+            assert len(launches) == (tokens <= 16 and (norms == "none" or sizes[0] == even))
+            for changed in (module, alone):
+                changed.k_proj.codes.neg_()
+                changed.v_proj.scale.mul_(2)
+            assert torch.equal(module(x[:1]), alone(x[:1]))
+            assert torch.equal(copy.deepcopy(module)(x[:1]), alone(x[:1]))
+        launches.clear()
+
+
+def test_who_are_siblings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linears of one input that are quantised alike, all with norms or none; a layer's q, k and v and its gate and up. A model
+    has the logits that it has without siblings (a copy has none): of one token the same bits, of several up to what torch's
+    attention makes of other strides."""
+    model = families.build("llama")
+    ternarize(model, TernarySpec(placement="output"))
+    frozen = freeze(model)
+    alone, launches, merged = copy.deepcopy(frozen), [], gpu.merged_linear
+    monkeypatch.setattr(gpu, "merged_linear", lambda *a: launches.append(1) or merged(*a))
+    with torch.no_grad():
+        one, several = families.tokens(1, 1), families.tokens(2, 3)
+        expected = alone(one).logits, alone(several).logits
+        assert launches == []
+        assert torch.equal(frozen(one).logits, expected[0])
+        torch.testing.assert_close(frozen(several).logits, expected[1], rtol=1e-5, atol=1e-5)
+    assert len(launches) == 4 * frozen.config.num_hidden_layers
+    attention, mlp = frozen.get_submodule("model.layers.0.self_attn"), frozen.get_submodule("model.layers.0.mlp")
+    assert {linear.siblings for linear in (attention.q_proj, attention.k_proj, attention.v_proj)} == {attention.q_proj.siblings}
+    assert mlp.gate_proj.siblings is mlp.up_proj.siblings not in (None, attention.q_proj.siblings)
+    assert mlp.down_proj.siblings is None and attention.o_proj.siblings is None
+    odd = Attention((16, 16, 16), 64, "tensor", "none", biased=False)
+    odd.k_proj.rms_norm = InputRMSNorm(64, eps=EPS)
+    join_siblings(odd)
+    assert odd.q_proj.siblings is None
 
 
 def test_compiled_inference_is_one_graph() -> None:

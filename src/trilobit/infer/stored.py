@@ -18,6 +18,7 @@ from trilobit.infer.foreign import unpack
 from trilobit.infer.loaded import Loaded, load_tokenizer
 from trilobit.infer.quiet import clear_errors, quiet_transformers
 from trilobit.nn.packed import PackedEmbedding, PackedLinear
+from trilobit.nn.siblings import join_siblings
 from trilobit.nn.ternary import TernaryEmbedding, TernaryLinear, TernaryModule
 from trilobit.storage import read_json
 from trilobit.surgery.ternary import Plan, apply_plan
@@ -34,12 +35,13 @@ def ternary_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def freeze(model: PreTrainedModel) -> PreTrainedModel:
-    """Replace, in place, each trained ternary module by its frozen form."""
+    """Replace, in place, each trained ternary module by its frozen form; those that read the same input know of each other."""
     for name, module in list(model.named_modules()):
         if isinstance(module, TernaryLinear):
             model.set_submodule(name, PackedLinear.from_ternary(module))
         elif isinstance(module, TernaryEmbedding):
             model.set_submodule(name, PackedEmbedding.from_ternary(module))
+    join_siblings(model)
     return model
 
 

@@ -6,6 +6,7 @@
     int8_linear     (Σ code_x · code_w) · (s_x · s_w) + b, cast last                        the bits of quant.integer_linear
     packed_linear   the same from two-bit codes (formats.LaneTwoBit): one to 16 tokens as a matrix–vector product, more as a
                     matrix product that unpacks tiles to int8
+    merged_linear   norms, quantiser and packed_linear of a few tokens for linears that read the same x, in two launches
 
 Operators of torch.library with fake kernels: torch.compile sees shapes, does not look inside, breaks no graph, and calls once
 what is called twice with the same operands (q, k and v of one input without norms of their own share its codes).
@@ -18,6 +19,7 @@ Letters: T tokens, K inputs, O outputs, G groups of a row.
 """
 
 from importlib.util import find_spec
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -82,6 +84,33 @@ def packed_linear(
     """int8_linear with the weights in two bits: packed is formats.LaneTwoBit's, [O, 4 · ceil(K/16)] uint8."""
     operands = codes.contiguous(), scale.contiguous(), packed.contiguous(), weight_scale.contiguous(), bias
     return torch.ops.trilobit.packed_linear(*operands, group, dtype)
+
+
+def merges(sizes: tuple[int, ...], normed: bool, tokens: int, inputs: int, group: int) -> bool:
+    """Whether merged_linear takes so many tokens of linears with so many outputs each, with norms of their own or without."""
+    from trilobit.kernels import triton_few
+
+    if not 0 < tokens <= FEW or len(sizes) > 3:
+        return False
+    block = triton_few.row_block(tokens, inputs, group)
+    return not normed or all(end % block == 0 for end in accumulate(sizes[:-1]))
+
+
+def merged_linear(
+    x: Tensor, gains: Tensor | None, eps: float, packed: Tensor, weight_scale: Tensor, bias: Tensor | None, group: int,
+    sizes: tuple[int, ...],
+) -> Tensor:  # fmt: skip
+    """packed_linear of norm_quantize of x [T, K] for S linears whose weights lie one below the other, where `merges`: [T, O] in
+    x's dtype, the same bits.
+
+    gains: [S, K] or [S, 1], or None for no norms; packed, weight_scale ([O, 1] or [O, G]) and bias: of all O rows; sizes: of
+    them, how many are each linear's. Not an operator: no compiler looks at single tokens.
+    """
+    from trilobit.kernels import triton_few, triton_norm
+
+    codes, scale, _ = triton_norm.norm_quantize_each(x.contiguous(), gains, eps)
+    ends = () if gains is None else tuple(accumulate(sizes[:-1]))
+    return triton_few.linear_each(codes, scale, packed, weight_scale, bias, group, ends, x.dtype)
 
 
 _operators = torch.library.Library("trilobit", "FRAGMENT")

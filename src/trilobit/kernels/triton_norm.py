@@ -4,10 +4,11 @@
     ∂x = r · (∂n·g − x̂ · mean(∂n·g·x̂)),  x̂ = x · r        ∂g = Σ_t ∂n · x̂
 
 A program holds ROWS rows whole, so x is read once and codes are written once; a plain RMSNorm writes twice as many bytes.
+Several gains for the same x (q, k and v with norms of their own) are a second axis of the grid.
 The backward gives each program a run of rows and adds ∂g up in fp32, one partial row a program, which torch sums: the result
 does not depend on timing.
 
-Letters: T tokens, K inputs, P programs of the backward.
+Letters: T tokens, K inputs, P programs of the backward, S gains.
 """
 
 import torch
@@ -24,11 +25,16 @@ TILE = 4096
 
 @triton.jit
 def norm_quantize_kernel(
-    x, gain, codes, scale, inverse, tokens, inputs, eps, floor,
+    x, gain, codes, scale, inverse, tokens, inputs, gain_stride, eps, floor,
     NORM: tl.constexpr, SCALAR: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
+    which = tl.program_id(1)
+    gain += which * gain_stride
+    codes += which.to(tl.int64) * tokens * inputs
+    scale += which * tokens
+    inverse += which * tokens
     inside = (rows < tokens)[:, None] & (columns < inputs)[None, :]
     offsets = rows.to(tl.int64)[:, None] * inputs + columns[None, :]
     values = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
@@ -86,18 +92,25 @@ def norm_backward_kernel(
 
 def norm_quantize(x: Tensor, gain: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """gpu.norm_quantize: x [T, K] contiguous → codes [T, K] int8, scales [T, 1], 1/rms [T, 1] (of a norm)."""
-    tokens, inputs = x.shape
-    codes = torch.empty_like(x, dtype=torch.int8)
-    scale, inverse = (torch.empty(tokens, 1, dtype=torch.float32, device=x.device) for _ in range(2))
+    gains = None if gain is None else gain.reshape(1, -1)
+    codes, scale, inverse = norm_quantize_each(x, gains, eps)
+    return codes[0], scale[0], inverse[0]
+
+
+def norm_quantize_each(x: Tensor, gains: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """norm_quantize with each of the gains [S, K] or [S, 1], contiguous (None: once, no norm): [S, T, K], [S, T, 1] twice."""
+    (tokens, inputs), sets = x.shape, 1 if gains is None else gains.shape[0]
+    codes = torch.empty(sets, tokens, inputs, dtype=torch.int8, device=x.device)
+    scale, inverse = (torch.empty(sets, tokens, 1, dtype=torch.float32, device=x.device) for _ in range(2))
     if x.numel() == 0:
         return codes, scale.fill_(FLOOR / 127), inverse
     block = triton.next_power_of_2(inputs)
     rows = max(1, TILE // block)
-    norm = gain is not None
+    width = 0 if gains is None else gains.shape[1]
     launch(
-        norm_quantize_kernel, (triton.cdiv(tokens, rows),),
-        x, gain if norm else x, codes, scale, inverse, tokens, inputs, eps, FLOOR,
-        NORM=norm, SCALAR=norm and gain.numel() == 1 and inputs > 1, ROWS=rows, BLOCK=block,
+        norm_quantize_kernel, (triton.cdiv(tokens, rows), sets),
+        x, x if gains is None else gains, codes, scale, inverse, tokens, inputs, width, eps, FLOOR,
+        NORM=gains is not None, SCALAR=width == 1 and inputs > 1, ROWS=rows, BLOCK=block,
         num_warps=_warps(rows * block), exact=True,
     )  # fmt: skip
     return codes, scale, inverse

@@ -5,7 +5,7 @@ Triton, they are also packed, at the first use, in the layout that those read. O
 """
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,9 @@ from trilobit.errors import ModelError
 from trilobit.kernels.frozen_linear import frozen_linear, pack_codes, packs
 from trilobit.nn.ternary import InputRMSNorm, TernaryEmbedding, TernaryLinear
 from trilobit.quant import Granularity
+
+if TYPE_CHECKING:
+    from trilobit.nn.siblings import Siblings
 
 
 class PackedLinear(nn.Module):
@@ -37,6 +40,7 @@ class PackedLinear(nn.Module):
         self.scale = nn.Buffer(scale)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self._packed: tuple[Tensor, int | None, Tensor] | None = None  # the codes, their version, what they were packed to
+        self.siblings: Siblings | None = None  # that read the same input, this one among them
 
     @classmethod
     def from_ternary(cls, linear: TernaryLinear) -> "PackedLinear":
@@ -72,6 +76,8 @@ class PackedLinear(nn.Module):
             x = input if gain is None else quant.rms_norm(input.float(), gain, eps)
             weight = quant.ternary_dequantize(self.codes, self.scale, self.granularity)
             return F.linear(x.float(), weight, self.bias).to(input.dtype)
+        if self.siblings is not None and (output := self.siblings.output_of(self, input)) is not None:
+            return output
         rows = input.reshape(-1, self.in_features)
         rows = rows.float() if gain is not None and rows.dtype == torch.float64 else rows
         packed = self._packed_codes(rows)
@@ -85,15 +91,21 @@ class PackedLinear(nn.Module):
         """
         if not packs(rows):
             return None
-        compiling = torch.compiler.is_compiling()
-        version = None if compiling or self.codes.is_inference() else self.codes._version
-        packed = self._packed
-        if packed is None or packed[0] is not self.codes or not (compiling or packed[1] == version):
-            packed = self._packed = self.codes, version, pack_codes(self.codes, self.granularity)
+        compiling, packed = torch.compiler.is_compiling(), self._packed
+        if packed is None or packed[0] is not self.codes or not (compiling or packed[1] == self._version()):
+            packed = self.keep_packed(pack_codes(self.codes, self.granularity))
         return packed[2]
 
+    def keep_packed(self, packed: Tensor) -> tuple[Tensor, int | None, Tensor]:
+        """Read `packed`, pack_codes of the codes as they are, until they change."""
+        self._packed = self.codes, self._version(), packed
+        return self._packed
+
+    def _version(self) -> int | None:
+        return None if torch.compiler.is_compiling() or self.codes.is_inference() else self.codes._version
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": None}  # a copy counts the versions of its codes anew
+        return {**self.__dict__, "_packed": None, "siblings": None}  # a copy has other codes, and other siblings
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, scale per {self.granularity}"
