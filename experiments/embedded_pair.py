@@ -33,7 +33,7 @@ def made_ternary(run: Path, rate: float) -> dict[str, Any]:
             TuneConfig(
                 model=str(run / "model"), data="stdlib", out=str(out), max_tokens=TUNE_TOKENS, batch_tokens=4096,
                 sequence_length=256, sequences=16, lr=rate, schedule="global", distill="logits", eval_tokens=65_536,
-                eval_every=TUNE_TOKENS // 8, resume=(out / "run.json").exists(),
+                eval_every=TUNE_TOKENS // 8, precision="bf16", resume=(out / "run.json").exists(),
             ),
             Quiet(),
         )  # fmt: skip

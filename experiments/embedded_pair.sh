@@ -23,7 +23,7 @@ train() {
         [ -e "$run/run.json" ] && resume=(--resume)
         "$python" -W ignore -m trilobit.cli pretrain llama-3m --recipe "$recipe" --train-tokenizer 4096 --data stdlib \
             --sequence-length 512 --batch-tokens 4096 --max-tokens 11.6M --eval-tokens 65536 --eval-every 725k \
-            --lr "$rate" --compile yes --out "$run" "${resume[@]}" >"$run.log" 2>&1
+            --lr "$rate" --precision bf16 --compile yes --out "$run" "${resume[@]}" >"$run.log" 2>&1
     done
 }
 train osp 2e-3 4e-3 8e-3 1.6e-2 & first=$!

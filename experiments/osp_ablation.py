@@ -87,7 +87,8 @@ def run_trial(row: str, rate: float, study: Study, arguments: argparse.Namespace
         **{
             **study.settings, **RECIPES["pretrain"][row](), "data": arguments.data, "out": str(out), "lr": rate,
             "max_tokens": study.tokens, "eval_every": study.tokens // 16, "device": arguments.device,
-            "cache_dir": str(arguments.out / "tokens"), "eval_tokens": 65_536, "resume": bool(begun) and "result" not in begun,
+            "cache_dir": str(arguments.out / "tokens"), "eval_tokens": 65_536, "precision": "bf16",
+            "resume": bool(begun) and "result" not in begun,
         }
     )  # fmt: skip
     record: dict[str, Any] = {"row": row, "rate": rate, "tokens": study.tokens, "diverged": False}

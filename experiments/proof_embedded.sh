@@ -5,8 +5,9 @@
 #
 #   experiments/proof_embedded.sh [MINUTES [OTHER]]
 #
-# Rates and arms are chosen on 16 k tokens spread over the held-out part and reported on its first 66 k, a twentieth of which is
-# the same. OTHER: text of another kind to report on. Two cores: an hour for the first budget, six for the second.
+# Rates and arms are chosen on 16 k tokens spread over the held-out part and reported on 66 k others spread over it. OTHER: text
+# of another kind to report on. Of two cores of a slow machine, a process on each, the first budget takes 40 minutes, the second
+# an hour and a quarter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 minutes=${1:-9} other=${2:-}

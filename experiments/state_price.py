@@ -38,7 +38,8 @@ def nats(out: Path, tokens: int, **settings: Any) -> float:
         pretrain.run(
             PretrainConfig(
                 architecture="llama-3m", train_tokenizer=512, data="stdlib", max_tokens=tokens, batch_tokens=2048,
-                sequence_length=128, sequences=16, lr=2e-3, eval_tokens=65_536, out=str(out), resume=found.exists(), **settings,
+                sequence_length=128, sequences=16, lr=2e-3, eval_tokens=65_536, precision="bf16", out=str(out),
+                resume=found.exists(), **settings,
             ),
             Quiet(),
         )  # fmt: skip

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import proof_report
 import pytest
-from proof import STUDIES, Records, Trial, best_rates, claim, model_class, spikes, wanted
+import torch
+from proof import STUDIES, Records, Trial, best_rates, claim, model_class, spikes, spread, wanted
 from proof_arms import ALWAYS, ARMS, CONTROL
 from proof_report import IN_README, NAMES, SHOWN, equal_time, floor_law, power_law, readme_table, table
 
@@ -39,6 +40,13 @@ def test_arms_are_settings_of_tune(arm: str) -> None:
         settings.pop("self_tokens", None)
         config = TuneConfig(**{"model": "m", "data": "d", **settings, "max_tokens": study.budget})
         assert all(getattr(config, name) == value for name, value in ARMS[arm].items())
+
+
+def test_a_text_is_reported_on_from_beginning_to_end() -> None:
+    """Windows lie in the middle of as many equal stretches; all of them where there are no more."""
+    windows = torch.arange(100)[:, None].expand(100, 3)
+    assert spread(windows, 4)[:, 0].tolist() == [12, 37, 62, 87]
+    assert torch.equal(spread(windows, 100), windows) and torch.equal(spread(windows, 1000), windows)
 
 
 def test_rungs_follow_from_what_is_done() -> None:

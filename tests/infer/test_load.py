@@ -205,6 +205,16 @@ def test_dtype_is_that_of_what_is_not_ternary(checkpoint: Path, tmp_path: Path, 
     assert (a - b).norm() <= 0.05 * a.norm()
 
 
+def test_what_was_written_has_siblings(checkpoint: Path, tmp_path: Path) -> None:
+    """Linears of a directory of ours that read the same input know of each other when it is loaded (nn/siblings.py)."""
+    loaded = load_pretrained(str(checkpoint))
+    surgery = ternarize(loaded.model, TernarySpec(placement="output", scale="row"))
+    written = write_model(loaded.model, surgery.plan, loaded.tokenizer, tmp_path / "model", torch.randint(3, 200, (4, 17)))
+    assert written.form == "packed"
+    mlp = load(tmp_path / "model").model.get_submodule("model.layers.0.mlp")
+    assert mlp.gate_proj.siblings is mlp.up_proj.siblings is not None
+
+
 def test_what_is_ternary_already_is_no_ordinary_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
     """latent/ is refused as a start of tuning, a control's without surgery is not (old code: its inserted norms were dropped
     without a word, and another function was tuned)."""

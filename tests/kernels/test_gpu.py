@@ -263,6 +263,12 @@ def test_compiled_inference_is_one_graph() -> None:
                 module(x)
             compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
             assert torch.equal(compiled(x), expected)
+    siblings = Attention((16, 32, 5), 70, "tensor", "vector", biased=True)
+    with torch.no_grad():
+        expected = copy.deepcopy(siblings)(x)
+        join_siblings(siblings)
+        assert torch.equal(torch.compile(siblings, fullgraph=True, backend="aot_eager")(x), expected)
+        assert torch.equal(siblings(x), expected)
     torch.compiler.reset()
 
 

@@ -22,6 +22,7 @@ from trilobit.infer.loaded import Loaded, check_tokenizer, load_tokenizer
 from trilobit.infer.quiet import clear_errors, quiet_transformers
 from trilobit.infer.stored import CARD, freeze, read_ours
 from trilobit.nn.packed import PackedEmbedding, PackedLinear
+from trilobit.nn.siblings import join_siblings
 from trilobit.storage import read_json, verify_manifest
 
 GGUF = ".gguf"
@@ -49,6 +50,7 @@ def load(source: str | Path, *, device: str | torch.device = "cpu", dtype: torch
             _cast_unquantised(loaded.model, dtype)
     else:
         loaded = load_pretrained(str(source), dtype)
+    join_siblings(loaded.model)
     loaded.model.to(device).eval()  # pyright: ignore[reportArgumentType]
     return loaded
 

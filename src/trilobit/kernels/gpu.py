@@ -104,7 +104,7 @@ def merged_linear(
     x's dtype, the same bits.
 
     gains: [S, K] or [S, 1], or None for no norms; packed, weight_scale ([O, 1] or [O, G]) and bias: of all O rows; sizes: of
-    them, how many are each linear's. Not an operator: no compiler looks at single tokens.
+    them, how many are each linear's. Not an operator: graphs that are compiled take linears one by one.
     """
     from trilobit.kernels import triton_few, triton_norm
 

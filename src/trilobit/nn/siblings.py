@@ -1,12 +1,13 @@
 """Frozen linears that read the same input (q, k and v; gate and up), met together where a few tokens are computed on a GPU.
 
 One token is a matter of launches: six of them become two. The first of the siblings computes all outputs, the others, called
-with the very same tensor, take theirs.
+with the very same tensor, take theirs. Whoever is called with another tensor computes alone.
 
 Letters: T tokens, S siblings, K inputs, O outputs of all, G groups of a row.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -36,38 +37,53 @@ def _alike(linears: list[PackedLinear]) -> bool:
     return len(kinds) == len(norms) == 1 and linears[0].int8_activations
 
 
+@dataclass(frozen=True)
+class Answer:
+    """All outputs for one input, as it was."""
+
+    input: Tensor
+    version: int
+    outputs: list[Tensor]
+
+
 class Siblings:
-    """Two or three linears. Their codes are packed one below the other, and each linear's own are a part of that."""
+    """Two or three linears. Their codes are packed one below the other, and each linear's own are a part of that.
+
+    Scales, biases and gains are copied together: what is changed in place counts from the next input on, what is changed
+    behind autograd's back (through `.data`) does not.
+    """
 
     def __init__(self, linears: list[PackedLinear]):
         self.linears = linears
         self.sizes = tuple(linear.out_features for linear in linears)
         self._operands: tuple[Tensor | None, Tensor, Tensor, Tensor | None] | None = None  # gains, codes, scales, bias
         self._made_from: list[tuple[Tensor, int, int]] = []
-        self._input: Tensor | None = None
-        self._outputs: list[Tensor] = []
+        self._answer: Answer | None = None  # one attribute: another thread replaces it whole
 
     def output_of(self, linear: PackedLinear, input: Tensor) -> Tensor | None:
-        """[..., O of this one] in input's dtype; None where each is to compute its own."""
+        """[..., O of this one] in input's dtype; None where it is to compute its own."""
         if torch.compiler.is_compiling():
             return None
+        answer = self._answer
         if linear is self.linears[0]:
-            self._outputs = self._compute(input)
-            self._input = input if self._outputs else None
-        if self._input is not input:
+            outputs = self._compute(input)
+            answer = self._answer = Answer(input, _version(input), outputs) if outputs else None
+        if answer is None or answer.input is not input or answer.version != _version(input):
             return None
-        output = self._outputs[[sibling is linear for sibling in self.linears].index(True)]
         if linear is self.linears[-1]:
-            self._input, self._outputs = None, []
-        return output
+            self._answer = None
+        return answer.outputs[[sibling is linear for sibling in self.linears].index(True)]
 
     def _compute(self, input: Tensor) -> list[Tensor]:
         """All outputs, or none."""
         rows, (first, *_) = input.reshape(-1, input.shape[-1]), self.linears
-        if not gpu.runs_on(rows):
+        if type(input) is not Tensor or not gpu.runs_on(rows):
+            self._operands, self._made_from = None, []
             return []
         group, norm = quant.group_size(first.granularity) or 0, first.rms_norm
         if not gpu.merges(self.sizes, norm is not None, len(rows), first.in_features, group):
+            return []
+        if any(tensor.device != rows.device for tensor in self._tensors()):  # kept elsewhere until they are needed
             return []
         gains, packed, scale, bias = self._current()
         y = gpu.merged_linear(rows, gains, 0.0 if norm is None else norm.eps, packed, scale, bias, group, self.sizes)
@@ -75,7 +91,7 @@ class Siblings:
 
     def _current(self) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
         """What the kernels read, made again if a tensor has changed or moved."""
-        now = [(t, t.data_ptr(), -1 if t.is_inference() else t._version) for t in self._tensors()]
+        now = [(t, t.data_ptr(), _version(t)) for t in self._tensors()]
         same = len(now) == len(self._made_from) and all(
             a is b and rest == before for (a, *rest), (b, *before) in zip(now, self._made_from, strict=True)
         )
@@ -104,3 +120,8 @@ class Siblings:
         for linear, part in zip(linears, packed.split(self.sizes), strict=True):
             linear.keep_packed(part)
         return gains, packed, scale, bias
+
+
+def _version(tensor: Tensor) -> int:
+    """Counts changes in place; inference tensors do not count theirs."""
+    return -1 if tensor.is_inference() else tensor._version

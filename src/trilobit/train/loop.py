@@ -198,7 +198,7 @@ def muon_matrices(model: nn.Module, config: TrainingConfig) -> list[nn.Parameter
 
 def autocast(config_precision: str, device: torch.device) -> torch.autocast:
     """bf16 autocast where the precision, no longer `auto`, asks for it. (On CPU fp16 is slower by two orders of magnitude.)"""
-    assert config_precision != "auto"
+    assert config_precision in ("fp32", "bf16"), f"{config_precision} is for a run to decide (precision.py)"
     return torch.autocast(device.type, torch.bfloat16, enabled=config_precision == "bf16")
 
 
