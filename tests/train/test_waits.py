@@ -48,7 +48,7 @@ def asked_in_steps(folder: Path, monkeypatch: pytest.MonkeyPatch, asks: bool = F
     """Who asked in STEPS steps of two micro-batches of a ternary Llama at λ = 0.5, 1, 1, 1, taught by its original."""
     config = TuneConfig(
         model="m", data="d", sequence_length=8, sequences=2, batch_tokens=STEP_TOKENS, max_tokens=STEPS * STEP_TOKENS,
-        checkpoint_every=10**9, eval_every=10**9, device="cpu", **settings,
+        checkpoint_every=10**9, eval_every=10**9, device="cpu", **{"precision": "bf16", **settings},
     )  # fmt: skip
     model = build("llama")
     teacher = frozen_copy(model, config.precision)
