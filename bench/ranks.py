@@ -1,10 +1,12 @@
 """What sharing a model costs on one machine: `trilobit pretrain` on N ranks of one thread against one process of N threads.
 
-    python bench/ranks.py [--data stdlib] [--ranks 2] [--mesh fsdp ddp] [--batch-tokens 8192] [--steps 6] [--rounds 3]
+    python bench/ranks.py [--data stdlib] [--ranks 2] [--mesh fsdp ddp] [--batch-tokens 8192] [--sequences 16]
+                           [--steps 6] [--rounds 3]
 
 Whole commands, one after the other, in rounds; of each the median tokens/s of its steps but for the first two (log.jsonl, which
 leaves evaluations out). The ratio is the median over rounds of a mesh's tokens/s / one process' in the same round. Target: 0.9
-for two ranks of FSDP2 at 8,192 tokens a step.
+for two ranks of FSDP2 at 8,192 tokens a step. With 16 sequences of 256 tokens at once that is one micro-batch a rank; rows are
+gathered anew for each.
 """
 
 import argparse
@@ -16,7 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-SEQUENCES, LENGTH = 8, 256
+LENGTH = 256
 
 
 def tokens_per_second(mesh: str, arguments: argparse.Namespace, folder: Path) -> float:
@@ -26,8 +28,8 @@ def tokens_per_second(mesh: str, arguments: argparse.Namespace, folder: Path) ->
     command = [
         "-m", "trilobit", "pretrain", arguments.architecture, "--train-tokenizer", "4096", "--data", arguments.data,
         "--batch-tokens", str(arguments.batch_tokens), "--max-tokens", str(arguments.steps * arguments.batch_tokens),
-        "--sequences", str(SEQUENCES), "--sequence-length", str(LENGTH), "--eval-tokens", str(4 * LENGTH), "--compile", "no",
-        "--optimizer", arguments.optimizer, "--cache-dir", str(folder.parent / "tokens"), "--out", str(out),
+        "--sequences", str(arguments.sequences), "--sequence-length", str(LENGTH), "--eval-tokens", str(4 * LENGTH),
+        "--compile", "no", "--optimizer", arguments.optimizer, "--cache-dir", str(folder.parent / "tokens"), "--out", str(out),
     ]  # fmt: skip
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     command = [sys.executable, *launcher, *command, *(["--mesh", mesh] if ranks > 1 else [])]
@@ -47,6 +49,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--mesh", nargs="+", default=["fsdp", "ddp"])
     parser.add_argument("--batch-tokens", type=int, default=8192)
+    parser.add_argument("--sequences", type=int, default=16)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
@@ -57,7 +60,7 @@ def main() -> None:
         for _ in range(arguments.rounds):
             for mesh, speeds in found.items():
                 speeds.append(tokens_per_second(mesh, arguments, folder))
-    step = f"{arguments.batch_tokens} tokens a step, {arguments.ranks} threads in all"
+    step = f"{arguments.batch_tokens} tokens a step, {arguments.sequences} sequences at once, {arguments.ranks} threads in all"
     print(f"{arguments.architecture}, {arguments.optimizer}, {step}")
     for mesh, speeds in found.items():
         ratio = statistics.median(a / b for a, b in zip(speeds, found["one"], strict=True))
