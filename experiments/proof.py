@@ -172,6 +172,12 @@ def wanted(records: Records, study: Study, arms: list[str]) -> list[list[Trial]]
     return rungs
 
 
+def other_seeds(records: Records, study: Study, arms: list[str]) -> list[Trial]:
+    """Rung 4's trials of arms at the smallest budget, ahead of their turn."""
+    at = {arm: rates[0] for arm in arms if (rates := best_rates(records, study, arm, study.budget))}
+    return [Trial(arm, study.budget, rate, seed) for seed in SEEDS[1:] for arm, rate in at.items()]
+
+
 def model_class(arm: str) -> tuple[str, str, str]:
     """What the arm's finished model is allowed to be."""
     config = TuneConfig(model="", data="", **{**ARMS[arm], "lr": 1.0})
@@ -323,6 +329,7 @@ def main() -> None:
     parser.add_argument("--budget", type=parse_count, help="smallest budget in tokens, instead of the study's")
     parser.add_argument("--rates", nargs="+", type=float, help="learning rates, instead of the study's")
     parser.add_argument("--one-rung", action="store_true", help="every arm at --budget, and no more")
+    parser.add_argument("--seeds-of", nargs="+", choices=list(ARMS), help="only other seeds of these, at the smallest budget")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--table", action="store_true", help="only print what is known")
     arguments = parser.parse_args()
@@ -340,7 +347,8 @@ def main() -> None:
         try:
             while time.monotonic() < end:
                 records = read_records(folder)
-                rung = wanted(records, study, arguments.arms)[-1]
+                ahead = arguments.seeds_of
+                rung = other_seeds(records, study, ahead) if ahead else wanted(records, study, arguments.arms)[-1]
                 waiting = [trial for trial in rung if trial not in records]
                 if not waiting:
                     break

@@ -8,7 +8,7 @@ from pathlib import Path
 import proof_report
 import pytest
 import torch
-from proof import STUDIES, Records, Trial, best_rates, claim, model_class, spikes, spread, wanted
+from proof import STUDIES, Records, Trial, best_rates, claim, model_class, other_seeds, spikes, spread, wanted
 from proof_arms import ALWAYS, ARMS, CONTROL
 from proof_report import IN_README, NAMES, SHOWN, equal_time, floor_law, power_law, readme_table, table
 
@@ -65,6 +65,9 @@ def test_rungs_follow_from_what_is_done() -> None:
     assert {(t.budget, t.seed) for t in second} == {(middle, 0)} and len(second) == 2 * len(arms)
     assert all(STUDY.rates_of(arm)[1] in [t.rate for t in second if t.arm == arm] for arm in arms)
     records |= done(second)
+    ahead = other_seeds(records, STUDY, arms[1:3])
+    assert {(t.arm, t.budget, t.rate) for t in ahead} == {(arm, small, STUDY.rates_of(arm)[1]) for arm in arms[1:3]}
+    assert sorted(t.seed for t in ahead) == [1, 1, 2, 2] and other_seeds({}, STUDY, arms) == []
     third = wanted(records, STUDY, arms)[2]
     finalists = list(dict.fromkeys(t.arm for t in third))
     assert set(ALWAYS) <= set(finalists) and len(finalists) < len(arms)
