@@ -1,12 +1,15 @@
 """Each Triton kernel: is it right, and how fast is it beside what torch has for the same?
 
     python bench/gpu_kernels.py                                     on a GPU: the whole table
+    python bench/gpu_kernels.py --peers                             the products of few tokens beside gemlite's, instead
     TRITON_INTERPRET=1 python bench/gpu_kernels.py --device cpu     small shapes in Triton's interpreter: right or not, no times
 
 Right: the bits of quant.py where the kernel is exact (`differs` counts numbers that do not have them), else its error against
 float64 as a multiple of the peer's. Fast: the median of calls replayed as a CUDA graph, over operands that together are larger
 than the caches, as a rate and as a share of the roof measured in the same run: a copy's bytes a second, torch._int_mm's and a
-bf16 product's operations a second at 8192³. Peers are torch's own; onebitllms, gemlite and liger-kernel are not measured here.
+bf16 product's operations a second at 8192³. Peers are torch's own, and liger-kernel and gemlite where they are installed, with
+what they are apart from the same truth. gemlite has a table of its own: it first tunes itself, for a minute or more. `2.00 ×
+peer` says that the peer takes twice the time.
 """
 
 import argparse
@@ -15,7 +18,8 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from peers import reason
+from torch import Tensor, nn
 
 from trilobit import quant
 from trilobit.formats import LaneTwoBit
@@ -55,8 +59,8 @@ class Table:
         if not self.timed:
             print(f"{name:<44}{right}", flush=True)
             return
-        mine = seconds(ours)
-        against = ", ".join(f"{seconds(peer) / mine:.2f} × {label}" for label, peer in peers.items())
+        mine = seconds(ours, graphed)
+        against = ", ".join(compared(label, peer, mine, graphed) for label, peer in peers.items())
         rate = amount / mine
         print(
             f"{name:<44}{right:<20}{1e6 * mine:>9.1f} µs {rate:>9,.0f} {unit} ({rate / self.roofs[unit]:.0%})  {against}",
@@ -89,6 +93,13 @@ def seconds(call: Call, graphed: bool = True) -> float:
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end) / 1e3 / GRAPHED)
     return statistics.median(times)
+
+
+def compared(label: str, peer: Call, mine: float, graphed: bool) -> str:
+    try:
+        return f"{seconds(peer, graphed) / mine:.2f} × {label}"
+    except Exception as error:  # not a reason to lose the rest of the table
+        return f"{label}: {reason(error, label)}"
 
 
 def differs(*pairs: tuple[Tensor, Tensor]) -> str:
@@ -246,10 +257,17 @@ def loss(table: Table, tokens: int, width: int, vocabulary: int) -> None:
         total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
         return [total, *torch.autograd.grad(total, (hidden, head))]
 
-    found, expected = late(), early()
-    gap = max(((a - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True))
-    line = f"{f'head + loss, {tokens} × {width} × {vocabulary}':<44}{f'apart by {gap:.1e}':<20}"
-    for name, call in ((" ours", late), (", torch", early)) if table.timed else ():
+    def liger() -> list[Tensor]:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        with torch.autocast(table.device.type, torch.bfloat16):
+            total = LigerFusedLinearCrossEntropyLoss()(head, hidden.flatten(0, 1), targets.flatten())
+        return [total, *torch.autograd.grad(total, (hidden, head))]
+
+    def gap(found: list[Tensor]) -> str:
+        return f"apart by {max(((a - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True)):.1e}"
+
+    def cost(call: Callable[[], object]) -> str:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -259,18 +277,78 @@ def loss(table: Table, tokens: int, width: int, vocabulary: int) -> None:
         end.record()
         torch.cuda.synchronize()
         memory = (torch.cuda.max_memory_allocated() - before) / 1e6
-        line += f"{name} {start.elapsed_time(end) / 5:.2f} ms, {memory:,.0f} MB"
+        return f"{start.elapsed_time(end) / 5:.2f} ms, {memory:,.0f} MB"
+
+    expected = early()
+    line = f"{f'head + loss, {tokens} × {width} × {vocabulary}':<44}{gap(late()):<20}"
+    if table.timed:
+        line += f" ours {cost(late)}, torch {cost(early)},"
+    try:
+        line += f" liger-kernel {gap(liger())}" + (f", {cost(liger)}" if table.timed else "")
+    except Exception as error:
+        line += f" liger-kernel: {reason(error, 'liger_kernel')}"
     print(line, flush=True)
+
+
+def beside_gemlite(table: Table, tokens: int, outputs: int, inputs: int) -> None:
+    """The two-bit product beside gemlite's of ternary weights (A8W158), of int8 codes, and with the quantiser in front of both.
+
+    One scale a matrix: gemlite's groups take no int8 activations. Of codes it leaves out the product with the token's scale.
+    """
+    x, shape = torch.randn(tokens, inputs, device=table.device).bfloat16(), f"{tokens} × {outputs} × {inputs}"
+    codes, x_scale = quant.int8_codes(x)
+    weight = torch.randn(outputs, inputs, device=table.device) * 0.02
+    _, (*_, ternary, scale) = product_check(weight, (codes, x_scale), "tensor")
+    truth = quant.integer_linear(codes, x_scale, ternary, scale, None, "tensor")
+    lanes = copies(LaneTwoBit.pack(ternary), table)
+
+    def ours(i: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return gpu.packed_linear(codes, x_scale, lanes[i % len(lanes)], scale, None, 0, dtype)
+
+    def ours_quantizing(i: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        own, own_scale, _ = gpu.norm_quantize(x, None, EPS)
+        return gpu.packed_linear(own, own_scale, lanes[i % len(lanes)], scale, None, 0, dtype)
+
+    def theirs() -> nn.Module:
+        from gemlite import DType, GemLiteLinear
+
+        layer = GemLiteLinear(2, inputs, inputs, outputs, input_dtype=DType.INT8, output_dtype=DType.BF16)
+        return layer.pack((ternary + 1).to(torch.uint8), scale.expand(outputs, 1), zeros=1)
+
+    def theirs_quantizing() -> nn.Module:
+        from gemlite.helper import A8W158_INT_dynamic
+
+        return A8W158_INT_dynamic(device=table.device, dtype=torch.bfloat16).from_weights(ternary.bfloat16(), scale)
+
+    forms = ("two-bit", ours, theirs, codes), ("int8 + two-bit", ours_quantizing, theirs_quantizing, x)
+    for name, mine, make, given in forms:
+        right, peers = differs((mine(0, torch.float32), truth)), {}
+        try:
+            layers = [make() for _ in lanes]
+            found = layers[0](given) * (x_scale if given is codes else 1)
+            right += f", gemlite apart by {((found - truth).norm() / truth.norm()).item():.1e}"
+            peers["gemlite"] = lambda i, layers=layers, given=given: layers[i % len(layers)](given)
+        except Exception as error:
+            right += f", gemlite: {reason(error, 'gemlite')}"
+        table.row(f"{name}, {shape}", right, lanes[0].nbytes / 1e9, "GB/s", mine, peers)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
-    table = Table(torch.device(parser.parse_args().device))
+    parser.add_argument("--peers", action="store_true", help="the products of few tokens beside gemlite's, and nothing else")
+    arguments = parser.parse_args()
+    table = Table(torch.device(arguments.device))
     torch.manual_seed(0)
     if table.timed:
         print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}")
         table.measure_roofs()
+    else:
+        gpu.DEVICES = (table.device.type,)
+    if arguments.peers:
+        for sizes in ((1, 6912, 2560), (1, 2560, 6912), (4, 6912, 2560)) if table.timed else ((1, 64, 320),):
+            beside_gemlite(table, *sizes)
+    elif table.timed:
         norms(table, 8192, 2048)
         norms(table, 8192, 6912)
         for outputs, inputs in ((2560, 2560), (6912, 2560), (2560, 6912)):
@@ -283,7 +361,6 @@ def main() -> None:
         muon(table, 24, 2048, 5632)
         loss(table, 8192, 2048, 128_256)
     else:  # one tile or two of everything
-        gpu.DEVICES = (table.device.type,)
         norms(table, 9, 300)
         training(table, 40, 37, 300)
         for tokens in (1, 5, 40):

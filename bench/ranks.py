@@ -1,12 +1,12 @@
 """What sharing a model costs on one machine: `trilobit pretrain` on N ranks of one thread against one process of N threads.
 
-    python bench/ranks.py [--data stdlib] [--ranks 2] [--mesh fsdp ddp] [--batch-tokens 8192] [--sequences 16]
+    python bench/ranks.py [--data stdlib] [--ranks 2] [--mesh fsdp fsdp/layer ddp] [--batch-tokens 8192] [--sequences 16]
                            [--steps 6] [--rounds 3]
 
 Whole commands, one after the other, in rounds; of each the median tokens/s of its steps but for the first two (log.jsonl, which
 leaves evaluations out). The ratio is the median over rounds of a mesh's tokens/s / one process' in the same round. Target: 0.9
-for two ranks of FSDP2 at 8,192 tokens a step. With 16 sequences of 256 tokens at once that is one micro-batch a rank; rows are
-gathered anew for each.
+for two ranks of FSDP2 at 8,192 tokens a step. With 16 sequences of 256 tokens at once that is one micro-batch a rank. A name
+after a mesh is its --gather.
 """
 
 import argparse
@@ -22,9 +22,9 @@ LENGTH = 256
 
 
 def tokens_per_second(mesh: str, arguments: argparse.Namespace, folder: Path) -> float:
-    """Of one run. mesh: "one" for one process."""
+    """Of one run. mesh: "one" for one process, else MESH or MESH/GATHER."""
     ranks = 1 if mesh == "one" else arguments.ranks
-    out = folder / f"{mesh}-{len(list(folder.iterdir()))}"
+    out = folder / f"{mesh.replace('/', '-')}-{len(list(folder.iterdir()))}"
     command = [
         "-m", "trilobit", "pretrain", arguments.architecture, "--train-tokenizer", "4096", "--data", arguments.data,
         "--batch-tokens", str(arguments.batch_tokens), "--max-tokens", str(arguments.steps * arguments.batch_tokens),
@@ -32,7 +32,8 @@ def tokens_per_second(mesh: str, arguments: argparse.Namespace, folder: Path) ->
         "--compile", "no", "--optimizer", arguments.optimizer, "--cache-dir", str(folder.parent / "tokens"), "--out", str(out),
     ]  # fmt: skip
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    command = [sys.executable, *launcher, *command, *(["--mesh", mesh] if ranks > 1 else [])]
+    shared = ["--mesh", mesh.split("/")[0], "--gather", mesh.partition("/")[2] or "auto"] if ranks > 1 else []
+    command = [sys.executable, *launcher, *command, *shared]
     threads = str(arguments.ranks // ranks)
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": threads}, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -47,7 +48,7 @@ def main() -> None:
     parser.add_argument("--architecture", default="llama-3m")
     parser.add_argument("--optimizer", default="adamw", choices=["adamw", "muon"])
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--mesh", nargs="+", default=["fsdp", "ddp"])
+    parser.add_argument("--mesh", nargs="+", default=["fsdp", "fsdp/layer", "ddp"])
     parser.add_argument("--batch-tokens", type=int, default=8192)
     parser.add_argument("--sequences", type=int, default=16)
     parser.add_argument("--steps", type=int, default=6)
@@ -64,7 +65,7 @@ def main() -> None:
     print(f"{arguments.architecture}, {arguments.optimizer}, {step}")
     for mesh, speeds in found.items():
         ratio = statistics.median(a / b for a, b in zip(speeds, found["one"], strict=True))
-        print(f"{mesh:<8}{statistics.median(speeds):>10,.0f} tokens/s{ratio:>8.3f} of one process")
+        print(f"{mesh:<11}{statistics.median(speeds):>10,.0f} tokens/s{ratio:>8.3f} of one process")
 
 
 if __name__ == "__main__":

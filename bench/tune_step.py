@@ -1,10 +1,12 @@
-"""What making a model ternary costs per training step, against plain fine-tuning and transformers' AutoBitLinear.
+"""What making a model ternary costs per training step, against plain fine-tuning, AutoBitLinear and onebitllms.
 
     python bench/tune_step.py out/smollm2-base [--precision bf16 fp32] [--rounds 7] [--compile] [--device cuda --batch 32]
 
-λ rows are the whole of trilobit's step, its loss included; plain and the peer have torch's cross-entropy, as the loss of
-transformers has. One run, one table: forward + backward + clip + AdamW on batch 4 × 256, steps of the variants
-interleaved, medians; the ratio is the median over rounds of variant / plain in the same round. Peak memory is that of a
+λ rows are the whole of trilobit's step, its loss included; plain and the peers have torch's cross-entropy, as the loss of
+transformers has. Peers: transformers' AutoBitLinear, with the norm that it can have, and onebitllms' BitNetLinear, which has
+none and runs on CUDA only, where it is installed; a peer that cannot run says why. One run, one table: forward + backward +
+clip + AdamW on batch 4 × 256, steps of the variants interleaved, medians; the ratio is the median over rounds of variant /
+plain in the same round, and `2.00 × peer` that of peer / variant: the peer takes twice the time. Peak memory is that of a
 process of its own per variant (two steps), above the memory of the process before the model was loaded (on CUDA: what
 the allocator handed out at most). TFLOP/s counts 6 · parameters · tokens of the matrices, against the bf16 or fp32 matrix
 product of this machine in the same run. With --compile, "plain" is compiled too; "plain eager" is there to compare with.
@@ -21,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from peers import reason
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.integrations.bitnet import AutoBitLinear
@@ -32,7 +35,8 @@ from trilobit.train.distill import cross_entropy, mixed_loss
 from trilobit.train.loop import autocast, make_optimizer
 
 LENGTH = 256
-VARIANTS = ("plain", "plain eager", "λ=0.5", "λ=1", "autobitlinear")
+PEERS = ("autobitlinear", "onebitllms")
+VARIANTS = ("plain", "plain eager", "λ=0.5", "λ=1", *PEERS)
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,10 @@ def make(variant: str, setting: Setting) -> nn.Module:
                 peer = AutoBitLinear(linear.in_features, linear.out_features, bias, online_quant=True, use_rms_norm=True)
                 peer.load_state_dict(linear.state_dict(), strict=False)
                 model.set_submodule(name, peer)
+    elif variant == "onebitllms":
+        from onebitllms import replace_linear_with_bitnet_linear
+
+        model = replace_linear_with_bitnet_linear(model)
     if compiled and variant != "plain eager":
         for _, layer in decoder_layers(model):
             layer.compile()
@@ -100,10 +108,22 @@ def peak_memory(variant: str, precision: str, setting: Setting) -> None:
     print(json.dumps(on_card or high_water() - before))
 
 
+def memory_elsewhere(variant: str, precision: str, setting: Setting) -> int | str:
+    """peak_memory in a process of its own; of a peer that cannot run: why."""
+    command = [sys.executable, __file__, setting.path, "--memory-of", variant, precision]
+    command += ["--device", str(setting.device), "--batch", str(setting.batch), *["--compile"] * setting.compiled]
+    done = subprocess.run(command, capture_output=True, text=True, check=variant not in PEERS)
+    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else f"its process ended with {done.returncode}"
+
+
 def high_water() -> int:
     """Largest resident size so far, in bytes (Linux). getrusage would count the parent's, from before exec."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
+
+
+def median_ratio(a: list[float], b: list[float]) -> float:
+    return statistics.median(x / y for x, y in zip(a, b, strict=True))
 
 
 def matrix_roof(precision: str, setting: Setting) -> float:
@@ -137,18 +157,35 @@ def main() -> None:
     if arguments.variants is None:  # without --compile the two plain ones are the same
         arguments.variants = [v for v in VARIANTS if arguments.compile or v != "plain eager"]
     setting = Setting(arguments.model, arguments.compile, torch.device(arguments.device), arguments.batch)
-    torch._dynamo.config.recompile_limit = 32  # five variants, one forward
+    torch._dynamo.config.recompile_limit = 32  # six variants, one forward
     if arguments.memory_of:
-        peak_memory(*arguments.memory_of, setting)
+        try:
+            peak_memory(*arguments.memory_of, setting)
+        except Exception as error:
+            if arguments.memory_of[0] not in PEERS:
+                raise
+            print(json.dumps(reason(error, arguments.memory_of[0])))
         return
     on = torch.cuda.get_device_name() if setting.device.type == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, {on}, batch {setting.batch} × {LENGTH}, compile {setting.compiled}")
     print(f"{'':<6}{'variant':<15}{'s/step':>8}{'tokens/s':>10}{'ratio':>8}{'TFLOP/s':>9}{'of roof':>9}{'GB':>7}{'ratio':>7}")
     for precision in arguments.precision:
-        steps = {variant: stepper(variant, precision, setting) for variant in arguments.variants}
-        for step in steps.values():
-            step()
-            step()
+        memory: dict[str, int | str] = {}
+        for variant in [] if arguments.no_memory else arguments.variants:
+            memory[variant] = memory_elsewhere(variant, precision, setting)
+        failed = {variant: why for variant, why in memory.items() if isinstance(why, str)}
+        steps: dict[str, Callable[[], None]] = {}
+        for variant in arguments.variants:
+            try:
+                if variant not in failed:
+                    steps[variant] = stepper(variant, precision, setting)
+                    steps[variant]()
+                    steps[variant]()
+            except Exception as error:
+                if variant not in PEERS:
+                    raise
+                steps.pop(variant, None)
+                failed[variant] = reason(error, variant)
         seconds: dict[str, list[float]] = {variant: [] for variant in steps}
         for _ in range(arguments.rounds):
             for variant, step in steps.items():
@@ -157,24 +194,23 @@ def main() -> None:
                 seconds[variant].append(time.perf_counter() - start)
         del steps
         roof = matrix_roof(precision, setting)
-        memory: dict[str, int] = {}
-        for variant in [] if arguments.no_memory else arguments.variants:
-            command = [sys.executable, __file__, arguments.model, "--memory-of", variant, precision]
-            command += ["--device", arguments.device, "--batch", str(setting.batch), *["--compile"] * arguments.compile]
-            memory[variant] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
         matrices = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(arguments.model).parameters() if p.ndim > 1)
         for variant, times in seconds.items():
             median = statistics.median(times)
-            ratio = statistics.median(a / b for a, b in zip(times, seconds["plain"], strict=True))
+            ratio = median_ratio(times, seconds["plain"])
             tokens = setting.batch * LENGTH
             flops = 6 * matrices * tokens / median / 1e12
             peak = memory.get(variant, 0)
             relative = peak / memory["plain"] if memory else 0.0
+            peers = [peer for peer in PEERS if variant.startswith("λ") and peer in seconds]
+            against = ", ".join(f"{median_ratio(seconds[peer], times):.2f} × {peer}" for peer in peers)
             print(
                 f"{precision:<6}{variant:<15}{median:>8.2f}{tokens / median:>10.0f}{ratio:>8.3f}{flops:>9.3f}"
-                f"{flops / roof:>9.0%}{peak / 1e9:>7.2f}{relative:>7.3f}",
+                f"{flops / roof:>9.0%}{peak / 1e9:>7.2f}{relative:>7.3f}  {against}".rstrip(),
                 flush=True,
             )
+        for variant, why in failed.items():
+            print(f"{precision:<6}{variant:<15} {why}", flush=True)
 
 
 if __name__ == "__main__":

@@ -117,10 +117,10 @@ def run(config: DoctorConfig, listener: Listener = SILENT) -> "DoctorResult | Pl
 
         load = Load(
             config.sequence_length, config.sequences, config.accumulation, config.optimizer, config.recompute, config.teacher,
-            config.optimizer_state, config.gradients,
+            config.optimizer_state, config.gradients, config.offload,
         )  # fmt: skip
         shape = read_shape(config.plan, config.sequence_length)
-        found = plan(config.plan, shape, config.gpus, load, round(config.gpu_memory * 1e9), config.mesh)
+        found = plan(config.plan, shape, config.gpus, load, round(config.gpu_memory * 1e9), config.mesh, gather=config.gather)
         require_fitting(found)
         return found
     sets, choice, bandwidth = native.instruction_sets(), native.choice(), None

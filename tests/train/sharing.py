@@ -13,10 +13,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from families import build
 from trilobit import quant
-from trilobit.config.training import TrainingConfig
+from trilobit.config.training import Gather, TrainingConfig
 from trilobit.config.tune import TuneConfig
 from trilobit.surgery.outlier_safe import outlier_safe
 from trilobit.surgery.ternary import TernarySpec, set_strengths, ternarize
@@ -70,10 +72,14 @@ CASES = [
     Case("late-head-tied", "adamw", torch.float64, steps=6, late=True, tied=True),
 ]
 COMPILED = Case("compiled", "muon", torch.float64, steps=3, compiled=True)
-TRIED = {  # on so many ranks: two accumulate two micro-batches a step
-    2: [("fsdp", 0), ("ddp", 0), ("fsdp", 1), ("fsdp", 4), ("fsdp", 5), ("fsdp", 6), ("ddp", 6), ("fsdp", 7), ("ddp", 7)],
-    4: [("fsdp", 0), ("hsdp:2x2", 0), ("ddp", 2), ("fsdp", 3), ("fsdp", 4)],
-}
+TRIED: dict[int, list[tuple[str, Gather, int]]] = {  # on so many ranks: two accumulate two micro-batches a step
+    2: [
+        ("fsdp", "layer", 0), ("fsdp", "step", 0), ("ddp", "layer", 0), ("fsdp", "step", 1), ("fsdp", "layer", 4),
+        ("fsdp", "layer", 5), ("fsdp", "layer", 6), ("ddp", "layer", 6), ("fsdp", "step", 7), ("ddp", "layer", 7),
+    ],
+    4: [("fsdp", "layer", 0), ("hsdp:2x2", "layer", 0), ("hsdp:2x2", "step", 0), ("ddp", "layer", 2), ("fsdp", "step", 3),
+        ("fsdp", "layer", 4)],
+}  # fmt: skip
 
 
 def settings(case: Case, **changes: Any) -> TrainingConfig:
@@ -118,7 +124,7 @@ def windows() -> Windows:
 
 def train(
     case: Case, run: Path, team: Team = ALONE, mesh: str = "auto", signals: Signals | None = None, stop_at: int | None = None,
-    before: Callable[[int], None] = lambda step: None, **changes: Any,
+    before: Callable[[int], None] = lambda step: None, gather: Gather = "layer", **changes: Any,
 ) -> tuple[Spread, Any, Any]:  # fmt: skip
     """λ from 0 over 0.5 to 1, everything as in a run. Returns the spread, the whole model and the rows of the log."""
     model, signals, rows = model_of(case), signals or Signals(), []
@@ -126,7 +132,7 @@ def train(
     if case.compiled and team.size > 1:
         with eager_backend():
             prepare_layers(model, config, compiled=True)
-    arrangement = Arrangement("one", 1, 1, "") if team.size == 1 else arrange(mesh, 0, team.size, team.size, 0)
+    arrangement = Arrangement("one", 1, 1, "") if team.size == 1 else arrange(mesh, 1, team.size, team.size, 0, gather)
     spread = spread_over(team, arrangement, model)
 
     def before_step(tokens: int) -> dict[str, float]:
@@ -161,14 +167,14 @@ def parameters(model: nn.Module) -> dict[str, Tensor]:
 
 
 def all_meshes(folder: Path) -> list[str]:
-    """What is tried with so many ranks; what rank 0 has in the end is saved as MESH-CASE.safetensors."""
+    """What is tried with so many ranks; what rank 0 has in the end is saved as MESH-GATHER-CASE.safetensors."""
     said: list[str] = []
     with open_team(CPU, Signals(), said.append) as team:
-        for mesh, index in TRIED[team.size]:
-            case = CASES[index]
-            _, model, rows = train(case, folder / f"{mesh}-{case.name}", team, mesh)
+        for mesh, gather, index in TRIED[team.size]:
+            case, name = CASES[index], f"{mesh}-{gather}-{CASES[index].name}"
+            _, model, rows = train(case, folder / name, team, mesh, gather=gather)
             if team.first:
-                save_file(parameters(model), folder / f"{mesh}-{case.name}.safetensors")
+                save_file(parameters(model), folder / f"{name}.safetensors")
             assert len(rows) == (case.steps if team.first else 0)
     return said
 
@@ -196,6 +202,36 @@ def late_distillation(folder: Path) -> float:
             assert objective.late.proven == objective.late_teacher.proven == late
             objective.close()
     return max(((a - b).abs().max() / a.abs().max().clamp(min=1e-9)).item() for a, b in zip(*found, strict=True))
+
+
+class Sent(TorchDispatchMode):
+    """Names of the collectives that were begun meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "c10d" in str(func):
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def collectives_of_a_step(folder: Path) -> list[dict[str, int]]:
+    """What a step of two micro-batches sends by each way of gathering, and how many parameters are whole after it."""
+    found = []
+    with open_team(CPU, Signals(), print) as team:
+        for gather in ("layer", "step"):
+            model = model_of(CASES[2])
+            spread = spread_over(team, arrange("fsdp", 1, team.size, team.size, 0, gather), model)
+            objective = NextToken(spread.forward)
+            with Sent() as sent:
+                for last in (False, True):
+                    with spread.micro_batch(last):
+                        objective(windows().samples(team.rank, 1)).total.backward()
+            counts = {kind: sum(kind in name for name in sent.names) for kind in ("allgather", "reduce_scatter")}
+            found.append(counts | {"whole": sum(not isinstance(p, DTensor) for p in model.parameters())})
+    return found
 
 
 def compiled_layers(folder: Path) -> dict[str, int]:

@@ -114,6 +114,28 @@ def config(**changes: object) -> TrainingConfig:
     return TrainingConfig(data="d", max_tokens=10**6, **changes)  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.parametrize("state", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("copy_bytes", [1, 1 << 26])
+def test_moments_that_visit_change_nothing(state: State, copy_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Moments that are copied for each step and copied back: AdamW's and Muon's steps to the bit, momentum in blocks and
+    NorMuon's rows among them; one step's moments are another tensor than the step works on."""
+    monkeypatch.setattr("trilobit.train.adamw.COPY_BYTES", copy_bytes)
+    ends = []
+    for offload in (False, True):
+        found = parameters()
+        groups = [{"params": found[:1], "muon": True}, {"params": found[1:]}]
+        optimizer = Muon(groups, 1e-2, BETAS, 0.1, normuon=True, state=state, offload=offload)
+        for seed in range(5):
+            give_gradients(found, seed)
+            optimizer.step()
+        states = {f"{i}{name}": value for i, p in enumerate(found) for name, value in optimizer.state[p].items()}
+        ends.append([*found, *(states[name] for name in sorted(states))])
+        brought = optimizer.bring(optimizer.state[found[1]]["exp_avg"], found[1])
+        same = brought.data_ptr() == optimizer.state[found[1]]["exp_avg"].data_ptr()
+        assert same == (not offload and state == "fp32")
+    assert len(ends[0]) == len(ends[1]) and all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
 def test_a_backward_leaves_gradients_as_asked() -> None:
     """--gradients bf16: a backward leaves bf16, which is clipped by a norm in fp32 and stepped."""
     model = nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 2))

@@ -52,13 +52,13 @@ def test_every_mesh_trains_as_one_process(size: int, alone: dict[str, dict[str, 
     """Up to twenty steps by DDP, FSDP2 and HSDP, with accumulation, λ rising, rows that do not divide: the parameters of one
     process to 1e-10 of the way they went in fp64, and to the stated bound in fp32."""
     launch(sharing.all_meshes, size, tmp_path)
-    for mesh, index in sharing.TRIED[size]:
+    for mesh, gather, index in sharing.TRIED[size]:
         case = CASES[index]
-        found = load_file(tmp_path / f"{mesh}-{case.name}.safetensors")
+        found = load_file(tmp_path / f"{mesh}-{gather}-{case.name}.safetensors")
         measure, bound = (farthest, FP64) if case.dtype == torch.float64 else (together, FP32)
         distance = measure(found, alone[case.name], alone[f"{case.name}-start"])
-        print(mesh, case.name, distance)
-        assert distance <= bound, (mesh, case.name)
+        print(mesh, gather, case.name, distance)
+        assert distance <= bound, (mesh, gather, case.name)
 
 
 def test_layers_may_be_compiled(tmp_path: Path) -> None:
@@ -239,6 +239,23 @@ def test_the_mesh_is_chosen_by_memory(
     found = arrange(wanted, parameters, size, local, memory)
     assert (found.kind, found.replicas, found.shards) == (kind, replicas, shards)
     assert found.reason in str(found) and found.reason
+
+
+def test_rows_are_gathered_once_a_step_where_memory_is_plenty() -> None:
+    """Once a step where all parameters in fp32 are an eighth of the memory at most, or as asked; it is said."""
+    for parameters, gather, once in [(2 * 10**9, "auto", True), (3 * 10**9, "auto", False)]:
+        found = arrange("fsdp", parameters, 4, 4, 80 * GB, gather)
+        assert found.once == once == ("gathered once a step" in str(found))
+    assert arrange("fsdp", 3 * 10**9, 4, 4, 80 * GB, "step").once and arrange("hsdp:2x2", 10**12, 4, 4, GB, "step").once
+    assert not arrange("fsdp", 1, 4, 4, GB, "layer").once and not arrange("ddp", 1, 4, 4, GB, "step").once
+
+
+def test_a_step_gathers_as_often_as_arranged(tmp_path: Path) -> None:
+    """Of two layers and what is outside them, in two micro-batches: each for its forward and, but for what is outside, which
+    waits, its backward; or once. Gradients are exchanged once each either way, and nothing stays whole after the step."""
+    layer, once = launch(sharing.collectives_of_a_step, 2, tmp_path)[0]
+    assert layer == {"allgather": 10, "reduce_scatter": 3, "whole": 0}
+    assert once == {"allgather": 3, "reduce_scatter": 3, "whole": 0}
 
 
 @pytest.mark.parametrize(

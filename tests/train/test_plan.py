@@ -9,11 +9,22 @@ from trilobit.config.doctor import DoctorConfig
 from trilobit.config.training import TrainingConfig
 from trilobit.doctor import run
 from trilobit.errors import ConfigError
-from trilobit.train.adamw import State
+from trilobit.train.adamw import COPY_BYTES, State
 from trilobit.train.loop import make_optimizer
 from trilobit.train.mesh import Arrangement
 from trilobit.train.pieces import heights
-from trilobit.train.plan import Load, Rates, exchange, flops_of, memory_of, muon_flops, plan, seconds_of, travel
+from trilobit.train.plan import (
+    Load,
+    Rates,
+    exchange,
+    flops_of,
+    memory_of,
+    moment_bytes,
+    muon_flops,
+    plan,
+    seconds_of,
+    travel,
+)
 from trilobit.train.shape import VOCABULARY, Shape, read_shape, saved_by_a_layer, saved_bytes, shape_config
 
 ONE = Arrangement("one", 1, 1, "")
@@ -156,6 +167,32 @@ def test_doctor_plans_and_refuses() -> None:
         run(DoctorConfig(plan="llama-3m", gpus=8, mesh="hsdp:2x8"))
     with pytest.raises(ConfigError, match="--gpus is 0"):
         DoctorConfig(plan="llama-3m", gpus=0)
+
+
+def test_moments_that_visit_take_the_hosts_memory(small: Shape) -> None:
+    """--offload leaves of the moments those of a few parameters, and adds their way there and back to a step."""
+    load = Load(512, optimizer="adamw", teacher=False)
+    here, there = plan("m", small, 1, load), plan("m", small, 1, replace(load, offload=True))
+    assert here.memory["moments"] == moment_bytes(small, load) == 8 * small.parameters
+    assert there.memory["moments"] <= 2 * COPY_BYTES + 8 * small.embedding
+    assert there.seconds["host"] == pytest.approx(16 * small.parameters / Rates().host)
+    assert there.step_seconds == pytest.approx(here.step_seconds + there.seconds["host"])
+    assert "moments in the host's memory" in there.summary()
+    parts = plan("m", small, 8, replace(load, offload=True), mesh="fsdp")
+    assert parts.seconds["host"] == pytest.approx(there.seconds["host"] / 8)
+    assert "in the host's memory" in run(DoctorConfig(plan="llama-3m", offload=True, sequence_length=64)).summary()
+
+
+def test_rows_that_are_gathered_once_travel_once(small: Shape) -> None:
+    """A step of two micro-batches gathers once instead of four times, and holds all parameters and a teacher whole for it."""
+    load = Load(512, accumulation=2)
+    layer, step = (plan("m", small, 8, load, mesh="fsdp", gather=how) for how in ("layer", "step"))
+    assert step.seconds["network"] == pytest.approx(2 / 5 * layer.seconds["network"])
+    layer_size, outside = small.inside // small.layers, small.parameters - small.inside
+    assert step.memory["gathered"] == 4 * (small.parameters + layer_size + outside)
+    assert layer.memory["gathered"] == 4 * (3 * layer_size + 2 * outside)
+    assert step.memory["teacher"] - layer.memory["teacher"] == 2 * (small.inside - 2 * layer_size)
+    assert "gathered once a step" in run(DoctorConfig(plan="llama-3m", gpus=4, mesh="fsdp", sequence_length=64)).summary()
 
 
 def test_speed_is_bounded_by_the_slower_of_two(small: Shape) -> None:

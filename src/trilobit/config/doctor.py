@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from trilobit.config.fields import require_threads
-from trilobit.config.training import mesh_of
+from trilobit.config.training import Gather, mesh_of
 from trilobit.errors import ConfigError
 
 
@@ -32,6 +32,10 @@ class DoctorConfig:
     optimizer_state: Literal["fp32", "bf16", "int8"] = "fp32"
     """Of a plan: as of `tune` and `pretrain`."""
     gradients: Literal["fp32", "bf16"] = "fp32"
+    """Of a plan: likewise."""
+    gather: Gather = "auto"
+    """Of a plan: likewise."""
+    offload: bool = False
     """Of a plan: likewise."""
     sequence_length: int = 4096
     """Of a plan: tokens per sequence."""

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 from trilobit.config.fields import Count, require_seed
 from trilobit.errors import ConfigError
 
+Gather = Literal["auto", "layer", "step"]
 LEAST_EVALUATION = 4096  # tokens, unless --eval-tokens says less
 LEAST_STEPS, MOST_BATCH = 1000, 65_536  # unless --batch-tokens says otherwise
 
@@ -88,6 +89,8 @@ class TrainingConfig:
     other moments in bf16."""
     gradients: Literal["fp32", "bf16"] = "fp32"
     """bf16 halves them. One process only: several share them out."""
+    offload: bool = False
+    """Keep moments in the host's memory, from where they visit the GPU a few parameters at a time: the same results, slower."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1`, …"""
     compile: Literal["auto", "yes", "no"] = "auto"
@@ -100,6 +103,9 @@ class TrainingConfig:
     mesh: str = "auto"
     """How several processes (torchrun) share the model: `ddp` (a copy each), `fsdp` (each holds a part), `hsdp:RxS` (R copies
     in S parts each). auto: a copy each where that fits, else parts. A step has the same samples for any number of ranks."""
+    gather: Gather = "auto"
+    """Of a model in parts: put a layer together for each of its forwards and backwards, or all layers once a step (4 bytes a
+    parameter more; half of the traffic or less). auto: once a step where that takes an eighth of the memory at most."""
     eval_every: Count | None = None
     """Tokens between evaluations. Default: a tenth of --max-tokens."""
     eval_tokens: Count | None = None

@@ -1,4 +1,4 @@
-"""AdamW on fp32 latents whose moments, and gradients, may take half of their bytes or fewer.
+"""AdamW on fp32 latents whose moments, and gradients, may take half of their bytes or fewer, or the host's memory.
 
     fp32   torch's fused AdamW, untouched
     bf16   both moments rounded to bf16 after each step. At β₂ = 0.95 a step brings a moment a twentieth nearer to where it
@@ -6,11 +6,11 @@
     int8   the same here; Muon's momentum in blocks of 256 with one scale each (muon.py), which suits no second moment:
            those span decades within a block (arXiv 2110.02861)
 
-The step itself is torch's fused one whatever is stored, on fp32 copies of a few parameters at a time.
+The step itself is torch's fused one whatever is stored and wherever, on fp32 copies of a few parameters at a time.
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,23 +19,30 @@ from torch.optim.adamw import adamw
 State = Literal["fp32", "bf16", "int8"]
 COPY_BYTES = 1 << 26  # of parameters whose moments are widened at once
 BLOCK = 256
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class AdamW(torch.optim.AdamW):
-    """Fused AdamW. state: how moments are kept between steps. Gradients of any dtype."""
+    """Fused AdamW. state: how moments are kept between steps; offload: in the host's memory, wherever parameters are.
+    Gradients of any dtype."""
+
+    kept: ClassVar[tuple[str, ...]] = MOMENTS
+    """Names of the state that `offload` moves."""
 
     def __init__(
         self, groups: Iterable[dict[str, Any]], lr: float, betas: tuple[float, float], weight_decay: float = 0.0,
-        state: State = "fp32",
+        state: State = "fp32", offload: bool = False,
     ):  # fmt: skip
         super().__init__(groups, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
         self.moments_in: State = state
+        self.offload = offload
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         assert closure is None
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if self.moments_in == "fp32" and all(gradient.dtype != torch.bfloat16 for gradient in gradients):
+        narrow = self.moments_in != "fp32" or any(gradient.dtype == torch.bfloat16 for gradient in gradients)
+        if not narrow and not self.offload:
             super().step()
             return
         for group in self.param_groups:
@@ -48,9 +55,10 @@ class AdamW(torch.optim.AdamW):
             if not state:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
                 dtype = parameter.dtype if self.moments_in == "fp32" else torch.bfloat16
-                state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(parameter, dtype=dtype) for _ in range(2))
+                for name in MOMENTS:
+                    state[name] = self.keep(torch.zeros_like(parameter, dtype=dtype))
         states = [self.state[parameter] for parameter in parameters]
-        first, second = ([s[name].to(p.dtype) for s, p in zip(states, parameters, strict=True)] for name in MOMENTS)
+        first, second = ([self.bring(s[name], p) for s, p in zip(states, parameters, strict=True)] for name in MOMENTS)
         adamw(
             [p.detach() for p in parameters], [p.grad.to(p.dtype) for p in parameters if p.grad is not None], first, second, [],
             [s["step"] for s in states], fused=True, grad_scale=None, found_inf=getattr(self, "found_inf", None), amsgrad=False,
@@ -59,10 +67,18 @@ class AdamW(torch.optim.AdamW):
         )  # fmt: skip
         for state, *moments in zip(states, first, second, strict=True):
             for name, moment in zip(MOMENTS, moments, strict=True):
-                state[name].copy_(moment)  # of fp32: itself
+                state[name].copy_(moment, non_blocking=True)  # of fp32 that stays here: itself
 
+    def keep(self, moment: Tensor) -> Tensor:
+        """A moment where it is kept: page-locked memory of the host where that is asked for, else as it is."""
+        if not self.offload or moment.device.type == "cpu":
+            return moment
+        return torch.empty_like(moment, device="cpu", pin_memory=True).copy_(moment)
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+    def bring(self, kept: Tensor, parameter: Tensor) -> Tensor:
+        """A moment where and as its parameter's step needs it; a copy of what is kept elsewhere. Copies there and back take
+        their turn in the device's stream: nothing waits for them here."""
+        return kept.to(parameter.device, parameter.dtype, non_blocking=True, copy=self.offload)
 
 
 def _pieces(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:

@@ -19,6 +19,7 @@ from trilobit.errors import ModelError
 from trilobit.locks import remove_directory
 from trilobit.storage import MANIFEST, atomic_directory, read_json, require_free_space, verify_manifest, write_json
 from trilobit.tensors import save_tensors
+from trilobit.train.adamw import AdamW
 from trilobit.train.pieces import Piece, whole_pieces
 
 RANDOM, RANDOM_CUDA = "random_state", "random_state_cuda"
@@ -98,8 +99,10 @@ def load_checkpoint(
         name, _, field = key.rpartition(":")
         piece = by_name[name]
         value = moments.rows(key, piece)
-        where = torch.device("cpu") if value.ndim == 0 and piece.local.device.type == "cpu" else piece.local.device
-        optimizer.state[piece.local][field] = value.to(where)
+        value = value.to(piece.local.device)
+        if isinstance(optimizer, AdamW) and field in optimizer.kept:
+            value = optimizer.keep(value)
+        optimizer.state[piece.local][field] = value
     return Progress(**state)
 
 

@@ -176,14 +176,14 @@ def make_optimizer(model: nn.Module, lr: float, config: TrainingConfig, spread: 
     if config.optimizer == "muon":
         options: dict[str, Any] = {
             "coefficients": config.muon_coefficients, "scale": config.muon_scale, "normuon": config.normuon,
-            "state": config.optimizer_state,
+            "state": config.optimizer_state, "offload": config.offload,
         }  # fmt: skip
         if parameters[0].dtype == torch.float64:
             options["compute"] = torch.float64
         if isinstance(spread.team, Ranks) and spread.shard_group is not None:
             return ShardedMuon(groups, lr, BETAS, spread.pieces, spread.shard_group, spread.team.control, **options)
         return Muon(groups, lr, BETAS, **options)
-    return AdamW(groups, lr, BETAS, state=config.optimizer_state)
+    return AdamW(groups, lr, BETAS, state=config.optimizer_state, offload=config.offload)
 
 
 def muon_matrices(model: nn.Module, config: TrainingConfig) -> list[nn.Parameter]:

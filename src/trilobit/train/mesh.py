@@ -3,15 +3,16 @@
 FSDP2 (torch's fully_shard, DTensor) keeps a part of every parameter's rows on each rank and gathers a decoder layer's rows
 just before the layer runs: inside a forward every parameter is whole, so that a ternary scale is mean|W| over the full logical
 matrix without a further word. Outside a forward no rank has more than its rows, from the beginning (parts.py) to the end
-(`gathered`). FSDP1 is refused: its flat parameters cut through matrices. Parameters stay fp32 when gathered and autocast
-rounds activations alone; gathering bf16 would round latents before they are quantised.
+(`gathered`), unless memory is plenty: then rows are gathered once a step and kept until its last backward. FSDP1 is refused:
+its flat parameters cut through matrices. Parameters stay fp32 when gathered and autocast rounds activations alone; gathering
+bf16 would round latents before they are quantised.
 """
 
 import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -22,11 +23,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from trilobit.config.training import mesh_of
+from trilobit.config.training import Gather, mesh_of
 from trilobit.errors import ConfigError
 from trilobit.nn.ternary import TernaryLinear
 from trilobit.train.distributed import ALONE, Ranks, Team
-from trilobit.train.parts import cut_whole, pieces_of, reshard, without_memory
+from trilobit.train.parts import cut_whole, pieces_of, reshard, stay_whole, without_memory
 from trilobit.train.pieces import Piece, heights, whole_pieces
 
 T = TypeVar("T")
@@ -35,16 +36,19 @@ Read = Callable[[str], Tensor]
 
 STATE_BYTES = 16  # of a parameter that trains: latent, gradient and two moments in fp32
 SHARE_FOR_STATE = 0.5  # of a device's memory; the rest is for activations
+WHOLE_BYTES, SHARE_FOR_WHOLE = 4, 0.125  # of a parameter that is gathered, and of the memory in which all may be for a step
 
 
 @dataclass(frozen=True)
 class Arrangement:
-    """R copies of a model in S parts each, R · S ranks in all; and why."""
+    """R copies of a model in S parts each, R · S ranks in all; and why. once: rows are gathered once a step, not for each
+    layer's forward and backward."""
 
     kind: str  # "one", "ddp", "fsdp" or "hsdp"
     replicas: int
     shards: int
     reason: str
+    once: bool = False
 
     @property
     def in_parts(self) -> bool:
@@ -58,14 +62,21 @@ class Arrangement:
             "fsdp": f"fsdp: one copy in {self.shards} parts",
             "hsdp": f"hsdp: {self.replicas} copies in {self.shards} parts each",
         }
-        return f"{what[self.kind]} ({self.reason})"
+        return f"{what[self.kind]}{', gathered once a step' if self.once else ''} ({self.reason})"
 
 
-def arrange(wanted: str, parameters: int, size: int, local_size: int, memory: int) -> Arrangement:
+def arrange(wanted: str, parameters: int, size: int, local_size: int, memory: int, gather: Gather = "auto") -> Arrangement:
     """How `size` ranks, `local_size` of them on each machine, share a model. memory: bytes of a rank's device.
 
     Raises ConfigError where --mesh does not fit the ranks.
     """
+    found = _shared_out(wanted, parameters, size, local_size, memory)
+    roomy = WHOLE_BYTES * parameters <= SHARE_FOR_WHOLE * memory
+    return replace(found, once=found.in_parts and (gather == "step" or (gather == "auto" and roomy)))
+
+
+def _shared_out(wanted: str, parameters: int, size: int, local_size: int, memory: int) -> Arrangement:
+    """`arrange` without how rows are gathered."""
     kind, replicas, shards = mesh_of(wanted)
     if size == 1:
         if kind != "auto":
@@ -89,10 +100,10 @@ def arrange(wanted: str, parameters: int, size: int, local_size: int, memory: in
     return Arrangement("fsdp", 1, size, f"{state}: too many for half of a rank's {memory / 1e9:.3g} GB")
 
 
-def arrangement_for(team: Team, wanted: str, parameters: int, memory: int) -> Arrangement:
+def arrangement_for(team: Team, wanted: str, parameters: int, memory: int, gather: Gather) -> Arrangement:
     """`arrange`, the same on every rank whatever each has: by the least memory, and by machines only where they are alike."""
     least, most_local, fewest_local = team.agree(-memory, team.local_size, -team.local_size)
-    return arrange(wanted, parameters, team.size, most_local if most_local == -fewest_local else 1, -least)
+    return arrange(wanted, parameters, team.size, most_local if most_local == -fewest_local else 1, -least, gather)
 
 
 def device_memory(device: torch.device, local_size: int) -> int:
@@ -195,6 +206,8 @@ class Shards(Spread):
         self._copies = mesh.get_group("copy") if mesh.ndim > 1 else None
         self.copy_index = mesh.get_local_rank("copy") if mesh.ndim > 1 else 0
         self.pieces = pieces_of(model, mesh)
+        if arrangement.once:
+            stay_whole(model)
 
     @property
     def shard_group(self) -> Any:
@@ -213,6 +226,7 @@ class Shards(Spread):
         assert isinstance(self.model, FSDPModule)
         self.model.set_requires_gradient_sync(last)
         self.model.set_is_last_backward(last)
+        self.model.set_reshard_after_backward(last or not self.arrangement.once)
         yield
 
     def clip(self, most: float) -> Tensor:

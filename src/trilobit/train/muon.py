@@ -37,6 +37,7 @@ MOMENTUM = 0.95
 RMS = 0.2  # of AdamW's steps
 EPS = 1e-8
 ROW_MOMENTUM = 0.95
+BLOCKS = ("momentum", "momentum_scale")  # how momentum is kept in int8
 ITERATION: dict[Coefficients, list[tuple[float, float, float]]] = {
     "quintic": [(3.4445, -4.7750, 2.0315)] * 5,
     "polar-express": [
@@ -130,12 +131,14 @@ class Muon(AdamW):
     of the last step. A `found_inf` of one (as a GradScaler sets it) holds the step back, on the device.
     """
 
+    kept = (*AdamW.kept, *BLOCKS)
+
     def __init__(
         self, groups: Iterable[dict[str, Any]], lr: float, betas: tuple[float, float], weight_decay: float = 0.0,
         coefficients: Coefficients = "quintic", scale: Scale = "rms", normuon: bool = False,
-        compute: torch.dtype = torch.bfloat16, state: State = "fp32",
+        compute: torch.dtype = torch.bfloat16, state: State = "fp32", offload: bool = False,
     ):  # fmt: skip
-        super().__init__([{"muon": False, **group} for group in groups], lr, betas, weight_decay, state)
+        super().__init__([{"muon": False, **group} for group in groups], lr, betas, weight_decay, state, offload)
         self.coefficients: Coefficients = coefficients
         self.scale: Scale = scale
         self.normuon, self.compute = normuon, compute
@@ -187,16 +190,18 @@ class Muon(AdamW):
         """Momentum, and into `out` what is to be orthogonalised."""
         state = self.state[parameter]
         if self.moments_in == "int8":
-            before = from_blocks(state["momentum"], state["momentum_scale"]) if state else torch.zeros_like(parameter)
-            momentum = before.mul_(MOMENTUM).add_(gradient)
-            state["momentum"], state["momentum_scale"] = to_blocks(momentum)
+            if not state:
+                state |= dict(zip(BLOCKS, map(self.keep, to_blocks(torch.zeros_like(parameter))), strict=True))
+            codes, scales = (state[name].to(parameter.device, non_blocking=True) for name in BLOCKS)
+            momentum = from_blocks(codes, scales).mul_(MOMENTUM).add_(gradient)
+            for name, kept in zip(BLOCKS, to_blocks(momentum), strict=True):
+                state[name].copy_(kept, non_blocking=True)
         else:
             if not state:
                 dtype = torch.bfloat16 if self.moments_in == "bf16" else parameter.dtype
-                state["momentum"] = torch.zeros_like(parameter, dtype=dtype)
-            momentum = state["momentum"].to(parameter.dtype).mul_(MOMENTUM).add_(gradient)
-            if self.moments_in == "bf16":
-                state["momentum"].copy_(momentum)
+                state["momentum"] = self.keep(torch.zeros_like(parameter, dtype=dtype))
+            momentum = self.bring(state["momentum"], parameter).mul_(MOMENTUM).add_(gradient)
+            state["momentum"].copy_(momentum, non_blocking=True)  # of fp32 that stays here: itself
         torch.add(gradient, momentum, alpha=MOMENTUM, out=out)
 
     def _row_moment(self, parameter: nn.Parameter) -> Tensor:

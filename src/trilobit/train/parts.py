@@ -72,6 +72,13 @@ def without_memory(model: nn.Module) -> Any:
     return copy.deepcopy(model, memo)
 
 
+def stay_whole(model: nn.Module) -> None:
+    """From now on a forward leaves what it has gathered in place, until a backward or `reshard` lets go of it. Of a model
+    that is not in parts, nothing."""
+    if isinstance(model, FSDPModule):
+        model.set_reshard_after_forward(False)
+
+
 def reshard(model: nn.Module) -> None:
     """After a forward without backward: hold no more than this rank's rows. Of a model that is not in parts, nothing."""
     for module in model.modules():

@@ -1,17 +1,20 @@
 """What training a model on many GPUs takes, before any is rented: memory, arithmetic and communication of a rank, counted.
 
     memory   latents 4·P/S + gradients 4·P/S + moments (AdamW 8, Muon 4 a matrix' number) /S + what is gathered for a while
-             (narrower gradients and moments as asked)
+             (narrower gradients and moments as asked; moments in the host's memory take none)
              + activations (measured on fake tensors: what autograd saves of one layer, and of the head) + teacher 2·P/S;
              before the first step rows of the original, a teacher and the student at most, which is less (original.py)
     compute  6·(P − embeddings) + 6·L·T·D of causal attention, a token; + a forward where activations are computed again
              or where there is a teacher; Muon's iteration, 5·(4·R²C + 2·R³) a matrix, over its S owners
-    network  ddp 2·4·P · fsdp 4·P twice a micro-batch and once a step · hsdp that within S, and 2·4·P/S over the copies
+    network  ddp 2·4·P · fsdp 4·P twice a micro-batch and once a step, or twice a step where rows are gathered once and kept
+             · hsdp that within S, and 2·4·P/S over the copies
              · Muon (4 + 2)·P/S between owners, each of which waits for the one with the most matrices of a shape
+    host     moments there and back, over the link between a GPU and its host
 
-A step takes as long as the longer of computing and communicating, which overlap, plus Muon's part, which does not. So what is
-predicted is an upper bound of speed under the rates below, which are assumptions (Rates); counts and bytes are exact up to
-what allocators and NCCL keep for themselves, for which a tenth of the memory is left. docs/scale.md says what was checked.
+A step takes as long as the longer of computing and communicating, which overlap, plus Muon's part and the host's, which do
+not. So what is predicted is an upper bound of speed under the rates below, which are assumptions (Rates); counts and bytes are
+exact up to what allocators and NCCL keep for themselves, for which a tenth of the memory is left. docs/scale.md says what was
+checked.
 
 Letters: P parameters, L layers, D width, V vocabulary, T tokens of a sequence, B sequences of a micro-batch, R copies, S parts.
 """
@@ -20,8 +23,9 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
+from trilobit.config.training import Gather
 from trilobit.errors import ConfigError
-from trilobit.train.adamw import BLOCK, State
+from trilobit.train.adamw import BLOCK, COPY_BYTES, State
 from trilobit.train.distill import BLOCK_ELEMENTS
 from trilobit.train.mesh import Arrangement, arrange
 from trilobit.train.muon import CHUNK_BYTES, ITERATION
@@ -48,6 +52,8 @@ class Rates:
     latency: float = 10e-6
     """Seconds for each machine that a collective goes through."""
     per_machine: int = 8
+    host: float = 50e9
+    """Bytes a second between a GPU and its host's page-locked memory, each way."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,7 @@ class Load:
     teacher: bool = True
     state: State = "fp32"
     gradients: Literal["fp32", "bf16"] = "fp32"
+    offload: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,7 @@ class Plan:
 
     @property
     def step_seconds(self) -> float:
-        return max(self.seconds["compute"], self.seconds["network"]) + self.seconds["muon"]
+        return max(self.seconds["compute"], self.seconds["network"]) + self.seconds["muon"] + self.seconds["host"]
 
     @property
     def tokens_per_second(self) -> float:
@@ -103,6 +110,7 @@ class Plan:
             f"{load.accumulation} micro-batch{'es' if load.accumulation > 1 else ''}; {load.optimizer}"
             + (f", moments in {load.state}" if load.state != "fp32" else "")
             + (f", gradients in {load.gradients}" if load.gradients != "fp32" else "")
+            + (", moments in the host's memory" if load.offload else "")
             + (", activations computed again" if load.recompute else "")
             + (", a teacher" if load.teacher else ""),
         ]
@@ -118,12 +126,13 @@ class Plan:
 
 
 def plan(
-    model: str, shape: Shape, gpus: int, load: Load, memory: int = 80 * 10**9, mesh: str = "auto", rates: Rates | None = None
-) -> Plan:
+    model: str, shape: Shape, gpus: int, load: Load, memory: int = 80 * 10**9, mesh: str = "auto", rates: Rates | None = None,
+    gather: Gather = "auto",
+) -> Plan:  # fmt: skip
     """What `load` on `gpus` GPUs of `memory` bytes takes. Raises ConfigError where --mesh does not fit the GPUs."""
     rates = rates or Rates()
     local = min(gpus, rates.per_machine)
-    arrangement = arrange(mesh, shape.parameters, gpus, local, memory)
+    arrangement = arrange(mesh, shape.parameters, gpus, local, memory, gather)
     if load.gradients == "bf16" and gpus > 1:
         raise ConfigError("--gradients bf16 is for one GPU; several divide them among each other.")
     held, seconds = memory_of(shape, arrangement, load), seconds_of(shape, arrangement, load, rates)
@@ -139,7 +148,7 @@ def require_fitting(found: Plan) -> None:
         raise ConfigError(
             f"{found.summary()}\nThis does not fit. Less: more --gpus, --mesh fsdp, --sequences 1, --accumulation 1, a shorter "
             "--sequence-length, --no-teacher, --recompute, --optimizer muon (one moment instead of two), --optimizer-state "
-            "int8, or on one GPU --gradients bf16."
+            "int8, --offload, --gather layer, or on one GPU --gradients bf16."
         )
 
 
@@ -147,9 +156,6 @@ def memory_of(shape: Shape, arrangement: Arrangement, load: Load) -> dict[str, i
     """Bytes that a rank holds at the fullest moment of a step, by what for."""
     total, parts = shape.parameters, arrangement.shards
     outside = total - shape.inside
-    ones = shape.muons if load.optimizer == "muon" else 0  # numbers that have one moment instead of two
-    each, of_one = WIDTHS[load.state]
-    moments = 2 * each * (total - ones) + round(of_one * ones)
     width = 2 if load.gradients == "bf16" else 4
     tokens = load.sequences * load.sequence_length
     if load.recompute:
@@ -159,24 +165,35 @@ def memory_of(shape: Shape, arrangement: Arrangement, load: Load) -> dict[str, i
     # Between micro-batches that are not exchanged, FSDP2 keeps gradients whole.
     whole = parts > 1 and load.accumulation > 1
     layer = shape.inside // shape.layers
+    # Parameters of two layers (one is fetched ahead) or of all; of one the gradient. Of what is outside layers, both.
+    gathered = (total + layer + outside) if arrangement.once else (3 * layer + 2 * outside)
     found = {
         "latents": 4 * total // parts,
         "gradients": width * total if whole else width * total // parts,
-        "moments": moments // parts,
-        # Of two layers the parameters (one is fetched ahead), of one the gradient; of what is outside them, both.
-        "gathered": 4 * (3 * layer + 2 * outside) if parts > 1 else 0,
+        "moments": moment_bytes(shape, load) // parts,
+        "gathered": 4 * gathered if parts > 1 else 0,
         "activations": activations,
         "logits": tokens * shape.vocabulary * (3 if load.teacher else 2) * 2,
     }
     if load.teacher:
-        found["teacher"] = 2 * total // parts + (2 * (2 * layer + outside) if parts > 1 else 0)
+        held = total if arrangement.once else 2 * layer + outside
+        found["teacher"] = 2 * total // parts + (2 * held if parts > 1 else 0)
     if load.optimizer == "muon":
         largest = max(rows * columns for rows, columns in shape.matrices)
         # An update in fp32, three matrices in bf16; in parts, what is sent, received and put together as well.
         found["muon"] = (20 if parts > 1 else 10) * max(largest, CHUNK_BYTES[False] // 4)
+    if load.offload:  # both of a few parameters or of the largest, the embedding, while they visit
+        found["moments"] = min(8 * max(COPY_BYTES // 4, shape.embedding // parts), 8 * total // parts)
     blocks = 7 if load.teacher else 1
     found["loss"] = 4 * blocks * min(tokens * shape.vocabulary, BLOCK_ELEMENTS[False])
     return found
+
+
+def moment_bytes(shape: Shape, load: Load) -> int:
+    """Of all parameters' moments, on whichever ranks."""
+    ones = shape.muons if load.optimizer == "muon" else 0  # numbers that have one moment instead of two
+    each, of_one = WIDTHS[load.state]
+    return 2 * each * (shape.parameters - ones) + round(of_one * ones)
 
 
 def flops_of(shape: Shape, load: Load) -> float:
@@ -188,14 +205,15 @@ def flops_of(shape: Shape, load: Load) -> float:
 
 
 def seconds_of(shape: Shape, arrangement: Arrangement, load: Load, rates: Rates) -> dict[str, float]:
-    """Seconds of a step by what they go to: `compute` and `network` overlap, `muon` comes after both."""
+    """Seconds of a step by what they go to: `compute` and `network` overlap, `muon` and `host` come after both."""
     tokens = load.sequences * load.sequence_length * load.accumulation
     parts, copies, total = arrangement.shards, arrangement.replicas, shape.parameters
     network = 0.0
     collectives = 2 * shape.layers + 2
     if parts > 1:
         gather = travel(4 * total, parts, rates, collectives // 2)
-        network += 2 * load.accumulation * gather + travel(4 * total, parts, rates, collectives // 2)
+        times = 1 if arrangement.once else 2 * load.accumulation
+        network += times * gather + travel(4 * total, parts, rates, collectives // 2)
     if copies > 1:  # as many of a machine as it holds copies
         inside = max(1, rates.per_machine // parts)
         network += 2 * travel(4 * total // parts, copies, rates, collectives // 2, inside)
@@ -205,6 +223,7 @@ def seconds_of(shape: Shape, arrangement: Arrangement, load: Load, rates: Rates)
         work = sum(-(-number // parts) * muon_flops(*matrix) for matrix, number in shapes.items())
         sent = exchange(6 * shape.muons // parts, parts, rates, 2 * len(shapes)) if parts > 1 else 0.0
         result["muon"] = work / (rates.flops * rates.muon_used) + sent
+    result["host"] = 2 * moment_bytes(shape, load) / parts / rates.host if load.offload else 0.0
     return result
 
 

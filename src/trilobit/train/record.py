@@ -20,7 +20,8 @@ from trilobit.storage import read_json
 from trilobit.train.data import Tokens
 
 FREE_TO_CHANGE = frozenset(
-    {"resume", "track", "keep_checkpoints", "checkpoint_every", "out", "cache_dir", "model_format", "store", "mesh"}
+    {"resume", "track", "keep_checkpoints", "checkpoint_every", "out", "cache_dir", "model_format", "store"}
+    | {"mesh", "gather", "offload"}
 )
 
 DECIDED = frozenset({"config", "data_key", "data_sha256", "base", "compiled"})

@@ -34,6 +34,7 @@ from trilobit.train.loop import muon_matrices
 from trilobit.train.meeting import open_team, restarts, several
 from trilobit.train.mesh import Arrangement, Shards, Spread, arrange, arrangement_for, device_memory, spread_over
 from trilobit.train.pace import Forecast
+from trilobit.train.parts import stay_whole
 from trilobit.train.precision import decide_precision
 from trilobit.train.record import record_to_resume
 from trilobit.train.signals import Signals
@@ -162,7 +163,7 @@ class Run(ABC, Generic[Config, Result]):
     def arrange(self, parameters: int) -> Arrangement:
         """How the ranks share a model of so many parameters; said."""
         team, memory = self.team, device_memory(self.device, self.team.local_size)
-        self.arrangement = found = arrangement_for(team, self.config.mesh, parameters, memory)
+        self.arrangement = found = arrangement_for(team, self.config.mesh, parameters, memory, self.config.gather)
         if team.size > 1:
             self.listener.note(f"mesh {found}")
         return found
@@ -185,6 +186,8 @@ class Run(ABC, Generic[Config, Result]):
             self.spread = spread_over(team, arrangement, self.model, teacher)
         else:
             self.spread = Shards(self.model, self.structure, self.mesh, team, arrangement)
+        if teacher is not None and arrangement.once:
+            stay_whole(teacher)
         return self.spread
 
     def make_directory(self) -> None:

@@ -87,7 +87,9 @@ class Checkpoints:
         for piece in pieces:
             state = self.optimizer.state.get(piece.local, {})
             for tensor in (piece.local.detach(), *(state[field] for field in sorted(state) if state[field].ndim)):
-                dist.broadcast(tensor, dist.get_global_rank(group, 0), group=group)
+                there = tensor.to(piece.local.device)  # of moments in the host's memory a copy
+                dist.broadcast(there, dist.get_global_rank(group, 0), group=group)
+                tensor.copy_(there)
         team = self.spread.team
         if group.rank() == 0 and isinstance(team, Ranks):
             team.signals.say(
