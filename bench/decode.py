@@ -51,6 +51,10 @@ def main() -> None:
             ternarize(untrained.model, TernarySpec(placement=placement))
             models[name] = freeze(untrained.model).to(arguments.device)  # pyright: ignore
     prompt = torch.full((arguments.batch, 8), 7, device=arguments.device)
+    engines: dict[str, Engine] = {}
+    if arguments.device == "cpu" and arguments.batch == 1 and native.available():
+        ternary = {name: model for name, model in models.items() if "bf16" not in name and why_not_native(model) is None}
+        engines = {f"{name}, engine": Engine(compile(model), None, []) for name, model in ternary.items()}  # pyright: ignore
     if arguments.gemlite and not arguments.run:
         try:
             other = with_gemlite(copy.deepcopy(models["the same without norms"]))
@@ -58,10 +62,6 @@ def main() -> None:
             models["the same, gemlite's linears"] = other
         except Exception as error:
             print(f"{'gemlite':<40} {reason(error, 'gemlite')}", flush=True)
-    engines: dict[str, Engine] = {}
-    if arguments.device == "cpu" and arguments.batch == 1 and native.available():
-        ternary = {name: model for name, model in models.items() if "bf16" not in name and why_not_native(model) is None}
-        engines = {f"{name}, engine": Engine(compile(model), None, []) for name, model in ternary.items()}  # pyright: ignore
     rates: dict[str, list[float]] = {name: [] for name in [*models, *engines]}
     for _ in range(arguments.rounds + 1):
         for name, model in models.items():

@@ -5,8 +5,8 @@
 #   bench/gpu.sh MODEL [OUT]
 #
 # MODEL: a checkpoint directory (experiments/smollm2.py makes one). Not yet run on a GPU: docs/LOG.md says what has been seen.
-# The packages of others that it times are installed, under OUT, from out/wheels if they are there; else their rows say "not
-# installed". Where there is a network (gemlite is not on PyPI as a wheel: `pip download` gives its source, `pip wheel` makes one):
+# Packages of others that it times are installed under OUT from out/wheels, if they are there; else their rows say "not
+# installed". To fetch them, where there is a network (`pip download` would bring gemlite, which PyPI has as source, unbuilt):
 #
 #   python3 -m pip wheel --no-deps -w out/wheels onebitllms gemlite liger-kernel
 set -euo pipefail

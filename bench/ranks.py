@@ -1,7 +1,7 @@
 """What sharing a model costs on one machine: `trilobit pretrain` on N ranks of one thread against one process of N threads.
 
     python bench/ranks.py [--data stdlib] [--ranks 2] [--mesh fsdp fsdp/layer ddp] [--batch-tokens 8192] [--sequences 16]
-                           [--steps 6] [--rounds 3]
+                           [--steps 20] [--rounds 3]
 
 Whole commands, one after the other, in rounds; of each the median tokens/s of its steps but for the first two (log.jsonl, which
 leaves evaluations out). The ratio is the median over rounds of a mesh's tokens/s / one process' in the same round. Target: 0.9
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--mesh", nargs="+", default=["fsdp", "fsdp/layer", "ddp"])
     parser.add_argument("--batch-tokens", type=int, default=8192)
     parser.add_argument("--sequences", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     found: dict[str, list[float]] = {mesh: [] for mesh in ("one", *arguments.mesh)}

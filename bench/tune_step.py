@@ -205,7 +205,7 @@ def main() -> None:
             peers = [peer for peer in PEERS if variant.startswith("λ") and peer in seconds]
             against = ", ".join(f"{median_ratio(seconds[peer], times):.2f} × {peer}" for peer in peers)
             print(
-                f"{precision:<6}{variant:<15}{median:>8.2f}{tokens / median:>10.0f}{ratio:>8.3f}{flops:>9.3f}"
+                f"{precision:<6}{variant:<15}{median:>8.3f}{tokens / median:>10.0f}{ratio:>8.3f}{flops:>9.3f}"
                 f"{flops / roof:>9.0%}{peak / 1e9:>7.2f}{relative:>7.3f}  {against}".rstrip(),
                 flush=True,
             )

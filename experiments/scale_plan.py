@@ -35,6 +35,7 @@ def main() -> None:
     kinds = {
         "AdamW": Load(length, optimizer="adamw", recompute=False, teacher=False),
         "AdamW, activations recomputed": Load(length, optimizer="adamw", teacher=False),
+        "the same, moments in the host's memory": Load(length, optimizer="adamw", teacher=False, offload=True),
         "Muon, activations recomputed": load,
         "the same, momentum in int8, other moments in bf16": Load(length, teacher=False, state="int8"),
         "the same, gradients in bf16 as well": Load(length, teacher=False, state="int8", gradients="bf16"),

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.distributed import ReduceOp
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,6 +25,7 @@ from trilobit.surgery.outlier_safe import outlier_safe
 from trilobit.surgery.ternary import TernarySpec, set_strengths, ternarize
 from trilobit.train.adamw import State
 from trilobit.train.distributed import ALONE, Team
+from trilobit.train.gloo import GatherParts, ScatterSums
 from trilobit.train.head_loss import LateHead
 from trilobit.train.layers import prepare_layers
 from trilobit.train.loop import Hooks, fit, make_optimizer
@@ -204,6 +206,28 @@ def late_distillation(folder: Path) -> float:
     return max(((a - b).abs().max() / a.abs().max().clamp(min=1e-9)).item() for a, b in zip(*found, strict=True))
 
 
+def gloo_exchanges(folder: Path) -> bool:
+    """Whether parts gathered and sums scattered are those of gloo's own collectives, to rounding."""
+    same = True
+    with open_team(CPU, Signals(), print) as team:
+        group: Any = torch.distributed.group.WORLD
+        generator = torch.Generator().manual_seed(team.rank)
+        for number in (0, 1, 7, 1000):
+            part = torch.randn(number, generator=generator)
+            whole, parts = part.new_empty(team.size * number), [torch.empty_like(part) for _ in range(team.size)]
+            GatherParts()(whole, part, group)
+            torch.distributed.all_gather(parts, part)
+            same = same and torch.equal(whole, torch.cat(parts))
+            values = torch.randn(team.size * number, generator=generator, dtype=torch.float64)
+            for operation in (ReduceOp.SUM, ReduceOp.AVG):
+                scattered, summed = torch.empty(number, dtype=torch.float64), values.clone()
+                ScatterSums()(scattered, values, group, operation)
+                torch.distributed.all_reduce(summed)
+                mine = summed.view(team.size, number)[team.rank] / (team.size if operation == ReduceOp.AVG else 1)
+                same = same and torch.allclose(scattered, mine, rtol=1e-14, atol=1e-15)
+    return bool(same)
+
+
 class Sent(TorchDispatchMode):
     """Names of the collectives that were begun meanwhile."""
 
@@ -229,8 +253,8 @@ def collectives_of_a_step(folder: Path) -> list[dict[str, int]]:
                 for last in (False, True):
                     with spread.micro_batch(last):
                         objective(windows().samples(team.rank, 1)).total.backward()
-            counts = {kind: sum(kind in name for name in sent.names) for kind in ("allgather", "reduce_scatter")}
-            found.append(counts | {"whole": sum(not isinstance(p, DTensor) for p in model.parameters())})
+            whole = sum(not isinstance(p, DTensor) for p in model.parameters())
+            found.append({"exchanges": sum("alltoall" in name for name in sent.names), "whole": whole})
     return found
 
 

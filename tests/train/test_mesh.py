@@ -254,8 +254,14 @@ def test_a_step_gathers_as_often_as_arranged(tmp_path: Path) -> None:
     """Of two layers and what is outside them, in two micro-batches: each for its forward and, but for what is outside, which
     waits, its backward; or once. Gradients are exchanged once each either way, and nothing stays whole after the step."""
     layer, once = launch(sharing.collectives_of_a_step, 2, tmp_path)[0]
-    assert layer == {"allgather": 10, "reduce_scatter": 3, "whole": 0}
-    assert once == {"allgather": 3, "reduce_scatter": 3, "whole": 0}
+    assert layer == {"exchanges": 10 + 3, "whole": 0}
+    assert once == {"exchanges": 3 + 3, "whole": 0}
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_exchanges_stand_in_for_gloos_collectives(size: int, tmp_path: Path) -> None:
+    """Parts of any length, none among them."""
+    assert all(launch(sharing.gloo_exchanges, size, tmp_path))
 
 
 @pytest.mark.parametrize(

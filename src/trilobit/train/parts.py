@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from trilobit.surgery.roles import decoder_layers
+from trilobit.train.gloo import GatherParts, ScatterSums
 from trilobit.train.pieces import Piece, sharded_pieces
 
 Rows = Callable[[Piece], Tensor]
@@ -53,9 +54,15 @@ def cut_whole(model: nn.Module, mesh: DeviceMesh, device: torch.device, own: Map
 
 def shard(model: nn.Module, mesh: DeviceMesh) -> None:
     """Shard every decoder layer by itself, and what is outside them (embeddings, last norm, head) together."""
+    gather, scatter_sums = GatherParts(), ScatterSums()
     for _, layer in decoder_layers(model):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    if mesh.device_type == "cpu":
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_custom_all_gather(gather)  # pyright: ignore[reportArgumentType]
+                module.set_custom_reduce_scatter(scatter_sums)  # pyright: ignore[reportArgumentType]
 
 
 def pieces_of(model: nn.Module, mesh: DeviceMesh) -> list[Piece]:

@@ -32,6 +32,7 @@ from trilobit.train.muon import CHUNK_BYTES, ITERATION
 from trilobit.train.shape import Shape
 
 LEFT_FREE = 0.1
+WHILE_COMPUTING, WHILE_STEPPING = ("gathered", "activations", "logits", "loss"), ("muon", "visiting")
 WIDTHS: dict[State, tuple[int, float]] = {"fp32": (4, 4), "bf16": (2, 2), "int8": (2, 1 + 4 / BLOCK)}
 """Bytes of a number's moment in AdamW, and in Muon."""
 
@@ -73,7 +74,8 @@ class Load:
 
 @dataclass(frozen=True)
 class Plan:
-    """A rank's memory in bytes by what it is for, and a step's seconds by what they go to; tokens a second of all GPUs."""
+    """A rank's memory in bytes by what it is for, and a step's seconds by what they go to; tokens a second of all GPUs. What
+    the backward needs is free again when the optimizer's own step (`WHILE_STEPPING`) begins."""
 
     model: str
     gpus: int
@@ -86,7 +88,9 @@ class Plan:
 
     @property
     def needed(self) -> int:
-        return sum(self.memory.values())
+        stepping = sum(self.memory.get(name, 0) for name in WHILE_STEPPING)
+        computing = sum(self.memory.get(name, 0) for name in WHILE_COMPUTING)
+        return sum(self.memory.values()) - min(stepping, computing)
 
     @property
     def fits(self) -> bool:
@@ -116,7 +120,8 @@ class Plan:
         ]
         lines += [f"{name:<13} {size / 1e9:9.2f} GB a rank" for name, size in self.memory.items()]
         lines.append(
-            f"{'needed':<13} {self.needed / 1e9:9.2f} GB a rank, of {(1 - LEFT_FREE) * self.available / 1e9:.0f} usable"
+            f"{'needed':<13} {self.needed / 1e9:9.2f} GB a rank, of {(1 - LEFT_FREE) * self.available / 1e9:.0f} usable "
+            f"({' and '.join(WHILE_STEPPING)} take turns with {', '.join(WHILE_COMPUTING)})"
         )
         lines += [f"{name:<13} {value:9.3f} s a step" for name, value in self.seconds.items()]
         lines.append(
@@ -170,7 +175,7 @@ def memory_of(shape: Shape, arrangement: Arrangement, load: Load) -> dict[str, i
     found = {
         "latents": 4 * total // parts,
         "gradients": width * total if whole else width * total // parts,
-        "moments": moment_bytes(shape, load) // parts,
+        "moments": 0 if load.offload else moment_bytes(shape, load) // parts,
         "gathered": 4 * gathered if parts > 1 else 0,
         "activations": activations,
         "logits": tokens * shape.vocabulary * (3 if load.teacher else 2) * 2,
@@ -182,8 +187,9 @@ def memory_of(shape: Shape, arrangement: Arrangement, load: Load) -> dict[str, i
         largest = max(rows * columns for rows, columns in shape.matrices)
         # An update in fp32, three matrices in bf16; in parts, what is sent, received and put together as well.
         found["muon"] = (20 if parts > 1 else 10) * max(largest, CHUNK_BYTES[False] // 4)
-    if load.offload:  # both of a few parameters or of the largest, the embedding, while they visit
-        found["moments"] = min(8 * max(COPY_BYTES // 4, shape.embedding // parts), 8 * total // parts)
+    # In fp32, of a few parameters or of the largest, the embedding: both moments, and gradients that were narrower.
+    visiting = 8 * (load.offload or load.state != "fp32") + 4 * (load.gradients == "bf16")
+    found["visiting"] = visiting * min(total, max(COPY_BYTES // 4, shape.embedding)) // parts
     blocks = 7 if load.teacher else 1
     found["loss"] = 4 * blocks * min(tokens * shape.vocabulary, BLOCK_ELEMENTS[False])
     return found
