@@ -70,7 +70,7 @@ def test_commands_on_two_ranks(base: dict[str, Any], tmp_path: Path) -> None:
     first, second = launch(commands.commands, 2, tmp_path, **both)
     for a, b in zip(first, second, strict=True):
         assert a["result"] == b["result"] and b["notes"] == []
-    assert any("mesh fsdp: one copy in 2 parts (as asked)" in note for note in first[0]["notes"])
+    assert any("mesh fsdp: one copy in 2 parts, gathered once a step (as asked)" in note for note in first[0]["notes"])
     result = first[0]["result"]
     assert result["nats_per_token"] == pytest.approx(one.nats_per_token, rel=1e-3)
     assert (result["heldout_tokens"], result["parameters"]) == (one.heldout_tokens, one.parameters)

@@ -241,6 +241,15 @@ def test_the_mesh_is_chosen_by_memory(
     assert found.reason in str(found) and found.reason
 
 
+def test_muons_work_is_shared_where_a_copy_would_fit() -> None:
+    """Parts within a machine instead of copies, and why."""
+    for size, kind in ((8, "fsdp"), (32, "hsdp")):
+        found = arrange("auto", 10**9, size, 8, 80 * GB, optimizer="muon")
+        assert (found.kind, found.shards, found.once) == (kind, 8, True)
+        assert "copies would repeat Muon's iteration" in str(found)
+    assert arrange("ddp", 10**9, 8, 8, 80 * GB, optimizer="muon").kind == "ddp"
+
+
 def test_rows_are_gathered_once_a_step_where_memory_is_plenty() -> None:
     """Once a step where all parameters in fp32 are an eighth of the memory at most, or as asked; it is said."""
     for parameters, gather, once in [(2 * 10**9, "auto", True), (3 * 10**9, "auto", False)]:

@@ -102,7 +102,8 @@ class TrainingConfig:
     """Recompute activations in the backward: less memory, about a third more time."""
     mesh: str = "auto"
     """How several processes (torchrun) share the model: `ddp` (a copy each), `fsdp` (each holds a part), `hsdp:RxS` (R copies
-    in S parts each). auto: a copy each where that fits, else parts. A step has the same samples for any number of ranks."""
+    in S parts each). auto: a copy each where that fits, unless Muon's work is to be shared, else parts. A step has the same
+    samples for any number of ranks."""
     gather: Gather = "auto"
     """Of a model in parts: put a layer together for each of its forwards and backwards, or all layers once a step (4 bytes a
     parameter more; half of the traffic or less). auto: once a step where that takes an eighth of the memory at most."""

@@ -65,17 +65,19 @@ class Arrangement:
         return f"{what[self.kind]}{', gathered once a step' if self.once else ''} ({self.reason})"
 
 
-def arrange(wanted: str, parameters: int, size: int, local_size: int, memory: int, gather: Gather = "auto") -> Arrangement:
+def arrange(
+    wanted: str, parameters: int, size: int, local_size: int, memory: int, gather: Gather = "auto", optimizer: str = "adamw"
+) -> Arrangement:
     """How `size` ranks, `local_size` of them on each machine, share a model. memory: bytes of a rank's device.
 
     Raises ConfigError where --mesh does not fit the ranks.
     """
-    found = _shared_out(wanted, parameters, size, local_size, memory)
+    found = _shared_out(wanted, parameters, size, local_size, memory, optimizer)
     roomy = WHOLE_BYTES * parameters <= SHARE_FOR_WHOLE * memory
     return replace(found, once=found.in_parts and (gather == "step" or (gather == "auto" and roomy)))
 
 
-def _shared_out(wanted: str, parameters: int, size: int, local_size: int, memory: int) -> Arrangement:
+def _shared_out(wanted: str, parameters: int, size: int, local_size: int, memory: int, optimizer: str) -> Arrangement:
     """`arrange` without how rows are gathered."""
     kind, replicas, shards = mesh_of(wanted)
     if size == 1:
@@ -90,20 +92,25 @@ def _shared_out(wanted: str, parameters: int, size: int, local_size: int, memory
         return Arrangement(kind, size if kind == "ddp" else 1, 1 if kind == "ddp" else size, "as asked")
     need, room = STATE_BYTES * parameters, SHARE_FOR_STATE * memory
     state = f"weights, gradients and moments are {need / 1e9:.3g} GB"
-    if need <= room:
+    held = need <= room
+    if held and optimizer != "muon":
         return Arrangement("ddp", size, 1, f"{state}, and half of a rank's {memory / 1e9:.3g} GB hold them")
+    iteration = f"{state}, which a rank could hold, but copies would repeat Muon's iteration"
     nodes = size // local_size
     if nodes > 1 and local_size > 1 and size % local_size == 0 and need / local_size <= room:
-        return Arrangement(
-            "hsdp", nodes, local_size, f"{state}: too many for one rank, but one machine's {local_size} hold them"
-        )
-    return Arrangement("fsdp", 1, size, f"{state}: too many for half of a rank's {memory / 1e9:.3g} GB")
+        few = f"{state}: too many for one rank, but one machine's {local_size} hold them"
+        return Arrangement("hsdp", nodes, local_size, iteration if held else few)
+    many = f"{state}: too many for half of a rank's {memory / 1e9:.3g} GB"
+    return Arrangement("fsdp", 1, size, iteration if held else many)
 
 
-def arrangement_for(team: Team, wanted: str, parameters: int, memory: int, gather: Gather) -> Arrangement:
+def arrangement_for(
+    team: Team, wanted: str, parameters: int, memory: int, gather: Gather = "auto", optimizer: str = "adamw"
+) -> Arrangement:
     """`arrange`, the same on every rank whatever each has: by the least memory, and by machines only where they are alike."""
     least, most_local, fewest_local = team.agree(-memory, team.local_size, -team.local_size)
-    return arrange(wanted, parameters, team.size, most_local if most_local == -fewest_local else 1, -least, gather)
+    local_size = most_local if most_local == -fewest_local else 1
+    return arrange(wanted, parameters, team.size, local_size, -least, gather, optimizer)
 
 
 def device_memory(device: torch.device, local_size: int) -> int:

@@ -137,7 +137,7 @@ def plan(
     """What `load` on `gpus` GPUs of `memory` bytes takes. Raises ConfigError where --mesh does not fit the GPUs."""
     rates = rates or Rates()
     local = min(gpus, rates.per_machine)
-    arrangement = arrange(mesh, shape.parameters, gpus, local, memory, gather)
+    arrangement = arrange(mesh, shape.parameters, gpus, local, memory, gather, load.optimizer)
     if load.gradients == "bf16" and gpus > 1:
         raise ConfigError("--gradients bf16 is for one GPU; several divide them among each other.")
     held, seconds = memory_of(shape, arrangement, load), seconds_of(shape, arrangement, load, rates)

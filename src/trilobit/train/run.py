@@ -163,7 +163,8 @@ class Run(ABC, Generic[Config, Result]):
     def arrange(self, parameters: int) -> Arrangement:
         """How the ranks share a model of so many parameters; said."""
         team, memory = self.team, device_memory(self.device, self.team.local_size)
-        self.arrangement = found = arrangement_for(team, self.config.mesh, parameters, memory, self.config.gather)
+        config = self.config
+        self.arrangement = found = arrangement_for(team, config.mesh, parameters, memory, config.gather, config.optimizer)
         if team.size > 1:
             self.listener.note(f"mesh {found}")
         return found
