@@ -80,6 +80,7 @@ TRIED: dict[int, list[tuple[str, Gather, int]]] = {  # on so many ranks: two acc
         ("fsdp", "layer", 5), ("fsdp", "layer", 6), ("ddp", "layer", 6), ("fsdp", "step", 7), ("ddp", "layer", 7),
     ],
     4: [("fsdp", "layer", 0), ("hsdp:2x2", "layer", 0), ("hsdp:2x2", "step", 0), ("ddp", "layer", 2), ("fsdp", "step", 3),
+        ("hsdp:2x2", "step", 3),
         ("fsdp", "layer", 4)],
 }  # fmt: skip
 
@@ -187,7 +188,7 @@ def late_distillation(folder: Path) -> float:
     config = TuneConfig(model="m", data="d", sequence_length=LENGTH, sequences=SAMPLES, max_tokens=10**6, lr=1.0)
     with open_team(CPU, Signals(), print) as team:
         model, teacher = (model_of(case).float() for case in CASES[:2])
-        spread = spread_over(team, arrange("fsdp", 0, team.size, team.size, 0), model, teacher)
+        spread = spread_over(team, arrange("fsdp", 1, team.size, team.size, 0), model, teacher)
         found = []
         for late in (False, True):
             objective = TuneObjective(config, model, teacher, spread.forward)
@@ -215,7 +216,8 @@ def gloo_exchanges(folder: Path) -> bool:
         for number in (0, 1, 7, 1000):
             part = torch.randn(number, generator=generator)
             whole, parts = part.new_empty(team.size * number), [torch.empty_like(part) for _ in range(team.size)]
-            GatherParts()(whole, part, group)
+            mine = whole[team.rank * number : (team.rank + 1) * number].copy_(part)  # as FSDP2 does: a view of the result
+            GatherParts()(whole, mine, group)
             torch.distributed.all_gather(parts, part)
             same = same and torch.equal(whole, torch.cat(parts))
             values = torch.randn(team.size * number, generator=generator, dtype=torch.float64)
@@ -223,8 +225,8 @@ def gloo_exchanges(folder: Path) -> bool:
                 scattered, summed = torch.empty(number, dtype=torch.float64), values.clone()
                 ScatterSums()(scattered, values, group, operation)
                 torch.distributed.all_reduce(summed)
-                mine = summed.view(team.size, number)[team.rank] / (team.size if operation == ReduceOp.AVG else 1)
-                same = same and torch.allclose(scattered, mine, rtol=1e-14, atol=1e-15)
+                expected = summed.view(team.size, number)[team.rank] / (team.size if operation == ReduceOp.AVG else 1)
+                same = same and torch.allclose(scattered, expected, rtol=1e-14, atol=1e-15)
     return bool(same)
 
 
@@ -254,7 +256,7 @@ def collectives_of_a_step(folder: Path) -> list[dict[str, int]]:
                     with spread.micro_batch(last):
                         objective(windows().samples(team.rank, 1)).total.backward()
             whole = sum(not isinstance(p, DTensor) for p in model.parameters())
-            found.append({"exchanges": sum("alltoall" in name for name in sent.names), "whole": whole})
+            found.append({"exchanges": sum("send" in name for name in sent.names), "whole": whole})
     return found
 
 
@@ -366,7 +368,7 @@ def loaded(folder: Path, checkpoint: str) -> None:
 
     with open_team(CPU, Signals(), print) as team:
         model = model_of(DROPPING)
-        spread = spread_over(team, arrange("fsdp", 0, team.size, team.size, 0), model)
+        spread = spread_over(team, arrange("fsdp", 1, team.size, team.size, 0), model)
         optimizer = make_optimizer(model, 0.02, settings(DROPPING), spread)
         load_checkpoint(Path(checkpoint), model, optimizer, spread.pieces, team.rank, team.size)
         read = {piece.name: piece.local.detach() for piece in spread.pieces} | optimizer_tensors(spread.pieces, optimizer)

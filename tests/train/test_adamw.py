@@ -11,6 +11,7 @@ from trilobit.train.mesh import Spread
 from trilobit.train.muon import Muon
 
 BETAS = (0.9, 0.95)
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def parameters(seed: int = 0) -> list[nn.Parameter]:
@@ -22,7 +23,7 @@ def give_gradients(parameters: list[nn.Parameter], seed: int, dtype: torch.dtype
     generator = torch.Generator().manual_seed(seed)
     for parameter in parameters:
         parameter.grad_dtype = dtype
-        parameter.grad = torch.randn(parameter.shape, generator=generator).to(dtype)
+        parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.device, dtype)
 
 
 @pytest.mark.parametrize("copy_bytes", [1, 1 << 26])
@@ -116,24 +117,27 @@ def config(**changes: object) -> TrainingConfig:
 
 @pytest.mark.parametrize("state", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("copy_bytes", [1, 1 << 26])
-def test_moments_that_visit_change_nothing(state: State, copy_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)])
+def test_moments_that_visit_change_nothing(state: State, copy_bytes: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Moments that are copied for each step and copied back: AdamW's and Muon's steps to the bit, momentum in blocks and
-    NorMuon's rows among them; one step's moments are another tensor than the step works on."""
+    NorMuon's rows among them; one step's moments are another tensor than the step works on. On a GPU they are page-locked."""
     monkeypatch.setattr("trilobit.train.adamw.COPY_BYTES", copy_bytes)
     ends = []
     for offload in (False, True):
-        found = parameters()
+        found = [nn.Parameter(parameter.detach().to(device)) for parameter in parameters()]
         groups = [{"params": found[:1], "muon": True}, {"params": found[1:]}]
         optimizer = Muon(groups, 1e-2, BETAS, 0.1, normuon=True, state=state, offload=offload)
         for seed in range(5):
             give_gradients(found, seed)
             optimizer.step()
+        optimizer.settle()
         states = {f"{i}{name}": value for i, p in enumerate(found) for name, value in optimizer.state[p].items()}
         ends.append([*found, *(states[name] for name in sorted(states))])
         brought = optimizer.bring(optimizer.state[found[1]]["exp_avg"], found[1])
         same = brought.data_ptr() == optimizer.state[found[1]]["exp_avg"].data_ptr()
         assert same == (not offload and state == "fp32")
-    assert len(ends[0]) == len(ends[1]) and all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+        assert optimizer.state[found[1]]["exp_avg"].is_pinned() == (offload and device == "cuda")
+    assert len(ends[0]) == len(ends[1]) and all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(*ends, strict=True))
 
 
 def test_a_backward_leaves_gradients_as_asked() -> None:

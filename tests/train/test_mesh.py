@@ -245,8 +245,8 @@ def test_muons_work_is_shared_where_a_copy_would_fit() -> None:
     """Parts within a machine instead of copies, and why."""
     for size, kind in ((8, "fsdp"), (32, "hsdp")):
         found = arrange("auto", 10**9, size, 8, 80 * GB, optimizer="muon")
-        assert (found.kind, found.shards, found.once) == (kind, 8, True)
-        assert "copies would repeat Muon's iteration" in str(found)
+        assert (found.kind, found.shards, found.gathered_once) == (kind, 8, True)
+        assert "the ranks of a machine share Muon's iteration" in str(found)
     assert arrange("ddp", 10**9, 8, 8, 80 * GB, optimizer="muon").kind == "ddp"
 
 
@@ -254,9 +254,13 @@ def test_rows_are_gathered_once_a_step_where_memory_is_plenty() -> None:
     """Once a step where all parameters in fp32 are an eighth of the memory at most, or as asked; it is said."""
     for parameters, gather, once in [(2 * 10**9, "auto", True), (3 * 10**9, "auto", False)]:
         found = arrange("fsdp", parameters, 4, 4, 80 * GB, gather)
-        assert found.once == once == ("gathered once a step" in str(found))
-    assert arrange("fsdp", 3 * 10**9, 4, 4, 80 * GB, "step").once and arrange("hsdp:2x2", 10**12, 4, 4, GB, "step").once
-    assert not arrange("fsdp", 1, 4, 4, GB, "layer").once and not arrange("ddp", 1, 4, 4, GB, "step").once
+        assert found.gathered_once == once == ("gathered once a step" in str(found))
+    assert not arrange("fsdp", 2 * 10**9, 4, 4, 80 * GB, whole_bytes=6).gathered_once  # with a teacher in bf16
+    assert (
+        arrange("fsdp", 3 * 10**9, 4, 4, 80 * GB, "step").gathered_once
+        and arrange("hsdp:2x2", 10**12, 4, 4, GB, "step").gathered_once
+    )
+    assert not arrange("fsdp", 1, 4, 4, GB, "layer").gathered_once and not arrange("ddp", 1, 4, 4, GB, "step").gathered_once
 
 
 def test_a_step_gathers_as_often_as_arranged(tmp_path: Path) -> None:

@@ -503,6 +503,11 @@ def refuse(error: type[TrilobitError], message: str, config: TuneConfig) -> None
     assert not Path(config.out).exists()
 
 
+def test_moments_cannot_leave_a_cpu(place: Place, tmp_path: Path) -> None:
+    """--offload where parameters are in the host's memory already."""
+    refuse(ConfigError, "--offload is for a GPU", place.config(tmp_path / "run", offload=True))
+
+
 def test_bad_places_are_refused(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder that cannot be made or written, and a disk too small for the run, are refused and nothing appears."""
     (tmp_path / "file").write_text("")

@@ -69,6 +69,11 @@ class AdamW(torch.optim.AdamW):
             for name, moment in zip(MOMENTS, moments, strict=True):
                 state[name].copy_(moment, non_blocking=True)  # of fp32 that stays here: itself
 
+    def settle(self) -> None:
+        """Wait until moments that were sent to the host's memory have come there: before anybody reads them."""
+        if self.offload and torch.cuda.is_available():
+            torch.cuda.synchronize()
+
     def keep(self, moment: Tensor) -> Tensor:
         """A moment where it is kept: page-locked memory of the host where that is asked for, else as it is."""
         if not self.offload or moment.device.type == "cpu":
@@ -77,7 +82,7 @@ class AdamW(torch.optim.AdamW):
 
     def bring(self, kept: Tensor, parameter: Tensor) -> Tensor:
         """A moment where and as its parameter's step needs it; a copy of what is kept elsewhere. Copies there and back take
-        their turn in the device's stream: nothing waits for them here."""
+        their turn in the device's stream: nothing waits for them here (`settle` does)."""
         return kept.to(parameter.device, parameter.dtype, non_blocking=True, copy=self.offload)
 
 

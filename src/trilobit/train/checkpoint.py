@@ -143,6 +143,8 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def optimizer_tensors(pieces: list[Piece], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's state of each piece, as `name:field`."""
+    if isinstance(optimizer, AdamW):
+        optimizer.settle()
     state = {}
     for piece in pieces:
         for field, value in optimizer.state[piece.local].items():

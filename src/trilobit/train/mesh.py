@@ -3,9 +3,9 @@
 FSDP2 (torch's fully_shard, DTensor) keeps a part of every parameter's rows on each rank and gathers a decoder layer's rows
 just before the layer runs: inside a forward every parameter is whole, so that a ternary scale is mean|W| over the full logical
 matrix without a further word. Outside a forward no rank has more than its rows, from the beginning (parts.py) to the end
-(`gathered`), unless memory is plenty: then rows are gathered once a step and kept until its last backward. FSDP1 is refused:
-its flat parameters cut through matrices. Parameters stay fp32 when gathered and autocast rounds activations alone; gathering
-bf16 would round latents before they are quantised.
+(`gathered`). Where memory is plenty they are gathered once a step instead and kept until its last backward, a teacher for good
+(in torch's words reshard_after_forward=False). FSDP1 is refused: its flat parameters cut through matrices. Parameters stay fp32
+when gathered and autocast rounds activations alone; gathering bf16 would round latents before they are quantised.
 """
 
 import os
@@ -36,19 +36,20 @@ Read = Callable[[str], Tensor]
 
 STATE_BYTES = 16  # of a parameter that trains: latent, gradient and two moments in fp32
 SHARE_FOR_STATE = 0.5  # of a device's memory; the rest is for activations
-WHOLE_BYTES, SHARE_FOR_WHOLE = 4, 0.125  # of a parameter that is gathered, and of the memory in which all may be for a step
+WHOLE_BYTES = 4  # of a parameter that is gathered
+SHARE_FOR_WHOLE = 0.125  # of a device's memory: as much as all gathered parameters may take, a teacher's too
 
 
 @dataclass(frozen=True)
 class Arrangement:
-    """R copies of a model in S parts each, R · S ranks in all; and why. once: rows are gathered once a step, not for each
-    layer's forward and backward."""
+    """R copies of a model in S parts each, R · S ranks in all; and why. gathered_once: a step, that is, not for each forward
+    and backward of a layer."""
 
     kind: str  # "one", "ddp", "fsdp" or "hsdp"
     replicas: int
     shards: int
     reason: str
-    once: bool = False
+    gathered_once: bool = False
 
     @property
     def in_parts(self) -> bool:
@@ -62,19 +63,27 @@ class Arrangement:
             "fsdp": f"fsdp: one copy in {self.shards} parts",
             "hsdp": f"hsdp: {self.replicas} copies in {self.shards} parts each",
         }
-        return f"{what[self.kind]}{', gathered once a step' if self.once else ''} ({self.reason})"
+        return f"{what[self.kind]}{', gathered once a step' if self.gathered_once else ''} ({self.reason})"
 
 
 def arrange(
-    wanted: str, parameters: int, size: int, local_size: int, memory: int, gather: Gather = "auto", optimizer: str = "adamw"
+    wanted: str,
+    parameters: int,
+    size: int,
+    local_size: int,
+    memory: int,
+    gather: Gather = "auto",
+    optimizer: str = "adamw",
+    whole_bytes: int = WHOLE_BYTES,
 ) -> Arrangement:
-    """How `size` ranks, `local_size` of them on each machine, share a model. memory: bytes of a rank's device.
+    """How `size` ranks, `local_size` of them on each machine, share a model. memory: bytes of a rank's device. whole_bytes: a
+    parameter's where rows are gathered once, with its teacher's.
 
     Raises ConfigError where --mesh does not fit the ranks.
     """
     found = _shared_out(wanted, parameters, size, local_size, memory, optimizer)
-    roomy = WHOLE_BYTES * parameters <= SHARE_FOR_WHOLE * memory
-    return replace(found, once=found.in_parts and (gather == "step" or (gather == "auto" and roomy)))
+    roomy = whole_bytes * parameters <= SHARE_FOR_WHOLE * memory
+    return replace(found, gathered_once=found.in_parts and (gather == "step" or (gather == "auto" and roomy)))
 
 
 def _shared_out(wanted: str, parameters: int, size: int, local_size: int, memory: int, optimizer: str) -> Arrangement:
@@ -95,7 +104,7 @@ def _shared_out(wanted: str, parameters: int, size: int, local_size: int, memory
     held = need <= room
     if held and optimizer != "muon":
         return Arrangement("ddp", size, 1, f"{state}, and half of a rank's {memory / 1e9:.3g} GB hold them")
-    iteration = f"{state}, which a rank could hold, but copies would repeat Muon's iteration"
+    iteration = f"{state}, which a rank could hold, but the ranks of a machine share Muon's iteration"
     nodes = size // local_size
     if nodes > 1 and local_size > 1 and size % local_size == 0 and need / local_size <= room:
         few = f"{state}: too many for one rank, but one machine's {local_size} hold them"
@@ -105,12 +114,18 @@ def _shared_out(wanted: str, parameters: int, size: int, local_size: int, memory
 
 
 def arrangement_for(
-    team: Team, wanted: str, parameters: int, memory: int, gather: Gather = "auto", optimizer: str = "adamw"
+    team: Team,
+    wanted: str,
+    parameters: int,
+    memory: int,
+    gather: Gather = "auto",
+    optimizer: str = "adamw",
+    whole_bytes: int = WHOLE_BYTES,
 ) -> Arrangement:
     """`arrange`, the same on every rank whatever each has: by the least memory, and by machines only where they are alike."""
     least, most_local, fewest_local = team.agree(-memory, team.local_size, -team.local_size)
     local_size = most_local if most_local == -fewest_local else 1
-    return arrange(wanted, parameters, team.size, local_size, -least, gather, optimizer)
+    return arrange(wanted, parameters, team.size, local_size, -least, gather, optimizer, whole_bytes)
 
 
 def device_memory(device: torch.device, local_size: int) -> int:
@@ -213,7 +228,7 @@ class Shards(Spread):
         self._copies = mesh.get_group("copy") if mesh.ndim > 1 else None
         self.copy_index = mesh.get_local_rank("copy") if mesh.ndim > 1 else 0
         self.pieces = pieces_of(model, mesh)
-        if arrangement.once:
+        if arrangement.gathered_once:
             stay_whole(model)
 
     @property
@@ -233,7 +248,7 @@ class Shards(Spread):
         assert isinstance(self.model, FSDPModule)
         self.model.set_requires_gradient_sync(last)
         self.model.set_is_last_backward(last)
-        self.model.set_reshard_after_backward(last or not self.arrangement.once)
+        self.model.set_reshard_after_backward(last or not self.arrangement.gathered_once)
         yield
 
     def clip(self, most: float) -> Tensor:

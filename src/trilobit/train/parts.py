@@ -3,7 +3,8 @@
     modules on meta ──▶ fully_shard ──▶ rows of this rank, empty, on its device ──▶ filled, a parameter at a time
 
 Outside the step a device never has more than its rows, and, in a forward, one decoder layer's whole parameters (or those
-outside the layers). Buffers are whole on every rank, as they are small.
+outside the layers), unless it is told to keep what it has gathered (`stay_whole`). Buffers are whole on every rank, as they are
+small.
 """
 
 import copy

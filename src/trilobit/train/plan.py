@@ -7,7 +7,7 @@
     compute  6·(P − embeddings) + 6·L·T·D of causal attention, a token; + a forward where activations are computed again
              or where there is a teacher; Muon's iteration, 5·(4·R²C + 2·R³) a matrix, over its S owners
     network  ddp 2·4·P · fsdp 4·P twice a micro-batch and once a step, or twice a step where rows are gathered once and kept
-             · hsdp that within S, and 2·4·P/S over the copies
+             (a teacher 2·P a micro-batch, or nothing) · hsdp that within S, and 2·4·P/S over the copies
              · Muon (4 + 2)·P/S between owners, each of which waits for the one with the most matrices of a shape
     host     moments there and back, over the link between a GPU and its host
 
@@ -27,7 +27,7 @@ from trilobit.config.training import Gather
 from trilobit.errors import ConfigError
 from trilobit.train.adamw import BLOCK, COPY_BYTES, State
 from trilobit.train.distill import BLOCK_ELEMENTS
-from trilobit.train.mesh import Arrangement, arrange
+from trilobit.train.mesh import WHOLE_BYTES, Arrangement, arrange
 from trilobit.train.muon import CHUNK_BYTES, ITERATION
 from trilobit.train.shape import Shape
 
@@ -74,14 +74,15 @@ class Load:
 
 @dataclass(frozen=True)
 class Plan:
-    """A rank's memory in bytes by what it is for, and a step's seconds by what they go to; tokens a second of all GPUs. What
-    the backward needs is free again when the optimizer's own step (`WHILE_STEPPING`) begins."""
+    """A rank's memory in bytes by what it is for, and its host's; a step's seconds by what they go to. What is there while it
+    computes is free again when the optimizer's own step begins."""
 
     model: str
     gpus: int
     arrangement: Arrangement
     load: Load
     memory: dict[str, int]
+    host: int
     available: int
     seconds: dict[str, float]
     tokens_per_step: int
@@ -114,7 +115,7 @@ class Plan:
             f"{load.accumulation} micro-batch{'es' if load.accumulation > 1 else ''}; {load.optimizer}"
             + (f", moments in {load.state}" if load.state != "fp32" else "")
             + (f", gradients in {load.gradients}" if load.gradients != "fp32" else "")
-            + (", moments in the host's memory" if load.offload else "")
+            + (f", moments in the host's memory ({self.host / 1e9:.3g} GB a rank)" if load.offload else "")
             + (", activations computed again" if load.recompute else "")
             + (", a teacher" if load.teacher else ""),
         ]
@@ -137,12 +138,14 @@ def plan(
     """What `load` on `gpus` GPUs of `memory` bytes takes. Raises ConfigError where --mesh does not fit the GPUs."""
     rates = rates or Rates()
     local = min(gpus, rates.per_machine)
-    arrangement = arrange(mesh, shape.parameters, gpus, local, memory, gather, load.optimizer)
+    whole_bytes = WHOLE_BYTES + 2 * load.teacher
+    arrangement = arrange(mesh, shape.parameters, gpus, local, memory, gather, load.optimizer, whole_bytes)
     if load.gradients == "bf16" and gpus > 1:
         raise ConfigError("--gradients bf16 is for one GPU; several divide them among each other.")
     held, seconds = memory_of(shape, arrangement, load), seconds_of(shape, arrangement, load, rates)
+    host = moment_bytes(shape, load) // arrangement.shards if load.offload else 0
     return Plan(
-        model, gpus, arrangement, load, held, memory, seconds,
+        model, gpus, arrangement, load, held, host, memory, seconds,
         gpus * load.sequences * load.sequence_length * load.accumulation,
     )  # fmt: skip
 
@@ -171,7 +174,7 @@ def memory_of(shape: Shape, arrangement: Arrangement, load: Load) -> dict[str, i
     whole = parts > 1 and load.accumulation > 1
     layer = shape.inside // shape.layers
     # Parameters of two layers (one is fetched ahead) or of all; of one the gradient. Of what is outside layers, both.
-    gathered = (total + layer + outside) if arrangement.once else (3 * layer + 2 * outside)
+    gathered = (total + layer + outside) if arrangement.gathered_once else (3 * layer + 2 * outside)
     found = {
         "latents": 4 * total // parts,
         "gradients": width * total if whole else width * total // parts,
@@ -181,7 +184,7 @@ def memory_of(shape: Shape, arrangement: Arrangement, load: Load) -> dict[str, i
         "logits": tokens * shape.vocabulary * (3 if load.teacher else 2) * 2,
     }
     if load.teacher:
-        held = total if arrangement.once else 2 * layer + outside
+        held = total if arrangement.gathered_once else 2 * layer + outside
         found["teacher"] = 2 * total // parts + (2 * held if parts > 1 else 0)
     if load.optimizer == "muon":
         largest = max(rows * columns for rows, columns in shape.matrices)
@@ -189,7 +192,7 @@ def memory_of(shape: Shape, arrangement: Arrangement, load: Load) -> dict[str, i
         found["muon"] = (20 if parts > 1 else 10) * max(largest, CHUNK_BYTES[False] // 4)
     # In fp32, of a few parameters or of the largest, the embedding: both moments, and gradients that were narrower.
     visiting = 8 * (load.offload or load.state != "fp32") + 4 * (load.gradients == "bf16")
-    found["visiting"] = visiting * min(total, max(COPY_BYTES // 4, shape.embedding)) // parts
+    found["visiting"] = visiting * min(total // parts, max(COPY_BYTES // 4, shape.embedding // parts))
     blocks = 7 if load.teacher else 1
     found["loss"] = 4 * blocks * min(tokens * shape.vocabulary, BLOCK_ELEMENTS[False])
     return found
@@ -218,7 +221,9 @@ def seconds_of(shape: Shape, arrangement: Arrangement, load: Load, rates: Rates)
     collectives = 2 * shape.layers + 2
     if parts > 1:
         gather = travel(4 * total, parts, rates, collectives // 2)
-        times = 1 if arrangement.once else 2 * load.accumulation
+        times = 1 if arrangement.gathered_once else 2 * load.accumulation
+        if load.teacher and not arrangement.gathered_once:
+            network += load.accumulation * travel(2 * total, parts, rates, collectives // 2)
         network += times * gather + travel(4 * total, parts, rates, collectives // 2)
     if copies > 1:  # as many of a machine as it holds copies
         inside = max(1, rates.per_machine // parts)

@@ -32,7 +32,16 @@ from trilobit.train.distributed import Ranks, Team, require_even_parts
 from trilobit.train.evaluate import shared_nats
 from trilobit.train.loop import muon_matrices
 from trilobit.train.meeting import open_team, restarts, several
-from trilobit.train.mesh import Arrangement, Shards, Spread, arrange, arrangement_for, device_memory, spread_over
+from trilobit.train.mesh import (
+    WHOLE_BYTES,
+    Arrangement,
+    Shards,
+    Spread,
+    arrange,
+    arrangement_for,
+    device_memory,
+    spread_over,
+)
 from trilobit.train.pace import Forecast
 from trilobit.train.parts import stay_whole
 from trilobit.train.precision import decide_precision
@@ -164,10 +173,17 @@ class Run(ABC, Generic[Config, Result]):
         """How the ranks share a model of so many parameters; said."""
         team, memory = self.team, device_memory(self.device, self.team.local_size)
         config = self.config
-        self.arrangement = found = arrangement_for(team, config.mesh, parameters, memory, config.gather, config.optimizer)
+        self.arrangement = found = arrangement_for(
+            team, config.mesh, parameters, memory, config.gather, config.optimizer, self.whole_bytes
+        )
         if team.size > 1:
             self.listener.note(f"mesh {found}")
         return found
+
+    @property
+    def whole_bytes(self) -> int:
+        """Of a parameter, where every rank has the whole model, and the teacher, for a step."""
+        return WHOLE_BYTES
 
     @property
     def arranged(self) -> Arrangement:
@@ -187,7 +203,7 @@ class Run(ABC, Generic[Config, Result]):
             self.spread = spread_over(team, arrangement, self.model, teacher)
         else:
             self.spread = Shards(self.model, self.structure, self.mesh, team, arrangement)
-        if teacher is not None and arrangement.once:
+        if teacher is not None and arrangement.gathered_once:
             stay_whole(teacher)
         return self.spread
 
@@ -248,6 +264,8 @@ def start(
             torch.cuda.set_device(device)
     else:
         arrange(config.mesh, 0, 1, 1, 0)
+    if config.offload and device.type == "cpu":
+        raise ConfigError("--offload is for a GPU: of a CPU, the host's memory is all there is.")
     with Signals(say=say).watch() as signals, open_team(device, signals, say) as team:
         listener = listener if team.first else SILENT
         out = Path(config.out or f"out/{name}")

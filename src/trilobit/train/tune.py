@@ -74,6 +74,11 @@ class _Tune(Run[TuneConfig, TuneResult]):
     ternary_parameters = 0
     own_attention: Any = None
 
+    @property
+    def whole_bytes(self) -> int:
+        learns = self.config.learns_from_original
+        return super().whole_bytes + learns * (2 if self.config.precision == "bf16" else 4)
+
     def load(self, record: dict[str, Any] | None) -> None:
         """The original model, whole or in parts, and what the surgery will make of it."""
         config = self.config
@@ -227,7 +232,8 @@ class _Tune(Run[TuneConfig, TuneResult]):
         if config.reconstruct_tokens is not None and not list_checkpoints(self.out):
             torch.manual_seed(config.seed)  # dropout, where a model has it
             self.reconstruct(config.reconstruct_tokens)
-        spread = self.over_ranks(self.teacher)
+        teacher = self.teacher
+        spread = self.over_ranks(teacher)
         objective = self.objective(spread.forward)
         self.teacher = None
         hooks = Hooks(self.before_step, self.evaluate, (lambda: watch_flips(self.model)) if self.plan else None)
@@ -238,6 +244,8 @@ class _Tune(Run[TuneConfig, TuneResult]):
             )  # fmt: skip
         finally:
             objective.close()
+            if teacher is not None:
+                reshard(teacher)
 
     def reconstruct(self, tokens: int) -> None:
         """On the first windows of the training order."""
