@@ -29,7 +29,7 @@ def give_gradients(parameters: list[nn.Parameter], seed: int, dtype: torch.dtype
 @pytest.mark.parametrize("copy_bytes", [1, 1 << 26])
 def test_moments_in_bf16_are_torchs_step_rounded(copy_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten steps equal torch's fused AdamW whose moments are rounded to bf16 after each, to the bit, few at a time or all."""
-    monkeypatch.setattr("trilobit.train.adamw.COPY_BYTES", copy_bytes)
+    monkeypatch.setattr("trilobit.train.adamw.COPY_BYTES", dict.fromkeys((True, False), copy_bytes))
     ours, theirs = parameters(), parameters()
     optimizer = AdamW([{"params": ours}], 1e-2, BETAS, 0.1, "bf16")
     torchs = torch.optim.AdamW(theirs, lr=1e-2, betas=BETAS, weight_decay=0.1, fused=True)
@@ -121,7 +121,7 @@ def config(**changes: object) -> TrainingConfig:
 def test_moments_that_visit_change_nothing(state: State, copy_bytes: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Moments that are copied for each step and copied back: AdamW's and Muon's steps to the bit, momentum in blocks and
     NorMuon's rows among them; one step's moments are another tensor than the step works on. On a GPU they are page-locked."""
-    monkeypatch.setattr("trilobit.train.adamw.COPY_BYTES", copy_bytes)
+    monkeypatch.setattr("trilobit.train.adamw.COPY_BYTES", dict.fromkeys((True, False), copy_bytes))
     ends = []
     for offload in (False, True):
         found = [nn.Parameter(parameter.detach().to(device)) for parameter in parameters()]

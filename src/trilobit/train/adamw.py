@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 State = Literal["fp32", "bf16", "int8"]
-COPY_BYTES = 1 << 26  # of parameters whose moments are widened at once
+COPY_BYTES = {True: 1 << 22, False: 1 << 26}
+"""Of parameters whose moments are widened or brought at once. CPU: what stays in its caches; elsewhere: few launches."""
 BLOCK = 256
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -90,7 +91,7 @@ def _pieces(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
     """In order, as many at a time as COPY_BYTES hold, one at least."""
     piece, size = [], 0
     for parameter in parameters:
-        if piece and size + 4 * parameter.numel() > COPY_BYTES:
+        if piece and size + 4 * parameter.numel() > COPY_BYTES[parameter.device.type == "cpu"]:
             yield piece
             piece, size = [], 0
         piece.append(parameter)

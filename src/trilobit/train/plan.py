@@ -192,7 +192,7 @@ def memory_of(shape: Shape, arrangement: Arrangement, load: Load) -> dict[str, i
         found["muon"] = (20 if parts > 1 else 10) * max(largest, CHUNK_BYTES[False] // 4)
     # In fp32, of a few parameters or of the largest, the embedding: both moments, and gradients that were narrower.
     visiting = 8 * (load.offload or load.state != "fp32") + 4 * (load.gradients == "bf16")
-    found["visiting"] = visiting * min(total // parts, max(COPY_BYTES // 4, shape.embedding // parts))
+    found["visiting"] = visiting * min(total // parts, max(COPY_BYTES[False] // 4, shape.embedding // parts))
     blocks = 7 if load.teacher else 1
     found["loss"] = 4 * blocks * min(tokens * shape.vocabulary, BLOCK_ELEMENTS[False])
     return found
