@@ -176,24 +176,26 @@ def readme_table(records: Records, study: Study) -> str:
 
 
 def equal_time(records: Records, study: Study, rates: dict[str, list[float]]) -> str:
-    """What `tune` without flags reaches in the time that another arm takes for the largest budget.
+    """What `tune` without flags reaches in the time that another arm takes for the largest budget that it has been given.
 
     rates: tokens per second, round by round (proof_steps.py). Between two budgets a gap is interpolated in the logarithms.
     """
-    ours, largest = next(iter(IN_README)), study.budgets[-1]
+    ours = next(iter(IN_README))
     gaps = [float(np.mean(cell(records, study, ours, budget).gaps)) for budget in study.budgets]
-    heads = ["", "tokens/s", f"gap at {largest / 1e6:.2g} M", "tokens of ours", "our gap", "ratio"]
+    heads = ["", "tokens/s", "tokens", "gap", "tokens of ours", "our gap", "ratio"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for arm, measured in rates.items():
-        reached = cell(records, study, arm, largest).gaps
+        reached = {budget: found for budget in study.budgets if (found := cell(records, study, arm, budget).gaps)}
         if not reached:
             continue
+        largest = max(reached)
         tokens = largest * float(np.median(rates[ours])) / float(np.median(measured))
         log_gap = np.interp(np.log(tokens), np.log(study.budgets), np.log(gaps))
-        theirs, own = float(np.mean(reached)), float(np.exp(log_gap))
+        theirs, own = float(np.mean(reached[largest])), float(np.exp(log_gap))
         row = [
             NAMES[arm],
             f"{np.median(measured):,.0f}",
+            f"{largest / 1e6:.1f} M",
             f"{theirs:.3f}",
             f"{tokens / 1e6:.2f} M",
             f"{own:.3f}",
@@ -302,8 +304,9 @@ def main() -> None:
     tables = [(DOCS / "proof.md", arguments.study, show(records, study))]
     if arguments.study == "stories260k":
         tables.append((DOCS.parent / "README.md", "proof", readme_table(records, study)))
-        if (steps := RECORDS / f"{arguments.study}-steps.json").exists():
-            tables.append((DOCS / "proof.md", "equal-time", equal_time(records, study, json.loads(steps.read_text()))))
+    if (steps := RECORDS / f"{arguments.study}-steps.json").exists():
+        marker = "equal-time" + ("-" + arguments.study) * (arguments.study != "stories260k")
+        tables.append((DOCS / "proof.md", marker, equal_time(records, study, json.loads(steps.read_text()))))
     for path, marker, lines in tables:
         page = path.read_text(encoding="utf-8")
         start, end = f"<!-- {marker} -->\n", f"<!-- /{marker} -->"

@@ -1,8 +1,8 @@
 """What a step of each arm costs: tokens per second of the proof study's arms, interleaved, on an idle machine.
 
-    python experiments/proof_steps.py STUDY MODEL --data TEXT [--arms …] [--rounds 3]
+    python experiments/proof_steps.py STUDY MODEL --data TEXT [--arms …] [--rounds 3] [--steps 250]
 
-Every round tunes each arm on a few hundred steps, compiled as the study's longer trials are, and takes the median rate of the
+Every round tunes each arm for so many steps, compiled as the study's longer trials are, and takes the median rate of the
 log. The rounds go to docs/data/proof/STUDY-steps.json; proof_report.py compares arms at equal time with them.
 """
 
@@ -19,7 +19,6 @@ from trilobit.config.tune import TuneConfig
 from trilobit.train import tune
 from trilobit.train.plots import read_log
 
-STEPS = 250
 COMPARED = (
     "every-global-kl", "none-global-kl", "none-immediate-kl", "recipe-hf-blog", "every-ones-immediate-ce",
     "every-ones-layerwise-ce", "none-immediate-ce", "recipe-bitdistill-normalised",
@@ -33,6 +32,7 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(COMPARED))
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=Path("out/proof"))
     parser.add_argument("--records", type=Path, default=RECORDS)
@@ -48,7 +48,7 @@ def main() -> None:
                 own["attention"] = "sdpa"  # the one that can be listened to
             if arguments.data != "self":
                 own.pop("self_tokens", None)
-            own |= {"max_tokens": STEPS * own["batch_tokens"], "eval_every": 1 << 40, "model_format": "none", "lr": 1e-3}
+            own |= {"max_tokens": arguments.steps * own["batch_tokens"], "eval_every": 1 << 40, "model_format": "none", "lr": 1e-3}
             own |= {"cache_dir": str(arguments.out / "tokens"), "device": arguments.device}
             tune.run(TuneConfig(**own, model=arguments.model, data=arguments.data, out=str(out)), Quiet())
             rates[arm].append(float(np.median([row["tokens_per_second"] for row in read_log(out)])))
