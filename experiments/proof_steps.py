@@ -48,8 +48,8 @@ def main() -> None:
                 own["attention"] = "sdpa"  # the one that can be listened to
             if arguments.data != "self":
                 own.pop("self_tokens", None)
-            own |= {"max_tokens": arguments.steps * own["batch_tokens"], "eval_every": 1 << 40, "model_format": "none", "lr": 1e-3}
-            own |= {"cache_dir": str(arguments.out / "tokens"), "device": arguments.device}
+            own |= {"max_tokens": arguments.steps * own["batch_tokens"], "eval_every": 1 << 40, "lr": 1e-3}
+            own |= {"cache_dir": str(arguments.out / "tokens"), "device": arguments.device, "model_format": "none"}
             tune.run(TuneConfig(**own, model=arguments.model, data=arguments.data, out=str(out)), Quiet())
             rates[arm].append(float(np.median([row["tokens_per_second"] for row in read_log(out)])))
             shutil.rmtree(out, ignore_errors=True)
