@@ -256,7 +256,7 @@ def collectives_of_a_step(folder: Path) -> list[dict[str, int]]:
                     with spread.micro_batch(last):
                         objective(windows().samples(team.rank, 1)).total.backward()
             whole = sum(not isinstance(p, DTensor) for p in model.parameters())
-            found.append({"exchanges": sum("send" in name for name in sent.names), "whole": whole})
+            found.append({"exchanges": sum("send" in name or "alltoall" in name for name in sent.names), "whole": whole})
     return found
 
 

@@ -194,14 +194,7 @@ def test_no_rank_holds_the_whole_model(tmp_path: Path) -> None:
     save(tmp_path / "model", model)
     del model
     (tmp_path / "text.txt").write_text("Sphinx of black quartz, judge my vow. Pack my box with five dozen jugs. " * 80)
-    more = {
-        "model": str(tmp_path / "model"),
-        "distill": "none",
-        "mesh": "fsdp",
-        "gather": "auto",
-        "batch_tokens": 64,
-        "max_tokens": 64,
-    }
+    more = {"model": str(tmp_path / "model"), "distill": "none", "mesh": "fsdp", "batch_tokens": 64, "max_tokens": 64}
     tuned = settings(tmp_path, tmp_path / "run", **more, model_format="none", sequences=1)
     for answer in launch(parting.held, 4, tmp_path / "new", seconds=900, tuned=tuned):
         print({name: value / size for name, value in answer.items()})

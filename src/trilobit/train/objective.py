@@ -15,6 +15,7 @@ from trilobit.errors import ModelError
 from trilobit.surgery.roles import decoder_layers
 from trilobit.train.distill import Losses, hidden_distance, mixed_loss
 from trilobit.train.head_loss import LateHead, head_loss
+from trilobit.train.parts import reshard
 from trilobit.train.relations import Recorder, relation_divergence
 
 
@@ -94,3 +95,5 @@ class TuneObjective:
     def close(self) -> None:
         for recorder in self.recorders:
             recorder.close()
+        if self.teacher is not None:
+            reshard(self.teacher)

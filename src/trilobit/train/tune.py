@@ -232,8 +232,7 @@ class _Tune(Run[TuneConfig, TuneResult]):
         if config.reconstruct_tokens is not None and not list_checkpoints(self.out):
             torch.manual_seed(config.seed)  # dropout, where a model has it
             self.reconstruct(config.reconstruct_tokens)
-        teacher = self.teacher
-        spread = self.over_ranks(teacher)
+        spread = self.over_ranks(self.teacher)
         objective = self.objective(spread.forward)
         self.teacher = None
         hooks = Hooks(self.before_step, self.evaluate, (lambda: watch_flips(self.model)) if self.plan else None)
@@ -244,8 +243,6 @@ class _Tune(Run[TuneConfig, TuneResult]):
             )  # fmt: skip
         finally:
             objective.close()
-            if teacher is not None:
-                reshard(teacher)
 
     def reconstruct(self, tokens: int) -> None:
         """On the first windows of the training order."""
