@@ -58,15 +58,16 @@ class Study:
     settings: dict[str, Any]
 
 
+SMALL = {
+    "architecture": "llama-3m", "train_tokenizer": 4096, "sequence_length": 256, "sequences": 16, "batch_tokens": 8192,
+}  # fmt: skip
 STUDIES = {
-    "3m": Study(
-        10_485_760, (1e-3, 2e-3, 4e-3),
-        {"architecture": "llama-3m", "train_tokenizer": 4096, "sequence_length": 256, "sequences": 16, "batch_tokens": 8192},
-    ),
+    "3m": Study(10_485_760, (1e-3, 2e-3, 4e-3), SMALL | {"precision": "bf16"}),
+    "3m-rates": Study(2_621_440, (1e-3, 2e-3, 4e-3, 8e-3), SMALL | {"precision": "fp32"}),  # which rate is a row's own?
     "60m": Study(
         209_715_200, (5e-4, 1e-3, 2e-3),
         {"architecture": "llama-60m", "train_tokenizer": 16_384, "sequence_length": 512, "sequences": 64,
-         "batch_tokens": 65_536, "compile": "yes"},
+         "batch_tokens": 65_536, "compile": "yes", "precision": "bf16"},
     ),
 }  # fmt: skip
 
@@ -87,7 +88,7 @@ def run_trial(row: str, rate: float, study: Study, arguments: argparse.Namespace
         **{
             **study.settings, **RECIPES["pretrain"][row](), "data": arguments.data, "out": str(out), "lr": rate,
             "max_tokens": study.tokens, "eval_every": study.tokens // 16, "device": arguments.device,
-            "cache_dir": str(arguments.out / "tokens"), "eval_tokens": 65_536, "precision": "bf16",
+            "cache_dir": str(arguments.out / "tokens"), "eval_tokens": 65_536,
             "resume": bool(begun) and "result" not in begun,
         }
     )  # fmt: skip

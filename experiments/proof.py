@@ -72,6 +72,11 @@ class Study:
     """The control's rates over those of the others: what is not quantised has little to learn, and forgets at high rates."""
     one_rung: bool = False
     """Every arm at one budget, and no more."""
+    rates_kept: int = 2
+    """Of each arm, at the second budget."""
+    seeds: tuple[int, ...] = SEEDS
+    """At the third budget."""
+    report_tokens: int = REPORT_TOKENS
 
     def rates_of(self, arm: str) -> tuple[float, ...]:
         return tuple(rate * self.control_rates for rate in self.rates) if arm == CONTROL else self.rates
@@ -99,6 +104,14 @@ STUDIES = {
     "stories260k-cut": Study(262_144, (2.5e-3, 5e-3, 1e-2, 2e-2), STORIES),  # docs/proof.md says what was wrong with it
     "embedded": CODE,
     "embedded-twin": replace(CODE, one_rung=True),  # the same with outliers: RMSNorm, Adam (embedded_pair.sh trains it)
+    "smollm2-cpu": Study(  # what two cores can do in hours: a sixteenth of the budget and less
+        65_536, (5e-4, 1e-3, 2e-3),
+        {
+            "sequence_length": 512, "batch_tokens": 1024, "sequences": 2, "compile": "yes", "eval_tokens": 8192,
+            "precision": "fp32",
+        },
+        rates_kept=1, seeds=(0,), report_tokens=16_384,
+    ),
     "smollm2": Study(
         2_097_152, (2e-4, 4e-4, 8e-4, 1.6e-3),
         {
@@ -152,7 +165,8 @@ def wanted(records: Records, study: Study, arms: list[str]) -> list[list[Trial]]
     rungs = [[Trial(arm, small, rate, 0) for arm in arms for rate in study.rates_of(arm)]]
     if study.one_rung or not set(rungs[-1]) <= records.keys():
         return rungs
-    rungs.append([Trial(arm, middle, rate, 0) for arm in arms for rate in best_rates(records, study, arm, small)[:2]])
+    kept = {arm: best_rates(records, study, arm, small)[: study.rates_kept] for arm in arms}
+    rungs.append([Trial(arm, middle, rate, 0) for arm, rates in kept.items() for rate in rates])
     if not set(rungs[-1]) <= records.keys():
         return rungs
     rate = {arm: best_rates(records, study, arm, middle)[0] for arm in arms}
@@ -161,14 +175,14 @@ def wanted(records: Records, study: Study, arms: list[str]) -> list[list[Trial]]
     for kind in dict.fromkeys(map(model_class, arms)):
         rivals = [arm for arm in ranked if model_class(arm) == kind]
         finalists += [arm for arm in rivals[: max(1, len(rivals) // 3)] if arm not in finalists]
-    rungs.append([Trial(arm, large, rate[arm], seed) for arm in finalists for seed in SEEDS])
-    if not set(rungs[-1]) <= records.keys():
+    rungs.append([Trial(arm, large, rate[arm], seed) for arm in finalists for seed in study.seeds])
+    if len(study.seeds) == 1 or not set(rungs[-1]) <= records.keys():
         return rungs
     at = {
         (arm, budget): best_rates(records, study, arm, budget)[0]
         for arm in finalists for budget in (small, middle)
     }  # fmt: skip
-    rungs.append([Trial(arm, budget, rate, seed) for (arm, budget), rate in at.items() for seed in SEEDS[1:]])
+    rungs.append([Trial(arm, budget, rate, seed) for (arm, budget), rate in at.items() for seed in study.seeds[1:]])
     return rungs
 
 
@@ -273,15 +287,15 @@ def reporter(arguments: argparse.Namespace, study: Study) -> Callable[[Path], di
         start: Any = base.tokenizer.bos_token_id if base.tokenizer.bos_token_id is not None else base.tokenizer.eos_token_id
         sampled = from_tokens(
             f"report windows {weights_fingerprint(base.model)} {length}",
-            lambda: islice(sample_windows(base.model, start, REPORT_TOKENS, length, 1_000_003, rows=9), 9),
+            lambda: islice(sample_windows(base.model, start, study.report_tokens, length, 1_000_003, rows=9), 9),
             base.tokenizer, vocab_size=vocabulary_size(base.model), heldout_tokens=1, sequence_length=length,
             cache_dir=arguments.out / "tokens",
         )  # fmt: skip
-        sets["report"] = evaluation_windows(sampled.train, length, REPORT_TOKENS)
+        sets["report"] = evaluation_windows(sampled.train, length, study.report_tokens)
     for name, path in (("report", arguments.report), ("other", arguments.other)):
         if path:
             texts = (document.text for document in documents(path, split="heldout" if path == "stdlib" else None))
-            number = max(1, REPORT_TOKENS // length)
+            number = max(1, study.report_tokens // length)
             windows, _ = text_windows(texts, base.tokenizer, length + 1, False, READ * number)
             sets[name] = spread(windows, number)
     base_nats = {name: nats(base.model, windows, 16) for name, windows in sets.items()}

@@ -52,6 +52,7 @@ def _around() -> dict[str, Settings]:
 def _beyond() -> dict[str, Settings]:
     """What neither paper says: other ramps and rates around the end with norms and a teacher."""
     start: Settings = {**EVERY, "schedule": "layerwise", **KL}
+    ours: Settings = {**EVERY, "schedule": "global", **KL}  # `trilobit tune` without flags
     groups: Settings = {"scale": "group-128", "activations": "none"}
     return {
         "every-kl-short-ramp": {**start, "ramp_fraction": 0.1}, "every-kl-long-ramp": {**start, "ramp_fraction": 0.5},
@@ -65,6 +66,14 @@ def _beyond() -> dict[str, Settings]:
         "every-global-kl-row": {**EVERY, "schedule": "global", **KL, "scale": "row"},
         "none-immediate-kl-row": {**NONE, "schedule": "immediate", **KL, "scale": "row"},
         "none-global-kl-long-ramp": {**NONE, "schedule": "global", **KL, "ramp_fraction": 0.5},
+        "every-global-kl-scalar": {**ours, "gain": "scalar"}, "every-global-kl-group-128": {**ours, "scale": "group-128"},
+        "every-global-kl-short-ramp": {**ours, "ramp_fraction": 0.1},
+        "every-global-kl-long-ramp": {**ours, "ramp_fraction": 0.5},
+        "every-global-kl-late-activations": {**ours, "activation_schedule": "global", "activation_ramp_fraction": 0.5},
+        "every-global-kl-then-decay": {**ours, "decay": "wsd", "decay_fraction": 0.75},  # the rate falls when λ is 1
+        "every-global-kl-weight-decay": {**ours, "weight_decay": 0.1},  # draws latents to the threshold, where they flip
+        "every-global-kl-soft": {**ours, "temperature": 2.0}, "every-global-mix": {**ours, **MIX},
+        "every-global-kl-muon": {**ours, "optimizer": "muon"},
         "every-kl-sensitivity": {**start, "schedule": "sensitivity"},
         "every-kl-muon": {**start, "optimizer": "muon"},
         "none-kl-muon": {**NONE, "schedule": "global", **KL, "optimizer": "muon"},

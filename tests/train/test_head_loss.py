@@ -18,9 +18,12 @@ B, T, D, V = 3, 7, 10, 33
 TARGETS = torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(9))
 
 
-def both(dtype: torch.dtype, distilled: bool, rows: int, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Tensor], list[Tensor]]:
-    """Losses and gradients of head_loss in blocks of `rows`, and of the head followed by mixed_loss."""
-    monkeypatch.setattr(module, "BLOCK_ELEMENTS", {True: rows * V})
+def both(
+    dtype: torch.dtype, distilled: bool, rows: int, few: int, monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Losses and gradients of head_loss in products of `rows` and losses of `few`, and of the head followed by mixed_loss."""
+    monkeypatch.setattr(module, "PRODUCT_ELEMENTS", {True: rows * V})
+    monkeypatch.setattr(module, "BLOCK_ELEMENTS", {True: few * V})
     torch.manual_seed(3)
     shapes = (B, T, D), (V, D), (B, T, D + 2), (V, D + 2)
     hidden, head, other, other_head = (torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes)
@@ -36,10 +39,10 @@ def both(dtype: torch.dtype, distilled: bool, rows: int, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("distilled", [True, False])
-@pytest.mark.parametrize("rows", [1, 4, 1000])
-def test_it_is_the_head_followed_by_the_loss(rows: int, distilled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("rows", "few"), [(1, 1), (4, 4), (8, 3), (4, 1000), (1000, 5), (1000, 1000)])
+def test_it_is_the_head_followed_by_the_loss(rows: int, few: int, distilled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """In float64 to 1e-12, in blocks that divide the tokens or do not; also where only one operand wants a gradient."""
-    for ours, theirs in zip(*both(torch.float64, distilled, rows, monkeypatch), strict=True):
+    for ours, theirs in zip(*both(torch.float64, distilled, rows, few, monkeypatch), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     for wanted in range(2):
         operands = [torch.randn(B, T, D), torch.randn(V, D)]
@@ -50,9 +53,9 @@ def test_it_is_the_head_followed_by_the_loss(rows: int, distilled: bool, monkeyp
 
 def test_under_autocast_it_is_as_near_to_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
     """With bf16 products its losses and gradients lie within 1.5 × the distance of the head and mixed_loss from float64."""
-    exact, _ = both(torch.float64, True, 4, monkeypatch)
+    exact, _ = both(torch.float64, True, 4, 3, monkeypatch)
     with torch.autocast("cpu", torch.bfloat16):
-        found = both(torch.float32, True, 4, monkeypatch)
+        found = both(torch.float32, True, 4, 3, monkeypatch)
     for ours, theirs, truth in zip(*found, exact, strict=True):
         error, baseline = ((found.double() - truth).norm().item() for found in (ours, theirs))
         assert error <= 1.5 * baseline + 2e-3 * truth.norm().item()
@@ -71,7 +74,7 @@ def test_the_logits_of_all_tokens_never_exist(monkeypatch: pytest.MonkeyPatch) -
             largest = max([largest, *(t.numel() for t in (out if isinstance(out, tuple) else (out,)) if isinstance(t, Tensor))])
             return out
 
-    monkeypatch.setattr(module, "BLOCK_ELEMENTS", {True: 4 * 500})
+    monkeypatch.setattr(module, "PRODUCT_ELEMENTS", {True: 4 * 500})
     hidden, head = torch.randn(1, 400, 8, requires_grad=True), torch.randn(500, 8, requires_grad=True)
     with Watch():
         head_loss(hidden, head, torch.zeros(1, 400, dtype=torch.int64), None, 0.0, 1.0).total.backward()
@@ -79,14 +82,15 @@ def test_the_logits_of_all_tokens_never_exist(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_model_trains_alike_with_its_head_in_the_loss() -> None:
-    """From the second batch on the head is applied late; losses and gradients of all parameters stay those of the model as it
-    is, with tied embeddings too, and with an embedding projection in front of the head; the model is left as it was."""
+    """The head is applied late, from the first batch on with the same bits; losses and gradients of all parameters stay those
+    of the model as it is, with tied embeddings too, and with an embedding projection in front of the head; the model is left
+    as it was."""
     for tied, projected in ((True, False), (False, False), (False, True)):
         model = families.build("llama", tied=tied).double()
         if projected:
             outlier_safe(model, ssnorm=False, embproj=True)
         windows = torch.randint(0, model.config.vocab_size, (2, 6))
-        late = LateHead(model, True)
+        late = LateHead(model)
         found = []
         for objective in (NextToken(model), NextToken(model, late), NextToken(model, late)):
             model.zero_grad()
@@ -96,6 +100,7 @@ def test_a_model_trains_alike_with_its_head_in_the_loss() -> None:
         assert late.proven
         for ours, theirs in zip(found[2], found[0], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+        assert all(torch.equal(first, later) for first, later in zip(found[1], found[2], strict=True))
         assert "forward" not in vars(model.get_output_embeddings())
         assert model(input_ids=windows).logits.shape[-1] == model.config.vocab_size
 
@@ -117,7 +122,7 @@ def test_a_head_that_something_follows_is_left_alone() -> None:
     x = torch.randn(2, 3, 5)
     for head in (nn.Linear(5, 9, bias=False), nn.Linear(5, 9), nn.Sequential(nn.Linear(5, 9, bias=False))):
         model = Scaled(head)
-        late = LateHead(model, True)
+        late = LateHead(model)
         for _ in range(2):
             output, weight = late(model, x=x, factor=2.0)
             assert weight is None

@@ -696,14 +696,14 @@ def test_a_run_that_explodes_keeps_its_last_good_checkpoint(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A loss that becomes infinite in the middle of a run stops it there: the log ends with the step before."""
-    original, calls = objective_module.mixed_loss, []
+    original, calls = objective_module.head_loss, []
 
     def explode(*arguments: Any) -> Any:
         losses = original(*arguments)
         calls.append(1)
         return replace(losses, total=losses.total * float("inf")) if len(calls) == 2 * 4 + 2 else losses
 
-    monkeypatch.setattr(objective_module, "mixed_loss", explode)
+    monkeypatch.setattr(objective_module, "head_loss", explode)
     with pytest.raises(NonFiniteError, match=r"step 5: the loss is not finite .*lambda 0\..*samples 16 to 19"):
         run(place.config(tmp_path / "run"))
     assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3, 4]

@@ -5,7 +5,7 @@ Triton, they are also packed, at the first use, in the layout that those read. O
 """
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,13 @@ from trilobit.kernels.frozen_linear import frozen_linear, pack_codes, packs
 from trilobit.nn.ternary import InputRMSNorm, TernaryEmbedding, TernaryLinear
 from trilobit.quant import Granularity
 
-if TYPE_CHECKING:
-    from trilobit.nn.siblings import Siblings
+
+class Together(Protocol):
+    """What computes the outputs of linears that read the same input: siblings.Siblings."""
+
+    def output_of(self, linear: "PackedLinear", input: Tensor) -> Tensor | None:
+        """[..., O of this one] in input's dtype; None where it is to compute its own."""
+        ...
 
 
 class PackedLinear(nn.Module):
@@ -40,7 +45,7 @@ class PackedLinear(nn.Module):
         self.scale = nn.Buffer(scale)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self._packed: tuple[Tensor, int | None, Tensor] | None = None  # the codes, their version, what they were packed to
-        self.siblings: Siblings | None = None  # that read the same input, this one among them
+        self.siblings: Together | None = None  # that read the same input, this one among them
 
     @classmethod
     def from_ternary(cls, linear: TernaryLinear) -> "PackedLinear":

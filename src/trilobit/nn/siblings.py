@@ -61,7 +61,7 @@ class Siblings:
         self._answer: Answer | None = None  # one attribute: another thread replaces it whole
 
     def output_of(self, linear: PackedLinear, input: Tensor) -> Tensor | None:
-        """[..., O of this one] in input's dtype; None where it is to compute its own."""
+        """As nn.packed.Together says."""
         if torch.compiler.is_compiling():
             return None
         answer = self._answer

@@ -4,9 +4,10 @@
 
 The same operations as a head followed by mixed_loss, in another order: gradients are ready when the forward ends, and nothing
 is computed twice. At 8,192 tokens and 128 k entries that saves 2.1 GB of bf16 logits and as much for their gradient, and the
-teacher's. The head has to be a plain linear whose output are the logits: the first batch shows whether it is (LateHead). An
-embedding projection in front of it stays in the model. Of rows that FSDP2 shares out it is whole there: what is outside the
-layers stays gathered from forward to backward.
+teacher's. On a CPU a block is many times what distill.py takes at once: each of the products reads all of W, which for a few
+tokens takes longer than to multiply. The head has to be a plain linear whose output are the logits: the first batch shows
+whether it is (LateHead). An embedding projection in front of it stays in the model. Of rows that FSDP2 shares out it is whole
+there: what is outside the layers stays gathered from forward to backward.
 
 Letters: N tokens, D width, V vocabulary.
 """
@@ -24,11 +25,11 @@ from trilobit.train.distill import BLOCK_ELEMENTS, Losses, block_loss
 class LateHead:
     """A model's head, left out of its forward and applied by head_loss, where that is the same.
 
-    active: whether it is wanted at all. Call it instead of the model: the first call runs the model as it is, and looks whether
-    its logits are the very tensor that a plain nn.Linear without bias gave (no soft cap, no scaling, no cast).
+    active: whether it is wanted at all. Call it instead of the model: the first call runs the model with its head, and looks
+    whether its logits are the very tensor that a plain nn.Linear without bias gave (no soft cap, no scaling, no cast).
     """
 
-    def __init__(self, model: nn.Module, active: bool):
+    def __init__(self, model: nn.Module, active: bool = True):
         head = model.get_output_embeddings() if active else None  # pyright: ignore[reportCallIssue]
         plain = isinstance(head, nn.Linear) and type(head) in (nn.Linear, ProjectedLinear) and head.bias is None
         self.head = head if plain else None
@@ -39,26 +40,33 @@ class LateHead:
         head = self.head
         if head is None:
             return forward(**inputs), None
-        if not self.proven:
-            given: list[Tensor] = []
-            handle = head.register_forward_hook(lambda *seen: given.append(seen[2]))
-            try:
-                output = forward(**inputs)
-            finally:
-                handle.remove()
-            self.proven = len(given) == 1 and given[0] is output.logits
-            self.head = head if self.proven else None
-            return output, None
         projection = head.projection if isinstance(head, ProjectedLinear) else _same
-        head.forward = lambda input: projection(input)  # pyright: ignore[reportAttributeAccessIssue]
+        if self.proven:
+            head.forward = lambda input: projection(input)  # pyright: ignore[reportAttributeAccessIssue]
+            try:
+                return forward(**inputs), head.weight
+            finally:
+                del head.forward
+        calls: list[tuple[Tensor, Tensor]] = []
+        handle = head.register_forward_hook(lambda _, given, logits: calls.append((given[0], logits)))
         try:
-            return forward(**inputs), head.weight
+            output = forward(**inputs)
         finally:
-            del head.forward
+            handle.remove()
+        self.proven = len(calls) == 1 and calls[0][1] is output.logits
+        if not self.proven:
+            self.head = None
+            return output, None
+        output.logits = projection(calls[0][0])  # as from now on: a run that is resumed here computes what it would have
+        return output, head.weight
 
 
 def _same(input: Tensor) -> Tensor:
     return input
+
+
+PRODUCT_ELEMENTS = {True: 1 << 25, False: BLOCK_ELEMENTS[False]}  # of logits at once; CPU: 134 MB of fp32
+"""CPU or not, as BLOCK_ELEMENTS, of which a block of products is cut into blocks of the loss."""
 
 
 def head_loss(
@@ -93,18 +101,23 @@ class _HeadLoss(torch.autograd.Function):
         dhidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         dhead = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
         sums = torch.zeros(2, dtype=torch.float64, device=hidden.device)
-        rows = max(1, BLOCK_ELEMENTS[hidden.device.type == "cpu"] // vocabulary)
+        on_cpu = hidden.device.type == "cpu"
+        rows, few = (max(1, elements[on_cpu] // vocabulary) for elements in (PRODUCT_ELEMENTS, BLOCK_ELEMENTS))
         for start in range(0, count, rows):
             block = slice(start, start + rows)
             z = h[block] @ w.T
             theirs = None if other is None or other_w is None else other[block] @ other_w.T
-            losses, slope = block_loss(z, labels[block], theirs, weight, temperature, dtype)
-            sums += losses
-            slope = slope.div_(count).to(compute)
+            for part in (slice(i, i + few) for i in range(0, len(z), few)):
+                teacher = None if theirs is None else theirs[part]
+                losses, slope = block_loss(z[part], labels[block][part], teacher, weight, temperature, dtype)
+                sums += losses
+                z[part] = slope.div_(count)  # logits become their gradient
             if dhidden is not None:
-                dhidden[block] = slope @ w
-            if dhead is not None:
-                dhead += slope.T @ h[block]
+                dhidden[block] = z @ w
+            if dhead is not None and dhead.dtype == compute:
+                dhead.addmm_(z.T, h[block])
+            elif dhead is not None:
+                dhead += z.T @ h[block]
         ctx.save_for_backward(dhidden, dhead)
         nats, distance = (sums / count).to(dtype)
         total = (1 - weight) * nats + weight * distance if other is not None else nats.clone()

@@ -53,9 +53,8 @@ class TuneObjective:
     ):  # fmt: skip
         self.config, self.model, self.teacher = config, model, teacher
         self.forward = forward or model
-        late = next(model.parameters()).device.type != "cpu"  # a CPU's caches like whole rows of logits
-        self.late = LateHead(model, late)
-        self.late_teacher = None if teacher is None else LateHead(teacher, late)
+        self.late = LateHead(model)
+        self.late_teacher = None if teacher is None else LateHead(teacher)
         self.recorders: list[Recorder] = []  # of the student and its teacher
         if teacher is not None and config.distill_attention is not None:
             chosen = config.distill_attention_layer

@@ -203,10 +203,9 @@ class _Pretrain(Run[PretrainConfig, PretrainResult]):
         hooks = Hooks(evaluate=self.evaluate)
         hooks.log.append(self.heard)
         spread = self.over_ranks()
-        late = LateHead(self.model, self.device.type != "cpu")  # as in TuneObjective
         self.progress = fit(
-            self.model, self.windows, NextToken(spread.forward, late), config, self.peak_lr, self.out, self.device,
-            self.signals, hooks, spread,
+            self.model, self.windows, NextToken(spread.forward, LateHead(self.model)), config, self.peak_lr, self.out,
+            self.device, self.signals, hooks, spread,
         )  # fmt: skip
 
     def evaluate(self) -> dict[str, Any]:
