@@ -105,7 +105,7 @@ STUDIES = {
     "embedded": CODE,
     "embedded-twin": replace(CODE, one_rung=True),  # the same with outliers: RMSNorm, Adam (embedded_pair.sh trains it)
     "smollm2-cpu": Study(  # what two cores can do in hours: a sixteenth of the budget and less
-        65_536, (5e-4, 1e-3, 2e-3),
+        65_536, (5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
         {
             "sequence_length": 512, "batch_tokens": 1024, "sequences": 2, "compile": "yes", "eval_tokens": 8192,
             "precision": "fp32",

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from multiprocessing import Pipe
 from pathlib import Path
 
@@ -78,6 +79,18 @@ def test_rungs_follow_from_what_is_done() -> None:
     fourth = wanted(records, STUDY, arms)[3]
     assert {t.arm for t in fourth} == set(finalists) and {t.budget for t in fourth} == {small, middle}
     assert wanted(records | done(fourth), STUDY, arms)[3] == fourth
+
+
+def test_a_study_may_be_content_with_less() -> None:
+    """One rate of each arm at the second budget, one seed at the third, and then nothing more."""
+    study, arms = replace(STUDY, rates_kept=1, seeds=(0,)), list(ALWAYS)
+    records = done(wanted({}, study, arms)[0])
+    second = wanted(records, study, arms)[1]
+    assert second == [Trial(arm, study.budgets[1], study.rates_of(arm)[1], 0) for arm in arms]
+    records |= done(second)
+    third = wanted(records, study, arms)[2]
+    assert [(t.arm, t.seed) for t in third] == [(arm, 0) for arm in arms]
+    assert wanted(records | done(third), study, arms)[-1] == third
 
 
 def test_a_rate_that_diverges_is_not_the_best() -> None:
