@@ -175,6 +175,24 @@ def table(records: dict[tuple[str, float], dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def rates_table(records: dict[tuple[str, float], dict[str, Any]]) -> str:
+    """Held-out nats and the residual stream's excess kurtosis of every row at every rate, a row's best in bold."""
+    rates = sorted({rate for _, rate in records})
+    lines = ["| row | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "|---|" + "---|" * len(rates)]
+    for row, name in ROWS.items():
+        cells = []
+        for rate in rates:
+            record = records.get((row, rate))
+            if record is None or record["diverged"]:
+                cells.append("" if record is None else "diverged")
+                continue
+            nats = f"{record['nats_per_token']:.3f}"
+            cells.append(f"{f'**{nats}**' if record is best(records, row) else nats}, {record['kurtosis']:.2f}")
+        if any(cells):
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("study", choices=list(STUDIES))
@@ -207,7 +225,8 @@ def main() -> None:
         except (Interrupted, KeyboardInterrupt):
             pass
         timer.cancel()
-    print(table(read_records(folder)), flush=True)
+    records = read_records(folder)
+    print(f"{table(records)}\n\n{rates_table(records)}", flush=True)
 
 
 if __name__ == "__main__":

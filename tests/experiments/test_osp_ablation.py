@@ -7,7 +7,7 @@ from typing import Any
 
 import osp_ablation
 import pytest
-from osp_ablation import ROWS, STUDIES, Study, best, read_records, run_trial, table
+from osp_ablation import ROWS, STUDIES, Study, best, rates_table, read_records, run_trial, table
 
 from trilobit.config.pretrain import PretrainConfig
 from trilobit.recipes import RECIPES
@@ -53,6 +53,11 @@ def test_the_best_rate_decides() -> None:
     }  # fmt: skip
     assert best(records, "adam") is records["adam", 2.0]
     assert best(records, "osp") is None
+    for record in records.values():
+        record["kurtosis"] = 1.5
+    assert rates_table(records).splitlines()[2:] == [
+        "| Adam | 3.000, 1.50 | **2.500**, 1.50 | diverged |", "| all: outlier-safe | diverged |  |  |",
+    ]  # fmt: skip
 
 
 def test_older_four_bit_numbers_are_marked() -> None:
