@@ -47,17 +47,17 @@ class LateHead:
                 return forward(**inputs), head.weight
             finally:
                 del head.forward
-        calls: list[tuple[Tensor, Tensor]] = []
-        handle = head.register_forward_hook(lambda _, given, logits: calls.append((given[0], logits)))
+        calls: list[tuple[tuple[Tensor, ...], Tensor]] = []
+        handle = head.register_forward_hook(lambda _, given, logits: calls.append((given, logits)))
         try:
             output = forward(**inputs)
         finally:
             handle.remove()
-        self.proven = len(calls) == 1 and calls[0][1] is output.logits
+        self.proven = len(calls) == 1 and len(calls[0][0]) == 1 and calls[0][1] is output.logits
         if not self.proven:
             self.head = None
             return output, None
-        output.logits = projection(calls[0][0])  # as from now on: a run that is resumed here computes what it would have
+        output.logits = projection(*calls[0][0])  # as from now on: a run that is resumed here computes what it would have
         return output, head.weight
 
 
