@@ -153,14 +153,14 @@ def table(records: Records, study: Study) -> str:
 
 
 def rates_table(records: Records, study: Study) -> str:
-    """Arms at every rate of a study of one budget: how high may a rate be?"""
+    """Arms at every rate of the smallest budget: how high may a rate be?"""
     rates = sorted({trial.rate for trial in records})
     lines = ["| arm | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "|" + "---|" * (len(rates) + 1)]
     known: dict[str, list[str]] = {}
     for arm in dict.fromkeys(trial.arm for trial in records):
         rows = [records.get(Trial(arm, study.budget, rate, 0)) for rate in rates]
         known[arm] = ["" if row is None else "diverged" if row["diverged"] else f"{row['report_gap']:.2f}" for row in rows]
-    for arm, cells in sorted(known.items(), key=lambda item: item[1]):
+    for arm, cells in sorted(known.items(), key=lambda item: [cell or "~" for cell in item[1]]):  # what is missing last
         lines.append("| " + " | ".join([NAMES.get(arm, f"`{arm}`"), *cells]) + " |")
     return "\n".join(lines)
 
@@ -304,6 +304,8 @@ def main() -> None:
     tables = [(DOCS / "proof.md", arguments.study, show(records, study))]
     if arguments.study == "stories260k":
         tables.append((DOCS.parent / "README.md", "proof", readme_table(records, study)))
+    if arguments.study == "smollm2-cpu":
+        tables.append((DOCS / "proof.md", "smollm2-cpu-rates", rates_table(records, study)))
     if (steps := RECORDS / f"{arguments.study}-steps.json").exists():
         marker = "equal-time" + ("-" + arguments.study) * (arguments.study != "stories260k")
         tables.append((DOCS / "proof.md", marker, equal_time(records, study, json.loads(steps.read_text()))))

@@ -185,7 +185,7 @@ def test_the_readme_shows_the_defaults() -> None:
     assert len(lines) == 2 + len(IN_README) and lines[0].count("|") == 3
 
 
-@pytest.mark.parametrize("study", ["stories260k-rates", "stories260k-cut", "embedded", "embedded-twin"])
+@pytest.mark.parametrize("study", ["stories260k-rates", "stories260k-cut", "embedded", "embedded-twin", "smollm2-cpu"])
 def test_the_page_shows_the_records(study: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """docs/proof.md has the tables that experiments/proof_report.py makes of docs/data/proof."""
     monkeypatch.setattr(sys, "argv", ["proof_report.py", study, "--check"])
