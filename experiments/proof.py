@@ -11,6 +11,8 @@ claim trials by locking a file, and wait for each other before the next rung.
     rung 3   budget 16·B    references and the best third of each class, best rate, three seeds
     rung 4   B and 4·B      the same arms, the other two seeds: every claim has three seeds at three budgets
 
+(A study may keep fewer rates and seeds: Study.)
+
 A class is what the finished model is allowed to be (what a scale covers, int8 or full-precision inputs, what is ternary):
 weights-only models would otherwise fill the third rung. Layer-by-layer reconstruction is paid for: an eighth of the budget.
 
@@ -104,8 +106,8 @@ STUDIES = {
     "stories260k-cut": Study(262_144, (2.5e-3, 5e-3, 1e-2, 2e-2), STORIES),  # docs/proof.md says what was wrong with it
     "embedded": CODE,
     "embedded-twin": replace(CODE, one_rung=True),  # the same with outliers: RMSNorm, Adam (embedded_pair.sh trains it)
-    "smollm2-cpu": Study(  # what two cores can do in hours: a sixteenth of the budget and less
-        65_536, (5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
+    "smollm2-cpu": Study(  # what two cores can do in hours: a thirty-second of the budgets, one rate, one seed
+        65_536, (5e-4, 1e-3, 2e-3, 4e-3),
         {
             "sequence_length": 512, "batch_tokens": 1024, "sequences": 2, "compile": "yes", "eval_tokens": 8192,
             "precision": "fp32",
@@ -189,7 +191,7 @@ def wanted(records: Records, study: Study, arms: list[str]) -> list[list[Trial]]
 def other_seeds(records: Records, study: Study, arms: list[str]) -> list[Trial]:
     """Rung 4's trials of arms at the smallest budget, ahead of their turn."""
     at = {arm: rates[0] for arm in arms if (rates := best_rates(records, study, arm, study.budget))}
-    return [Trial(arm, study.budget, rate, seed) for seed in SEEDS[1:] for arm, rate in at.items()]
+    return [Trial(arm, study.budget, rate, seed) for seed in study.seeds[1:] for arm, rate in at.items()]
 
 
 def model_class(arm: str) -> tuple[str, str, str]:

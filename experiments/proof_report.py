@@ -115,6 +115,8 @@ def cell(records: Records, study: Study, arm: str, budget: int) -> Cell:
 def highest_rate(records: Records, study: Study, arm: str) -> str:
     """The highest rate tried at the smallest budget whose loss stays below that of the best rate plus 0.5 nats."""
     rows = {rate: records.get(Trial(arm, study.budget, rate, 0)) for rate in study.rates_of(arm)}
+    if None in rows.values():  # not all have run
+        return ""
     best = min((row["nats"] for row in rows.values() if row and not row["diverged"]), default=float("inf"))
     fine = [rate for rate, row in rows.items() if row and not row["diverged"] and row["nats"] < best + 0.5]
     return f"{max(fine):.3g}" if fine else ""
@@ -154,13 +156,17 @@ def table(records: Records, study: Study) -> str:
 
 def rates_table(records: Records, study: Study) -> str:
     """Arms at every rate of the smallest budget: how high may a rate be?"""
-    rates = sorted({trial.rate for trial in records})
+    rates = sorted({trial.rate for trial in records if trial.budget == study.budget})
     lines = ["| arm | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "|" + "---|" * (len(rates) + 1)]
-    known: dict[str, list[str]] = {}
+    known: dict[str, list[dict[str, Any] | None]] = {}
     for arm in dict.fromkeys(trial.arm for trial in records):
-        rows = [records.get(Trial(arm, study.budget, rate, 0)) for rate in rates]
-        known[arm] = ["" if row is None else "diverged" if row["diverged"] else f"{row['report_gap']:.2f}" for row in rows]
-    for arm, cells in sorted(known.items(), key=lambda item: [cell or "~" for cell in item[1]]):  # what is missing last
+        known[arm] = [records.get(Trial(arm, study.budget, rate, 0)) for rate in rates]
+
+    def gap(row: dict[str, Any] | None) -> float:
+        return float("inf") if row is None or row["diverged"] else row["report_gap"]
+
+    for arm, rows in sorted(known.items(), key=lambda item: [gap(row) for row in item[1]]):
+        cells = ["" if row is None else "diverged" if row["diverged"] else f"{gap(row):.2f}" for row in rows]
         lines.append("| " + " | ".join([NAMES.get(arm, f"`{arm}`"), *cells]) + " |")
     return "\n".join(lines)
 

@@ -106,7 +106,8 @@ def test_a_model_trains_alike_with_its_head_in_the_loss() -> None:
 
 
 def test_a_head_that_something_follows_is_left_alone() -> None:
-    """Logits that are scaled after the head, a head with a bias, or of another class, are computed by the model."""
+    """Logits that are scaled after the head, in place or not, a head with a bias, or of another class, are computed by the
+    model."""
 
     class Scaled(nn.Module):
         def __init__(self, head: nn.Module):
@@ -119,9 +120,15 @@ def test_a_head_that_something_follows_is_left_alone() -> None:
         def forward(self, x: Tensor, factor: float) -> Any:
             return type("Output", (), {"logits": self.head(x) * factor})
 
+    class ScaledInPlace(Scaled):
+        def forward(self, x: Tensor, factor: float) -> Any:
+            return type("Output", (), {"logits": self.head(x).mul_(factor)})
+
     x = torch.randn(2, 3, 5)
-    for head in (nn.Linear(5, 9, bias=False), nn.Linear(5, 9), nn.Sequential(nn.Linear(5, 9, bias=False))):
-        model = Scaled(head)
+    plain = nn.Linear(5, 9, bias=False)
+    models = [ScaledInPlace(plain), *(Scaled(head) for head in (plain, nn.Linear(5, 9), nn.Sequential(plain)))]
+    for model in models:
+        head = model.head
         late = LateHead(model)
         for _ in range(2):
             output, weight = late(model, x=x, factor=2.0)

@@ -26,7 +26,7 @@ class LateHead:
     """A model's head, left out of its forward and applied by head_loss, where that is the same.
 
     active: whether it is wanted at all. Call it instead of the model: the first call runs the model with its head, and looks
-    whether its logits are the very tensor that a plain nn.Linear without bias gave (no soft cap, no scaling, no cast).
+    whether its logits are the very tensor that a plain nn.Linear without bias gave, untouched (no soft cap, scaling, cast).
     """
 
     def __init__(self, model: nn.Module, active: bool = True):
@@ -47,13 +47,15 @@ class LateHead:
                 return forward(**inputs), head.weight
             finally:
                 del head.forward
-        calls: list[tuple[tuple[Tensor, ...], Tensor]] = []
-        handle = head.register_forward_hook(lambda _, given, logits: calls.append((given, logits)))
+        calls: list[tuple[tuple[Tensor, ...], Tensor, int]] = []
+        handle = head.register_forward_hook(lambda _, given, logits: calls.append((given, logits, logits._version)))
         try:
             output = forward(**inputs)
         finally:
             handle.remove()
-        self.proven = len(calls) == 1 and len(calls[0][0]) == 1 and calls[0][1] is output.logits
+        if len(calls) == 1:
+            given, logits, version = calls[0]
+            self.proven = len(given) == 1 and output.logits is logits and logits._version == version
         if not self.proven:
             self.head = None
             return output, None
@@ -65,7 +67,7 @@ def _same(input: Tensor) -> Tensor:
     return input
 
 
-PRODUCT_ELEMENTS = {True: 1 << 25, False: BLOCK_ELEMENTS[False]}  # of logits at once; CPU: 134 MB of fp32
+PRODUCT_ELEMENTS = {True: 1 << 25, False: BLOCK_ELEMENTS[False]}  # of logits at once; CPU: 134 MB of fp32, twice
 """CPU or not, as BLOCK_ELEMENTS, of which a block of products is cut into blocks of the loss."""
 
 
@@ -112,12 +114,14 @@ class _HeadLoss(torch.autograd.Function):
                 losses, slope = block_loss(z[part], labels[block][part], teacher, weight, temperature, dtype)
                 sums += losses
                 z[part] = slope.div_(count)  # logits become their gradient
+                del slope
             if dhidden is not None:
                 dhidden[block] = z @ w
             if dhead is not None and dhead.dtype == compute:
                 dhead.addmm_(z.T, h[block])
             elif dhead is not None:
                 dhead += z.T @ h[block]
+            del z, theirs  # before the next block's
         ctx.save_for_backward(dhidden, dhead)
         nats, distance = (sums / count).to(dtype)
         total = (1 - weight) * nats + weight * distance if other is not None else nats.clone()
@@ -127,5 +131,8 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Any) -> Any:
-        dhidden, dhead = (None if g is None else g * gradients[0].to(g.dtype) for g in ctx.saved_tensors)
+        dhidden, dhead = ctx.saved_tensors
+        scale = gradients[0]
+        if scale.device.type != "cpu" or scale.item() != 1:  # elsewhere reading it would wait for the device
+            dhidden, dhead = (None if g is None else g * scale.to(g.dtype) for g in (dhidden, dhead))
         return dhidden, dhead, None, None, None, None, None, None
