@@ -31,8 +31,10 @@ from transformers.integrations.bitnet import AutoBitLinear
 from trilobit.config.tune import TuneConfig
 from trilobit.surgery.roles import decoder_layers, vocabulary_size
 from trilobit.surgery.ternary import TernarySpec, set_strengths, ternarize
-from trilobit.train.distill import cross_entropy, mixed_loss
+from trilobit.train.distill import cross_entropy
+from trilobit.train.head_loss import LateHead
 from trilobit.train.loop import autocast, make_optimizer
+from trilobit.train.objective import NextToken
 
 LENGTH = 256
 PEERS = ("autobitlinear", "onebitllms")
@@ -85,11 +87,14 @@ def stepper(variant: str, precision: str, setting: Setting) -> Callable[[], None
     vocabulary = vocabulary_size(model)
     generator = torch.Generator().manual_seed(0)
     windows = torch.randint(0, vocabulary, (setting.batch, LENGTH + 1), generator=generator).to(setting.device)
+    objective = NextToken(model, LateHead(model))
 
     def step() -> None:
         with autocast(precision, setting.device):
-            logits = model(input_ids=windows[:, :-1], use_cache=False).logits
-            loss = mixed_loss(logits, windows[:, 1:], None, 0.0, 1.0).total if ours else cross_entropy(logits, windows[:, 1:])
+            if ours:
+                loss = objective(windows).total
+            else:
+                loss = cross_entropy(model(input_ids=windows[:, :-1], use_cache=False).logits, windows[:, 1:])
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
