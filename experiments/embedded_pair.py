@@ -3,8 +3,8 @@
     python experiments/embedded_pair.py OUT        what experiments/embedded_pair.sh trained in OUT
 
 Every finished run becomes a record, docs/data/embedded_pair/RUN.json: its curve, its loss at 16 and 4 bits, its outliers. Of
-each recipe the run of the best rate stands in the table, with the better of what `trilobit tune` makes of it at two rates with
-`trilobit demo`'s settings.
+each recipe the run of the best rate is made ternary as well, by `trilobit tune` at two rates with `trilobit demo`'s settings;
+every run that was stands in the table, with the better of the two.
 """
 
 import argparse
@@ -45,10 +45,14 @@ def made_ternary(run: Path, rate: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def table(found: dict[str, dict[str, Any]]) -> str:
-    heads = ["", *(NAMES[recipe] for recipe in found)]
+def table(records: dict[str, dict[str, Any]]) -> str:
+    """A column a run that was tuned as well, with the better of what was made of it.
+
+    records: by run, as read_records gives them.
+    """
+    found = {run: r | {"ternary": min(r["tuned"], key=lambda t: t["ternary"])} for run, r in records.items() if "tuned" in r}
+    heads = ["", *(f"{NAMES[run.split('-')[0]]}, {r['lr']:g}" for run, r in found.items())]
     rows = {
-        "rate": lambda r: f"{r['lr']:g}",
         "parameters": lambda r: f"{r['parameters']:,}",
         "nats per token, held out": lambda r: f"{r['w16a16kv16']:.3f}",
         "W4A4KV4, to nearest": lambda r: f"{r['w4a4kv4']:.3f} (+{r['w4a4kv4'] - r['w16a16kv16']:.3f})",
@@ -62,11 +66,17 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     }
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for name, cell in rows.items():
-        marks = {recipe: " †" if name in AT_FOUR_BITS and not _today(r) else "" for recipe, r in found.items()}
-        lines.append(f"| {name} | " + " | ".join(cell(r) + marks[recipe] for recipe, r in found.items()) + " |")
+        marks = {run: " †" if name in AT_FOUR_BITS and not _today(r) else "" for run, r in found.items()}
+        lines.append(f"| {name} | " + " | ".join(cell(r) + marks[run] for run, r in found.items()) + " |")
     if not all(_today(r) for r in found.values()):
         lines += ["", "† by an earlier text of the protocol"]
     return "\n".join(lines)
+
+
+def read_records() -> dict[str, dict[str, Any]]:
+    """Records by run: the outlier-safe ones first, then by rate."""
+    found = {path.stem: json.loads(path.read_text()) for path in RECORDS.glob("*.json")}
+    return dict(sorted(found.items(), key=lambda item: (not item[0].startswith("osp"), item[1]["lr"])))
 
 
 def _today(record: dict[str, Any]) -> bool:
@@ -83,22 +93,20 @@ def record(run: Path) -> dict[str, Any]:
     return kept | numbers | {"curve": curve}
 
 
-def best(recipe: str, out: Path) -> dict[str, Any] | None:
-    """The record of a recipe's best rate, and in `ternary` what was best made of it, which is made now if it is not known."""
-    found = {path: json.loads(path.read_text()) for path in sorted(RECORDS.glob(f"{recipe}-*.json"))}
-    if not found:
-        return None
-    path, chosen = min(found.items(), key=lambda item: item[1]["nats_per_token"])
-    if "tuned" not in chosen:
-        chosen["tuned"] = [made_ternary(out / path.stem, rate) for rate in TUNE_RATES]
-        path.write_text(json.dumps(chosen) + "\n")
-    return chosen | {"ternary": min(chosen["tuned"], key=lambda t: t["ternary"])}
+def tune_best(recipe: str, out: Path) -> None:
+    """Adds what `trilobit tune` makes of a recipe's best rate to its record, if it is not known."""
+    found = {run: r for run, r in read_records().items() if run.startswith(f"{recipe}-")}
+    if found:
+        run = min(found, key=lambda run: found[run]["nats_per_token"])
+        if "tuned" not in found[run]:
+            tuned = [made_ternary(out / run, rate) for rate in TUNE_RATES]
+            (RECORDS / f"{run}.json").write_text(json.dumps(found[run] | {"tuned": tuned}) + "\n")
 
 
 def rates(recipe: str) -> str:
     """Every rate that was tried, with the loss it gave."""
-    found = sorted((r["lr"], r["nats_per_token"]) for p in RECORDS.glob(f"{recipe}-*.json") if (r := json.loads(p.read_text())))
-    return ", ".join(f"{lr:g}: {nats:.3f}" for lr, nats in found)
+    found = [r for run, r in read_records().items() if run.startswith(f"{recipe}-")]
+    return ", ".join(f"{r['lr']:g}: {r['nats_per_token']:.3f}" for r in found)
 
 
 def main() -> None:
@@ -111,8 +119,9 @@ def main() -> None:
         if not path.exists() and "result" in json.loads((run / "run.json").read_text()):
             path.write_text(json.dumps(record(run)) + "\n")
     for recipe, name in NAMES.items():
+        tune_best(recipe, arguments.out)
         print(f"{name}, nats by rate: {rates(recipe)}")
-    print(table({recipe: r for recipe in NAMES if (r := best(recipe, arguments.out)) is not None}))
+    print(table(read_records()))
 
 
 if __name__ == "__main__":

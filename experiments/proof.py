@@ -40,6 +40,7 @@ import torch
 from proof_arms import ALWAYS, ARMS, CONTROL
 from torch import Tensor
 
+import trilobit
 from trilobit.config.fields import parse_count
 from trilobit.config.tune import TuneConfig
 from trilobit.corpus import documents
@@ -79,6 +80,8 @@ class Study:
     seeds: tuple[int, ...] = SEEDS
     """At the third budget."""
     report_tokens: int = REPORT_TOKENS
+    report_length: int | None = None
+    """Of the windows that are reported on; None: as those that are trained on."""
 
     def rates_of(self, arm: str) -> tuple[float, ...]:
         return tuple(rate * self.control_rates for rate in self.rates) if arm == CONTROL else self.rates
@@ -103,10 +106,14 @@ STUDIES = {
     "stories260k-rates": Study(  # how high may a rate be?
         262_144, (2e-2, 4e-2, 8e-2, 1.6e-1), STORIES | {"batch_tokens": 1024, "sequences": 8}, one_rung=True
     ),
-    "stories260k-cut": Study(262_144, (2.5e-3, 5e-3, 1e-2, 2e-2), STORIES),  # docs/proof.md says what was wrong with it
+    "stories260k-default": Study(  # `trilobit tune` without a flag: its own rate, batches and lengths, new samples throughout
+        262_144, (6.25e-3,), {"attention": "eager", "compile": "no", "eval_tokens": 16_384}, report_length=128
+    ),
+    "stories260k-batches": Study(4_194_304, (5e-3, 1e-2), STORIES, one_rung=True),  # a fourth of the steps
+    "stories260k-cut": Study(262_144, (2.5e-3, 5e-3, 1e-2, 2e-2), STORIES),  # docs/proof_studies.md: what was wrong with it
     "embedded": CODE,
     "embedded-twin": replace(CODE, one_rung=True),  # the same with outliers: RMSNorm, Adam (embedded_pair.sh trains it)
-    "smollm2-cpu": Study(  # what two cores can do in hours: a thirty-second of the budgets, one rate, one seed
+    "smollm2-cpu": Study(  # what two cores can do in hours: a thirty-second of the budgets, one seed
         65_536, (5e-4, 1e-3, 2e-3, 4e-3),
         {
             "sequence_length": 512, "batch_tokens": 1024, "sequences": 2, "compile": "yes", "eval_tokens": 8192,
@@ -224,7 +231,7 @@ def run_trial(trial: Trial, study: Study, arguments: argparse.Namespace, report:
             "eval_every": max(trial.budget // 16, study.budget // 4), "cache_dir": str(arguments.out / "tokens"),
         }
     )  # fmt: skip
-    row: dict[str, Any] = {**asdict(trial), "diverged": False}
+    row: dict[str, Any] = {**asdict(trial), "diverged": False, "settings": settings, "version": trilobit.__version__}
     begun = json.loads((out / "run.json").read_text()) if (out / "run.json").exists() else None
     try:
         if begun is None or "result" not in begun:
@@ -283,7 +290,7 @@ def reporter(arguments: argparse.Namespace, study: Study) -> Callable[[Path], di
     """Measures a finished trial on text that chose nothing: nats above the original, in and out of domain."""
     base = load_pretrained(arguments.model)
     base.model.to(arguments.device)
-    length = study.settings["sequence_length"]
+    length = study.report_length or study.settings["sequence_length"]
     sets: dict[str, Any] = {}
     if arguments.data == "self":
         start: Any = base.tokenizer.bos_token_id if base.tokenizer.bos_token_id is not None else base.tokenizer.eos_token_id

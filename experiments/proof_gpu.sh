@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The proof study at 135 M parameters on one GPU: eight arms of experiments/proof_arms.py, 33 M tokens each, in calls of at
-# most ten minutes. Call it again to continue; the table comes last.
+# The proof study at 135 M parameters on one GPU: the arms of docs/proof.md, 34 M tokens each at two rates, in calls of at
+# most ten minutes, what tells most first. Call it again to continue; the table comes last.
 #
 #   experiments/proof_gpu.sh MODEL TEXT [REPORT [OTHER]]
 #
@@ -13,6 +13,6 @@ model=$1 text=$2 report=${3:-} other=${4:-}
 export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 python3 -c 'import torch; assert torch.cuda.is_available(), "no CUDA device: this study needs one"'
 exec python3 experiments/proof.py smollm2 "$model" --data "$text" ${report:+--report "$report"} ${other:+--other "$other"} \
-    --minutes 9 --device cuda --one-rung --budget 33M --rates 8e-4 --arms \
-    full-precision none-immediate-ce every-ones-immediate-ce every-layerwise-ce every-global-ce every-global-kl \
-    none-immediate-kl recipe-weights-only
+    --minutes 9 --device cuda --one-rung --budget 33554432 --rates 1e-3 2e-3 --arms \
+    every-global-kl recipe-hf-blog none-immediate-kl every-ones-immediate-ce none-global-kl every-ones-layerwise-ce \
+    every-immediate-kl full-precision

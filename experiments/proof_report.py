@@ -1,10 +1,10 @@
-"""docs/proof.md's table and plots and README's first table, from the records of experiments/proof.py alone.
+"""Tables and plots of docs/proof.md, docs/proof_studies.md and README's first table, from experiments/proof.py's records.
 
     python experiments/proof_report.py STUDY [--check]
 
-Writes the table between the markers of docs/proof.md; for stories260k also the one in README, that of equal time, and three
-plots to docs/: nats above the original against tokens; against the budget, with a power law fitted to it; λ and flips of codes
-by layer.
+Writes a study's tables between their markers in docs/proof_studies.md and the one of all models in docs/proof.md; for
+stories260k also the one in README and three plots to docs/: nats above the original against tokens; against the budget, with
+two laws fitted to it; λ and flips of codes by layer.
 --check writes nothing and fails if a table is not the one the records give.
 
 Gap means nats per token above the original, on text that nothing was trained or chosen on; ± is half the range over seeds.
@@ -66,10 +66,17 @@ IN_README = {
     "every-global-kl": "**trilobit tune**: norms, λ rising in all layers at once, the original's logits",
     "none-immediate-kl": "the original's logits alone, quantised at once",
     "recipe-hf-blog": "Hugging Face's 1.58-bit recipe",
-    "every-ones-layerwise-ce": "arXiv 2505.08823: norms, layer-wise λ, cross-entropy",
+    "every-ones-layerwise-ce": "arXiv 2505.08823 as we read it: norms, layer-wise λ, cross-entropy",
     "every-ones-immediate-ce": "transformers' AutoBitLinear, from the first step",
 }
 """Arms of README's first table. The first is what `tune` does without flags."""
+IN_ANSWER = (
+    "every-global-kl", "every-global-kl-row", "every-immediate-kl", "none-global-kl", "none-immediate-kl", "every-layerwise-ce",
+    "every-ones-layerwise-ce", "recipe-hf-blog", "every-ones-immediate-ce", "none-immediate-ce", CONTROL,
+)  # fmt: skip
+"""Arms of the first page's table."""
+MODELS = {"stories260K": "stories260k", "code": "embedded", "SmolLM2": "smollm2-cpu"}
+"""Its models, and their studies."""
 AFTER_TRAINING = {
     "ptq-catq": "CAT-Q (weights only, group-128; every token passes a layer four times)",
     "ptq-gptq": "GPTQ, absmean (weights only, group-128)",
@@ -84,6 +91,10 @@ SHOWN = {
 }  # fmt: skip
 """Arms of the plots: colour, label."""
 FLIPS = "every-layerwise-ce"
+SHORT = {"every-global-kl": "ours", "none-immediate-kl": "distillation"}
+"""Arms that others are given equal time with."""
+SAME_STEP = {"every-layerwise-ce": "every-ones-layerwise-ce"}
+"""An arm whose steps are those of another, from another start."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +162,7 @@ def table(records: Records, study: Study) -> str:
         highest = highest_rate(records, study, arm) if arm in ARMS else ""
         row = [name, *map(str, cells[arm]), other, rate, highest, str(bumps)]
         lines.append("| " + " | ".join(row) + " |")
-    return "\n".join(lines)
+    return "\n".join(lines) if arms else ""
 
 
 def rates_table(records: Records, study: Study) -> str:
@@ -181,16 +192,28 @@ def readme_table(records: Records, study: Study) -> str:
     return "\n".join(lines)
 
 
-def equal_time(records: Records, study: Study, rates: dict[str, list[float]]) -> str:
-    """What `tune` without flags reaches in the time that another arm takes for the largest budget that it has been given.
+def overview(studies: dict[str, tuple[Records, Study]]) -> str:
+    """The arms that matter, on every model: means at each budget, from left to right. studies: by the model's name."""
+    heads = [f"{name}: {', '.join(f'{budget / 1e6:.2g}' for budget in s.budgets)} M" for name, (_, s) in studies.items()]
+    lines = ["| " + " | ".join(["arm", *heads]) + " |", "|" + "---|" * (1 + len(heads))]
+    for arm in IN_ANSWER:
+        row = [NAMES[arm]]
+        for records, study in studies.values():
+            found = [cell(records, study, arm, budget) for budget in study.budgets]
+            row.append(", ".join(f"{np.mean(c.gaps):.3f}" for c in found if c.gaps))  # budgets are run from the smallest on
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def equal_time(records: Records, study: Study, rates: dict[str, list[float]], ours: str) -> str:
+    """What `ours` reaches in the time that another arm takes for the largest budget that it has been given.
 
     rates: tokens per second, round by round (proof_steps.py). Between two budgets a gap is interpolated in the logarithms.
     """
-    ours = next(iter(IN_README))
     gaps = [float(np.mean(cell(records, study, ours, budget).gaps)) for budget in study.budgets]
-    heads = ["", "tokens/s", "tokens", "gap", "tokens of ours", "our gap", "ratio"]
+    heads = ["", "tokens/s", "tokens", "gap", f"tokens of {SHORT[ours]}", f"gap of {SHORT[ours]}", "ratio"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for arm, measured in rates.items():
+    for arm, measured in [*rates.items(), *((arm, rates[like]) for arm, like in SAME_STEP.items() if like in rates)]:
         reached = {budget: found for budget in study.budgets if (found := cell(records, study, arm, budget).gaps)}
         if not reached:
             continue
@@ -306,20 +329,24 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
     study, records = STUDIES[arguments.study], read_records(RECORDS / arguments.study)
-    show = rates_table if study.one_rung else table
-    tables = [(DOCS / "proof.md", arguments.study, show(records, study))]
+    studies = DOCS / "proof_studies.md"
+    tables = [(studies, arguments.study, (rates_table if study.one_rung else table)(records, study))]
+    if arguments.study == "smollm2-cpu":
+        tables.append((studies, "smollm2-cpu-rates", rates_table(records, study)))
+    if (steps := RECORDS / f"{arguments.study}-steps.json").exists():
+        for ours, name in SHORT.items():
+            times = equal_time(records, study, json.loads(steps.read_text()), ours)
+            tables.append((studies, f"{arguments.study}-time-with-{name}", times))
+    if arguments.study in MODELS.values():
+        everywhere = {name: (read_records(RECORDS / known), STUDIES[known]) for name, known in MODELS.items()}
+        tables.append((DOCS / "proof.md", "answer", overview(everywhere)))
     if arguments.study == "stories260k":
         tables.append((DOCS.parent / "README.md", "proof", readme_table(records, study)))
-    if arguments.study == "smollm2-cpu":
-        tables.append((DOCS / "proof.md", "smollm2-cpu-rates", rates_table(records, study)))
-    if (steps := RECORDS / f"{arguments.study}-steps.json").exists():
-        marker = "equal-time" + ("-" + arguments.study) * (arguments.study != "stories260k")
-        tables.append((DOCS / "proof.md", marker, equal_time(records, study, json.loads(steps.read_text()))))
     for path, marker, lines in tables:
         page = path.read_text(encoding="utf-8")
         start, end = f"<!-- {marker} -->\n", f"<!-- /{marker} -->"
         before, rest = page.split(start)
-        new = f"{before}{start}{lines}\n{end}{rest.split(end)[1]}"
+        new = f"{before}{start}{lines + chr(10) if lines else ''}{end}{rest.split(end)[1]}"
         if arguments.check and new != page:
             raise SystemExit(f"{path.name} does not show the records of {arguments.study}")
         if not arguments.check:

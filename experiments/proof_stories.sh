@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The proof study on stories260K, a real 260 k Llama, on text sampled from itself: the loss gap is then the KL divergence to
-# the original. All arms, two processes of one thread each; call it again to continue; the table comes last.
+# the original. The arms of docs/proof_studies.md, two processes of one thread each; call it again to continue; the table comes
+# last. After them `trilobit tune` without a flag, at the same budgets.
 #
 #   experiments/proof_stories.sh MODEL [MINUTES [OTHER]]
 #
@@ -10,9 +11,17 @@ cd "$(dirname "$0")/.."
 model=$1 minutes=${2:-9} other=${3:-}
 export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS=1
 python=${PYTHON:-python3}
-study=(experiments/proof.py stories260k "$model" --data self ${other:+--other "$other"} --minutes "$minutes" --device cpu)
+arms=(
+    full-precision none-{immediate,global,layerwise}-{ce,kl} every-{immediate,global,layerwise}-{ce,kl}
+    every-ones-{immediate,layerwise}-ce output-layerwise-ce output-global-kl every-global-kl-{row,wsd} every-kl-{muon,wsd}
+    none-kl-wsd warm-every-kl {none,every}-group-128-weights-only-kl none-group-128-weights-only-global-kl
+    recipe-{hf-blog,bitdistill,bitdistill-normalised,paretoq,tequila,weights-only}
+)
+common=("$model" --data self ${other:+--other "$other"} --minutes "$minutes" --device cpu)
+study=(experiments/proof.py stories260k "${common[@]}" --arms "${arms[@]}")
 "$python" "${study[@]}" > /dev/null &
 first=$!
 "$python" "${study[@]}" > /dev/null || true
 wait "$first" || true
+"$python" experiments/proof.py stories260k-default "${common[@]}" --arms every-global-kl
 exec "$python" "${study[@]}" --table

@@ -11,7 +11,7 @@ import pytest
 import torch
 from proof import STUDIES, Records, Trial, best_rates, claim, model_class, other_seeds, spikes, spread, wanted
 from proof_arms import ALWAYS, ARMS, CONTROL
-from proof_report import IN_README, NAMES, SHOWN, equal_time, floor_law, power_law, readme_table, table
+from proof_report import IN_ANSWER, IN_README, NAMES, SHOWN, equal_time, floor_law, overview, power_law, readme_table, table
 
 import forked
 from trilobit.config.tune import TuneConfig
@@ -139,7 +139,7 @@ def test_equal_time_gives_a_faster_arm_its_time() -> None:
     rows = {b: {"report_gap": 100 * b**-0.5, "diverged": False, "nats": 1.0} for b in STUDY.budgets}
     records = {Trial(ours, b, STUDY.rates[0], 0): row for b, row in rows.items()}
     records[Trial(other, STUDY.budgets[-1], STUDY.rates[0], 0)] = {"report_gap": 0.5, "diverged": False, "nats": 1.0}
-    lines = equal_time(records, STUDY, {ours: [10.0, 10.0, 30.0], other: [20.0]}).splitlines()
+    lines = equal_time(records, STUDY, {ours: [10.0, 10.0, 30.0], other: [20.0]}, ours).splitlines()
     assert len(lines) == 4
     half = 100 * (STUDY.budgets[-1] / 2) ** -0.5
     assert f"| {STUDY.budgets[-1] / 2e6:.2f} M | {half:.3f} | {half / 0.5:.2f} |" in lines[3]
@@ -185,9 +185,24 @@ def test_the_readme_shows_the_defaults() -> None:
     assert len(lines) == 2 + len(IN_README) and lines[0].count("|") == 3
 
 
-@pytest.mark.parametrize("study", ["stories260k-rates", "stories260k-cut", "embedded", "embedded-twin", "smollm2-cpu"])
+def test_the_overview_has_a_column_a_model() -> None:
+    """Means of the budgets that were run, from the smallest on, and a row for every arm."""
+    arm = IN_ANSWER[1]
+    records = done([Trial(arm, budget, STUDY.rates[1], 0) for budget in STUDY.budgets[:2]])
+    lines = overview({"one": (records, STUDY), "two": ({}, STUDY)}).splitlines()
+    gap = f"{records[Trial(arm, STUDY.budget, STUDY.rates[1], 0)]['report_gap']:.3f}"
+    assert lines[0] == "| arm | one: 0.26, 1, 4.2 M | two: 0.26, 1, 4.2 M |"
+    assert lines[3] == f"| {NAMES[arm]} | {gap}, {gap} |  |" and len(lines) == 2 + len(IN_ANSWER)
+
+
+STUDIES_SHOWN = [
+    "stories260k-rates", "stories260k-cut", "stories260k-default", "embedded", "embedded-twin", "smollm2-cpu", "smollm2",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("study", STUDIES_SHOWN)
 def test_the_page_shows_the_records(study: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """docs/proof.md has the tables that experiments/proof_report.py makes of docs/data/proof."""
+    """docs/proof.md and docs/proof_studies.md have the tables that experiments/proof_report.py makes of docs/data/proof."""
     monkeypatch.setattr(sys, "argv", ["proof_report.py", study, "--check"])
     proof_report.main()
 
