@@ -177,6 +177,8 @@ def table(records: dict[tuple[str, float], dict[str, Any]]) -> str:
 
 def rates_table(records: dict[tuple[str, float], dict[str, Any]]) -> str:
     """Held-out nats and the residual stream's excess kurtosis of every row at every rate, a row's best in bold."""
+    if not records:
+        return ""
     rates = sorted({rate for _, rate in records})
     lines = ["| row | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "|---|" + "---|" * len(rates)]
     for row, name in ROWS.items():

@@ -31,9 +31,9 @@ def main() -> None:
     page = DOCS / "outlier_safe.md"
     text = shown = page.read_text(encoding="utf-8")
     for name, table in tables().items():
-        begin, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
+        begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         before, rest = text.split(begin)
-        text = before + begin + table + end + rest.split(end, 1)[1]
+        text = before + begin + table + "\n" * bool(table) + end + rest.split(end)[1]
     if not arguments.check:
         page.write_text(text, encoding="utf-8")
     elif text != shown:

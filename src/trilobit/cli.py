@@ -267,6 +267,8 @@ class Console(Listener):
         parts += [f"{speed:,.0f} tokens/s", f"{_duration((max_tokens - row['tokens']) / max(speed, 1e-9))} left"]
         if important:
             parts.append(f"held out {row['heldout_nats']:.4f}")
+        if "excess_kurtosis" in row:
+            parts.append(f"kurtosis {row['excess_kurtosis']:.2f}")
         self._show("  ".join(parts), important)
 
     def progress(self, what: str, done: int, total: int, seconds: float) -> None:

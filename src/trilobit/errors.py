@@ -13,6 +13,10 @@ class ModelError(TrilobitError):
     """A model that is missing, damaged, or of a kind that is refused. Names the module or the file."""
 
 
+class RolesError(ModelError):
+    """A decoder whose linears cannot be told apart. Its layers' outputs can be watched all the same."""
+
+
 class DataError(TrilobitError):
     """Text that is missing, unreadable, or too short."""
 
@@ -22,7 +26,11 @@ class OutputError(TrilobitError):
 
 
 class NonFiniteError(TrilobitError):
-    """Training stopped before an update because the loss or a gradient was not finite."""
+    """Training stopped, before an update or a checkpoint, because something of the model's was not finite."""
+
+
+LAST_UPDATE = "The last update broke the weights, and they were not saved. Try a lower --lr."
+"""What has happened when a step's loss and gradient were finite and what follows it is not."""
 
 
 class VerificationError(TrilobitError):

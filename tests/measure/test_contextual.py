@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from families import LAYERS, REFUSED, build, tokens
 from trilobit.errors import ModelError
@@ -171,11 +172,29 @@ def test_what_is_not_finite_is_named() -> None:
         contextual(model, windows)
 
 
-def test_what_has_no_layers_or_roles_is_refused() -> None:
-    """Without decoder layers there is nothing to measure; where roles are not known, the message names the protocol that
-    does without."""
-    with pytest.raises(ModelError, match=r"Conv1D that owns weight.* \(--protocol osp does not need the roles"):
-        contextual(REFUSED["gpt2"][0](), tokens())
+@pytest.mark.parametrize("family", ["gpt2", "mixtral", "falcon"])
+def test_where_linears_have_no_roles_what_passes_between_layers_is_measured(family: str) -> None:
+    """Residual stream and final norm are those of a naive float64 measure, and what is missing is said."""
+    model, windows = REFUSED[family][0]().eval(), tokens(3, 12)
+    result = contextual(model, windows)
+    layers = range(model.config.num_hidden_layers)
+    assert {(row.layer, row.site) for row in result.sites} == {*((i, "residual") for i in layers), (None, "final-norm")}
+    assert "owns" in result.unwatched and not contextual(build("llama"), windows).unwatched
+    seen: list[Tensor] = []
+    handle = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)][1].register_forward_hook(
+        lambda module, inputs, output: seen.append(output if isinstance(output, Tensor) else output[0])
+    )
+    with torch.no_grad():
+        model(input_ids=windows)
+    handle.remove()
+    kurtosis = [naive_kurtosis(token) for token in seen[0][:, 1:].flatten(0, 1).double().tolist()]
+    assert at(result, 1, "residual").later.excess_kurtosis == pytest.approx(math.fsum(kurtosis) / len(kurtosis), rel=1e-4)
+
+
+def test_what_has_no_layers_is_refused() -> None:
+    """Without decoder layers there is nothing to measure; an encoder is no language model."""
+    with pytest.raises(ModelError, match="not causal"):
+        contextual(REFUSED["bert-lm"][0](), tokens())
     model = build("llama")
     model.model.layers = nn.ModuleList()
     with pytest.raises(ModelError, match="has no transformers decoder layers"):

@@ -21,7 +21,7 @@ def test_sites_of_every_family(family: str) -> None:
     reads."""
     model = OPTForCausalLM(OPT).eval() if family == "opt" else build(family)
     layers = model.config.num_hidden_layers
-    probes = {(probe.layer, probe.site): probe.module.split(".")[-1] for probe in find_probes(model)}
+    probes = {(probe.layer, probe.site): probe.module.split(".")[-1] for probe in find_probes(model)[0]}
     expected = ["q_proj", "o_proj", "gate_proj", "down_proj"]
     if family == "phi3":
         expected[0], expected[2] = "qkv_proj", "gate_up_proj"

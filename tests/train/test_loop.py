@@ -289,6 +289,20 @@ def test_what_is_not_finite_stops_before_the_update(what: str, value: float, tmp
     assert not torch.equal(good.head.weight, model.head.weight)  # pyright: ignore
 
 
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    """A checkpoint between evaluations is not made of weights that the step before it broke; the parameter is named."""
+    model = Toy()
+
+    def spoil(row: dict[str, Any]) -> None:
+        if row["step"] == 3:  # the one that is saved
+            with torch.no_grad():
+                model.head.weight[0, 0] = float("inf")  # pyright: ignore
+
+    with pytest.raises(NonFiniteError, match=r"after step 3 head\.weight is not finite\. The last update broke"):
+        train(tmp_path / "run", model, log=[spoil])
+    assert list_checkpoints(tmp_path / "run") == []
+
+
 def test_updates_are_held_back_until_the_report(tmp_path: Path) -> None:
     """Where steps are not looked at one by one, a bad one and all after it leave weights and moments alone; it is reported."""
     model = Toy()

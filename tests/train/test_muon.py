@@ -5,11 +5,12 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim._muon import _zeropower_via_newtonschulz
 
-from families import FAMILIES, build
+from families import FAMILIES, REFUSED, build
+from trilobit.errors import ConfigError
 from trilobit.kernels import bf16
 from trilobit.surgery.roles import decoder_layers
 from trilobit.surgery.ternary import TernarySpec, ternarize
-from trilobit.train.muon import ITERATION, MARGIN, Coefficients, Muon, hidden_matrices, orthogonalize
+from trilobit.train.muon import ITERATION, MARGIN, Coefficients, Muon, hidden_matrices, orthogonalize, routing
 
 SIDES = st.integers(1, 40)
 
@@ -102,6 +103,51 @@ def assert_routed(model: nn.Module) -> None:
     inside = [p for _, layer in decoder_layers(model) for p in layer.parameters() if p.ndim == 2 and p.shape[1] > 1]
     assert len(set(chosen)) == len(chosen) > 0
     assert set(chosen) == {id(p) for p in inside}
+
+
+@pytest.mark.parametrize(
+    ("family", "matrices", "left"),
+    [
+        ("gpt2", 2 * 4, "transformer.wte.weight, transformer.wpe.weight, 18 vectors and scalars"),
+        ("falcon", 2 * 4, "transformer.word_embeddings.weight, 6 vectors and scalars"),
+        ("mixtral", 3 * (4 + 2 * 2), "model.embed_tokens.weight, model.layers.*.mlp.gate.weight (3), lm_head.weight, 7 vec"),
+    ],
+)
+def test_matrices_of_other_kinds_are_muons_and_what_is_left_is_named(family: str, matrices: int, left: str) -> None:
+    """Conv1D, linears of a kind of their own and the matrices of experts go to Muon; what goes to AdamW is said by name."""
+    model = REFUSED[family][0]()
+    chosen = hidden_matrices(model)
+    assert sum(p.shape[:-2].numel() for p in chosen) == matrices
+    inside = [p for _, layer in decoder_layers(model) for n, p in layer.named_parameters() if p.ndim >= 2 and "gate.w" not in n]
+    assert {id(p) for p in chosen} == {id(p) for p in inside}
+    said = routing(model, chosen)
+    assert said.startswith(f"Muon trains {matrices} matrices of ") and f"; AdamW {left}" in said
+
+
+def test_an_empty_matrix_is_refused_by_name() -> None:
+    """Nothing can be made orthogonal of it, and AdamW does not take it quietly."""
+    model = build("llama")
+    model.model.layers[1].mlp.up_proj.weight = nn.Parameter(torch.empty(48, 0))
+    with pytest.raises(ConfigError, match=r"model\.layers\.1\.mlp\.up_proj\.weight is \(48, 0\)"):
+        hidden_matrices(model)
+
+
+@pytest.mark.parametrize("options", [{}, {"normuon": True}, {"state": "bf16"}, {"state": "int8"}])
+def test_experts_are_matrices_of_their_own(options: dict[str, object]) -> None:
+    """Three steps of [E, R, C] are those of E matrices [R, C], bit for bit."""
+    torch.manual_seed(0)
+    start = torch.randn(3, 16, 32)
+    together, apart = nn.Parameter(start.clone()), [nn.Parameter(matrix.clone()) for matrix in start]
+    optimizers = [Muon([{"params": chosen, "muon": True}], 1e-2, (0.9, 0.95), 0.1, **options) for chosen in ([together], apart)]  # pyright: ignore
+    for seed in range(3):
+        torch.manual_seed(seed)
+        together.grad = torch.randn_like(together)
+        for parameter, gradient in zip(apart, together.grad.clone(), strict=True):
+            parameter.grad = gradient
+        for optimizer in optimizers:
+            optimizer.step()
+        assert [optimizer.iterated for optimizer in optimizers] == [3, 3]
+    assert torch.equal(together, torch.stack([p.detach() for p in apart])) and not torch.equal(together, start)
 
 
 class Pair(nn.Module):
@@ -200,7 +246,7 @@ def test_matrices_are_stepped_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_odd_shapes_are_refused() -> None:
     """What is no matrix, or an empty one, is never quietly given to AdamW."""
-    for shape in [(3,), (2, 3, 4), (0, 5)]:
+    for shape in [(3,), (2, 3, 4, 5), (0, 5), (2, 0, 4)]:
         with pytest.raises(AssertionError):
             Muon([{"params": [nn.Parameter(torch.ones(shape))], "muon": True}], 1e-2, (0.9, 0.95))
 

@@ -12,14 +12,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConf
 from families import build
 from trilobit.config.pretrain import PretrainConfig
 from trilobit.config.training import TrainingConfig
-from trilobit.errors import ConfigError, DataError, ModelError, OutputError, TrilobitError
+from trilobit.corpus import documents
+from trilobit.errors import ConfigError, DataError, ModelError, NonFiniteError, OutputError, TrilobitError
 from trilobit.infer.load import load
+from trilobit.infer.loaded import load_tokenizer
 from trilobit.listener import Listener
 from trilobit.measure.perplexity import nats
 from trilobit.nn.outlier_safe import EmbeddingProjection
 from trilobit.recipes import RECIPES
 from trilobit.surgery.outlier_safe import outlier_safe
 from trilobit.train import pretrain as pretrain_module
+from trilobit.train.kurtosis import outlier_probes, site_kurtosis
 from trilobit.train.loop import Interrupted, make_optimizer, muon_matrices
 from trilobit.train.muon import Muon
 from trilobit.train.pretrain import PretrainResult, run
@@ -206,6 +209,59 @@ def test_layer_norms_are_refused(place: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="LayerNorm"):
         run(configure(place, tmp_path / "run", architecture=str(tmp_path / "gpt2")))
     assert not (tmp_path / "run").exists()
+
+
+class Notes(Listener):
+    """What a run says."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.said.append(text)
+
+
+def test_muon_trains_gpt2(place: Path, tmp_path: Path) -> None:
+    """All matrices of its layers, which are Conv1D, and what is left to AdamW by name; its residual stream is watched."""
+    GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64).save_pretrained(tmp_path / "gpt2")
+    notes, settings = Notes(), {**RECIPES["pretrain"]["muon"](), "architecture": str(tmp_path / "gpt2")}
+    run(configure(place, tmp_path / "run", **settings), notes)
+    (said,) = [note for note in notes.said if note.startswith("Muon")]
+    assert "Muon trains 8 matrices of 4 shapes" in said and "AdamW transformer.wte.weight, transformer.wpe.weight, 18 v" in said
+    assert any(note.startswith("outliers are watched between layers only: transformer.h.0") for note in notes.said)
+    assert [set(row["kurtosis"]) for row in rows(tmp_path / "run") if "kurtosis" in row] == [{"residual"}, {"residual"}]
+
+
+def test_texts_ends_are_learned_where_they_are_the_padding_too(place: Path, tmp_path: Path) -> None:
+    """A tokenizer whose padding is its end-of-text token (SmolLM2's, and most) does not freeze that row at zero."""
+    tokenizer = train_tokenizer(documents(str(place / "text.jsonl")), VOCABULARY)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    settings = {"architecture": "llama-3m", "train_tokenizer": None, "tokenizer": str(tmp_path / "tokenizer")}
+    result = run(configure(place, tmp_path / "run", max_tokens=2 * STEP_TOKENS, embproj=False, **settings))
+    table = load_file(Path(result.model) / "model.safetensors")["model.embed_tokens.weight"]
+    norms = table.norm(dim=1)
+    assert norms[tokenizer.eos_token_id] > 0.5 * norms.median()
+    model = AutoModelForCausalLM.from_pretrained(result.model)
+    assert model.get_input_embeddings().padding_idx is None and load_tokenizer(result.model).pad_token_id is not None
+
+
+def test_a_last_update_that_broke_the_model_is_not_saved(place: Path, tmp_path: Path) -> None:
+    """Loss and gradient of the only step are finite, what follows is not: a message, and neither row nor checkpoint."""
+    with pytest.raises(NonFiniteError, match=r"The last update broke the weights.* lower --lr"):
+        run(configure(place, tmp_path / "run", max_tokens=STEP_TOKENS, lr=1e38))
+    assert not (tmp_path / "run" / "log.jsonl").exists() and not list((tmp_path / "run" / "checkpoints").glob("step-*"))
+
+
+def test_the_layer_that_is_not_finite_is_named() -> None:
+    """The first layer and site is in the message, nothing of it in the log."""
+    model = build("llama")
+    probes, why = outlier_probes(model)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3, 3] = float("inf")
+    assert not why
+    with pytest.raises(NonFiniteError, match="not finite, first in layer 1, residual"):
+        site_kurtosis(model, probes, torch.randint(0, 90, (2, 9)), 2)
 
 
 def test_the_tokenizer_is_made_of_what_is_trained_on() -> None:

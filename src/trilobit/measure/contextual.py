@@ -64,7 +64,8 @@ class SiteOutliers:
 @dataclass(frozen=True)
 class Contextual:
     """Sequences as they are read. sink_share: by layer, None for a layer that gives no attention weights. histograms:
-    |x|/rms of each token, by site, over all layers and later positions."""
+    |x|/rms of each token, by site, over all layers and later positions. unwatched: why the sites inside the layers are missing,
+    if they are."""
 
     excess_kurtosis: float
     first_excess_kurtosis: float
@@ -75,6 +76,7 @@ class Contextual:
     windows: int
     sequence_length: int
     bos: bool
+    unwatched: str = ""
 
     def at(self, layer: int | None, site: SiteName) -> SiteOutliers | None:
         return next((row for row in self.sites if (row.layer, row.site) == (layer, site)), None)
@@ -97,7 +99,8 @@ def measure_contextual(
 
     decode: token id → text. The model is left as it was.
     """
-    probes, start, device = find_probes(model), time.perf_counter(), next(model.parameters()).device
+    probes, unwatched = find_probes(model)
+    start, device = time.perf_counter(), next(model.parameters()).device
     streams: dict[Probe, tuple[Stream, Stream]] = {}
     indices = torch.arange(windows.numel(), device=device).view(windows.shape)
     with evaluating(model):
@@ -143,6 +146,7 @@ def measure_contextual(
         windows=len(windows),
         sequence_length=windows.shape[1],
         bos=bos,
+        unwatched=unwatched,
     )
 
 

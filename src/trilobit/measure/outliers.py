@@ -45,7 +45,7 @@ class OutliersResult:
             rows = layer_rows(self.contextual)
             rows[0] = [("| " if i == len(rows[0]) - 4 else "") + name for i, name in enumerate(rows[0])]
             lines += [TITLE, *_aligned(rows), "", *_aligned(extreme_rows(self.contextual)), ""]
-            lines += shared_channels(self.contextual)
+            lines += [*shared_channels(self.contextual), *unwatched(self.contextual)]
         if self.osp is not None:
             states = ", ".join(f"{value:,.2f}" for value in self.osp.states)
             lines += ["", f"osp, by hidden state: {states}"]
@@ -99,6 +99,11 @@ def shared_channels(result: Contextual) -> list[str]:
         channel, count = Counter(getattr(row, where).channels[0].channel for row in rows).most_common(1)[0]
         lines.append(f"residual stream, {name}: channel {channel} is the largest in {count} of {len(rows)} layers")
     return lines
+
+
+def unwatched(result: Contextual) -> list[str]:
+    """Why only the residual stream has rows, if that is so."""
+    return [f"between the layers only: {result.unwatched}"] if result.unwatched else []
 
 
 def _number(value: float | None) -> str:

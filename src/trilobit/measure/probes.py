@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from trilobit.errors import ModelError
+from trilobit.errors import RolesError
 from trilobit.nn.packed import PackedLinear
 from trilobit.nn.ternary import TernaryLinear
 from trilobit.surgery.roles import decoder_layers, evaluating, find_sites
@@ -27,7 +27,6 @@ from trilobit.surgery.roles import decoder_layers, evaluating, find_sites
 SiteName = Literal["residual", "attention-input", "attention-output", "mlp-input", "mlp-output", "final-norm"]
 SITES: tuple[SiteName, ...] = get_args(SiteName)
 KINDS = (nn.Linear, TernaryLinear, PackedLinear)
-HINT = "(--protocol osp does not need the roles of linears.)"
 
 
 @dataclass(frozen=True)
@@ -40,14 +39,24 @@ class Probe:
     of: Literal["input", "output"]
 
 
-def find_probes(model: PreTrainedModel) -> list[Probe]:
-    """What to watch, in no particular order. Raises ModelError, saying what is not understood."""
-    layers = [path for path, _ in decoder_layers(model)]
+def find_probes(model: PreTrainedModel) -> tuple[list[Probe], str]:
+    """What to watch, in no particular order, and why the sites inside the layers are not among it, where their linears cannot
+    be told apart (experts, Conv1D, state spaces): what layers pass on can be watched in every decoder.
+
+    Raises ModelError for what has no decoder layers, is not causal, or is damaged.
+    """
+    between = [Probe(layer, "residual", path, "output") for layer, (path, _) in enumerate(decoder_layers(model))]
+    between.append(Probe(None, "final-norm", "", "output"))
     try:
-        sites = find_sites(model, KINDS)
-    except ModelError as error:
-        raise ModelError(f"{error} {HINT}") from error
-    found = {(layer, "residual"): Probe(layer, "residual", path, "output") for layer, path in enumerate(layers)}
+        return [*_inside(model), *between], ""
+    except RolesError as error:
+        return between, str(error)
+
+
+def _inside(model: PreTrainedModel) -> list[Probe]:
+    """What linears inside the layers read. Raises RolesError, saying what is not understood."""
+    sites = find_sites(model, KINDS)
+    found: dict[tuple[int, str], Probe] = {}
     waiting = []
     for site in sites:
         if site.role == "input":
@@ -55,15 +64,15 @@ def find_probes(model: PreTrainedModel) -> list[Probe]:
             continue
         part = "attention" if site.role == "attention-output" else "mlp"
         if (site.layer, f"{part}-output") in found:
-            raise ModelError(
+            raise RolesError(
                 f"layer {site.layer} has more than one linear at the end of its {part} ({site.path} is one), so its parts "
-                f"cannot be told apart. {HINT}"
+                "cannot be told apart."
             )
         for end, member in [*(("input", other) for other in waiting if other.layer == site.layer), ("output", site)]:
             name: Any = f"{part}-{end}"
             found.setdefault((site.layer, name), Probe(site.layer, name, member.path, "input"))
         waiting = []
-    return [*found.values(), Probe(None, "final-norm", "", "output")]
+    return list(found.values())
 
 
 @contextmanager
@@ -93,7 +102,7 @@ def watched(model: PreTrainedModel, probes: list[Probe], see: Callable[[Probe, T
 def activations(model: PreTrainedModel, layer: int | None, site: SiteName, window: Tensor) -> Tensor:
     """|x| at one site while `model` reads window [T]: [T, W] fp32 on the CPU."""
     seen: list[Tensor] = []
-    probes = [probe for probe in find_probes(model) if (probe.layer, probe.site) == (layer, site)]
+    probes = [probe for probe in find_probes(model)[0] if (probe.layer, probe.site) == (layer, site)]
     device = next(model.parameters()).device
 
     def see(probe: Probe, x: Tensor) -> None:

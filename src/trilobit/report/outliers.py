@@ -19,7 +19,15 @@ from trilobit.infer.loaded import Loaded, pick_device
 from trilobit.listener import SILENT, Listener
 from trilobit.measure.contextual import Contextual, SiteOutliers
 from trilobit.measure.kurtosis import OspKurtosis
-from trilobit.measure.outliers import OutliersResult, extreme_rows, layer_rows, measure, read_text, shared_channels
+from trilobit.measure.outliers import (
+    OutliersResult,
+    extreme_rows,
+    layer_rows,
+    measure,
+    read_text,
+    shared_channels,
+    unwatched,
+)
 from trilobit.measure.probes import SiteName, activations
 from trilobit.report.outlier_plots import plot_histograms, plot_kurtosis, plot_ratios, plot_states, plot_surface
 from trilobit.storage import atomic_directory, require_new_directory, write_json
@@ -90,7 +98,7 @@ def _contextual(result: Contextual, surfaces: list[tuple[SiteOutliers, Tensor]],
         f"<p>{result.windows:,} sequences of {result.sequence_length:,} tokens"
         f"{', each with the beginning-of-text token in front' if result.bos else ''}. The first position is reported apart: "
         "attention sinks put their massive activations there.</p>",
-        *(f"<p>{escape(line[0].upper() + line[1:])}.</p>" for line in shared_channels(result)),
+        *(f"<p>{escape(line[0].upper() + line[1:])}.</p>" for line in [*shared_channels(result), *unwatched(result)]),
         "<h2>Excess kurtosis by depth</h2>",
         _picture(directory / "kurtosis.png"),
         "<p>Mean over tokens of the excess kurtosis over channels, at positions after the first: of the residual stream "

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from trilobit.errors import ModelError
+from trilobit.errors import ModelError, RolesError
 from trilobit.nn.ternary import TernaryModule
 
 Role = Literal["input", "attention-output", "mlp-output"]
@@ -123,7 +123,7 @@ def _refuse_foreign_matrix(name: str, module: nn.Module) -> None:
         return
     for parameter_name, parameter in module.named_parameters(recurse=False):
         if parameter.ndim >= 2:
-            raise ModelError(
+            raise RolesError(
                 f"{name} is a {type(module).__name__} that owns {parameter_name} {tuple(parameter.shape)}: only nn.Linear "
                 "is converted, so this architecture (experts, Conv1D, …) is refused rather than half-converted."
             )
@@ -146,7 +146,7 @@ def _probe(model: PreTrainedModel, linears: dict[nn.Module, tuple[str, int]], pa
             fixed = noise[module].clone()
             fixed[:, 0] += change
             if fixed.numel() != output.numel():
-                raise ModelError(f"{linears[module][0]} runs on some tokens only (experts?), so its role is unknown.")
+                raise RolesError(f"{linears[module][0]} runs on some tokens only (experts?), so its role is unknown.")
             return fixed.to(output).reshape(output.shape)  # OPT flattens batch and time
 
         return pinned
@@ -165,7 +165,7 @@ def _probe(model: PreTrainedModel, linears: dict[nn.Module, tuple[str, int]], pa
         raise ModelError(f"{type(model).__name__} is not causal (an encoder?): earlier positions see later tokens.")
     missed = [name for module, (name, _) in linears.items() if module not in plain]
     if missed:
-        raise ModelError(f"{missed[0]} did not run in a forward pass; its role is unknown.")
+        raise RolesError(f"{missed[0]} did not run in a forward pass; its role is unknown.")
 
     groups: dict[int, int] = {}
     sites = []

@@ -101,16 +101,16 @@ def _pieces(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
 
 
 def to_blocks(values: Tensor) -> tuple[Tensor, Tensor]:
-    """[R, C] → int8 codes [R, C] and scales [R, ⌈C/256⌉] of `values`' dtype: the nearest of 255 even levels up to the largest
+    """[…, C] → int8 codes […, C] and scales […, ⌈C/256⌉] of `values`' dtype: the nearest of 255 even levels up to the largest
     of a block of a row."""
-    rows, columns = values.shape
+    *rows, columns = values.shape
     blocks = -(-columns // BLOCK)
-    padded = nn.functional.pad(values, (0, blocks * BLOCK - columns)).view(rows, blocks, BLOCK)
+    padded = nn.functional.pad(values, (0, blocks * BLOCK - columns)).view(*rows, blocks, BLOCK)
     scales = padded.abs().amax(-1) / 127
     codes = (padded / scales.clamp(min=torch.finfo(values.dtype).tiny)[..., None]).round_().to(torch.int8)
-    return codes.view(rows, blocks * BLOCK)[:, :columns].contiguous(), scales
+    return codes.view(*rows, blocks * BLOCK)[..., :columns].contiguous(), scales
 
 
 def from_blocks(codes: Tensor, scales: Tensor) -> Tensor:
-    """[R, C] in the scales' dtype: what `to_blocks` stored."""
-    return codes * scales.repeat_interleave(BLOCK, dim=1)[:, : codes.shape[1]]
+    """[…, C] in the scales' dtype: what `to_blocks` stored."""
+    return codes * scales.repeat_interleave(BLOCK, dim=-1)[..., : codes.shape[-1]]

@@ -79,6 +79,9 @@ def fit_vocabulary(config: PretrainedConfig, tokenizer: Any, free: bool) -> None
             f"the tokenizer does not match the architecture's vocabulary: it has {needed:,} entries, the config "
             f"{text.vocab_size:,}. Use its own tokenizer, or make one with --train-tokenizer."
         )
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+    special = {name: getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if special["pad_token_id"] in (special["bos_token_id"], special["eos_token_id"]):
+        special["pad_token_id"] = None  # its row would be zeros, and never learn: texts are made of it, nothing is padded
+    for name, token in special.items():
         for part in {id(config): config, id(text): text}.values():
-            setattr(part, name, getattr(tokenizer, name, None))
+            setattr(part, name, token)

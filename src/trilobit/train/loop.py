@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from trilobit.config.training import TrainingConfig
-from trilobit.errors import NonFiniteError, OutputError
+from trilobit.errors import LAST_UPDATE, NonFiniteError, OutputError
 from trilobit.nn.ternary import kept_codes
 from trilobit.train.adamw import AdamW
 from trilobit.train.checkpoint import Progress
@@ -129,7 +129,11 @@ def fit(
             pace.end("the evaluation in progress" if evaluation_due else "the step that follows")
             if evaluation_due:
                 row |= watched() if watched else {}
-                row |= hooks.evaluate() if hooks.evaluate else {}
+                try:
+                    row |= hooks.evaluate() if hooks.evaluate else {}
+                except NonFiniteError:
+                    checkpoints.settle()
+                    raise
                 timed_at = time.perf_counter()
                 (number,) = team.agree(signals.number or 0)  # one that came meanwhile
                 stopping = number > 0
@@ -140,6 +144,11 @@ def fit(
                     listen(row)
         if checkpoint_due or stopping:
             progress.seconds = time.perf_counter() - started
+            broken = _not_finite(spread)
+            if team.agree(int(bool(broken)))[0]:
+                checkpoints.settle()
+                where = broken or "a weight on another rank"
+                raise NonFiniteError(f"after step {progress.step} {where} is not finite. {LAST_UPDATE}")
             checkpoints.save(progress)
             pace.saved = progress.step
             timed_at = time.perf_counter()
@@ -225,6 +234,13 @@ def _accumulate(
                     share = value / (own / number)
                     totals[name] = totals[name] + share if name in totals else share
     return spread.team.means(totals)
+
+
+@torch.no_grad()
+def _not_finite(spread: Spread) -> str:
+    """The name of the first parameter that is not finite in the rows that this rank keeps; "" if there is none."""
+    fine = torch.stack([piece.local.isfinite().all() for piece in spread.pieces])
+    return "" if bool(fine.all()) else spread.pieces[int((~fine).nonzero()[0])].name
 
 
 class _Guard:

@@ -10,13 +10,14 @@ NorMuon (arXiv 2510.05491) divides each row of O by the root of its running mean
 The constants of outlier-safe pre-training (arXiv 2506.19697) are the defaults: quintic coefficients (Keller Jordan's), five
 iterations in bf16. `polar-express` has a polynomial of its own for each iteration (arXiv 2505.16932), which brings the
 singular values nearer to one. The iteration is over the whole logical matrix. Matrices of one shape are iterated as one
-batched product. Of tall ones A = XᵀX, and X ← X·(a + bA + cA²). Products that are symmetric, all but those with X on one side
-only, cost half where kernels/bf16.py has a kernel for them. Momentum may be kept in bf16, or in int8 by blocks of 256, which
-an orthogonalised update bears even with evenly spaced levels (arXiv 2509.23106).
+batched product, those of experts [E, R, C] among them. Of tall ones A = XᵀX, and X ← X·(a + bA + cA²). Products that are
+symmetric, all but those with X on one side only, cost half where kernels/bf16.py has a kernel for them. Momentum may be kept
+in bf16, or in int8 by blocks of 256, which an orthogonalised update bears even with evenly spaced levels (arXiv 2509.23106).
 
 Letters: N matrices of one shape, R rows, C columns.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -24,7 +25,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from transformers.pytorch_utils import Conv1D
 
+from trilobit.errors import ConfigError
 from trilobit.kernels.bf16 import alone, apply, apply_right, commuting, gram, runs_on, threads
 from trilobit.nn.outlier_safe import EmbeddingProjection
 from trilobit.surgery.roles import decoder_layers
@@ -107,28 +111,60 @@ def step_scale(shape: torch.Size, scale: Scale) -> float:
 
 
 def normalize_rows(update: Tensor, moment: Tensor) -> Tensor:
-    """NorMuon: each row of `update` [R, C] over the root of its running mean square `moment` [R, 1] (updated in place), at
-    the Frobenius norm that √(R·C) unit entries would have in an orthogonal matrix, √min(R, C)."""
+    """NorMuon: each row of `update` […, R, C] over the root of its running mean square `moment` […, R, 1] (updated in place),
+    at the Frobenius norm that √(R·C) unit entries would have in an orthogonal matrix, √min(R, C)."""
     update = update.to(moment.dtype)
-    moment.lerp_(update.square().mean(dim=1, keepdim=True), 1 - ROW_MOMENTUM)
+    moment.lerp_(update.square().mean(dim=-1, keepdim=True), 1 - ROW_MOMENTUM)
     update = update / (moment.sqrt() + EPS)
-    return update * (min(update.shape) ** 0.5 / (torch.linalg.vector_norm(update) + EPS))
+    norm = torch.linalg.vector_norm(update, dim=(-2, -1), keepdim=True)
+    return update * (min(update.shape[-2:]) ** 0.5 / (norm + EPS))
 
 
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """Weights of the linears inside the decoder layers, and of embedding projections, by type: what Muon is for. Not
-    embeddings, head, gains or biases."""
-    inside = [module for _, layer in decoder_layers(model) for module in layer.modules() if isinstance(module, nn.Linear)]
-    added = [module for module in model.modules() if isinstance(module, EmbeddingProjection)]
-    weights = {id(linear.weight): linear.weight for linear in [*inside, *added] if linear.weight.requires_grad}
-    return [weight for weight in weights.values() if isinstance(weight, nn.Parameter)]
+    """What Muon is for, by type: inside the decoder layers the weights of linears (transformers' Conv1D is one) and the
+    matrices of experts [E, R, C]; embedding projections. Not embeddings, head, gains, biases, routers or convolutions.
+
+    Raises ConfigError for one that is empty.
+    """
+    named: dict[str, Any] = {}
+    for path, layer in decoder_layers(model):
+        for name, module in layer.named_modules(prefix=path):
+            if isinstance(module, nn.Linear | Conv1D):
+                named[f"{name}.weight"] = module.weight
+            elif not isinstance(module, _ConvNd):
+                named |= {f"{name}.{own}": p for own, p in module.named_parameters(recurse=False) if p.ndim == 3}
+    named |= {f"{name}.weight": m.weight for name, m in model.named_modules() if isinstance(m, EmbeddingProjection)}
+    chosen = {id(p): (name, p) for name, p in named.items() if isinstance(p, nn.Parameter) and p.requires_grad}
+    for name, parameter in chosen.values():
+        if not parameter.numel():
+            raise ConfigError(f"{name} is {tuple(parameter.shape)}: there is nothing in it that Muon could make orthogonal.")
+    return [parameter for _, parameter in chosen.values()]
+
+
+def routing(model: nn.Module, matrices: list[nn.Parameter]) -> str:
+    """In words: what Muon trains, and by name every matrix that it leaves to AdamW. matrices: Muon's."""
+    ours = {id(p) for p in matrices}
+    rest: dict[str, int] = defaultdict(int)
+    vectors = 0
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in ours:
+            vectors += parameter.ndim < 2
+            rest[re.sub(r"\.\d+\.", ".*.", name)] += parameter.ndim >= 2
+    left = [name + (f" ({number})" if number > 1 else "") for name, number in rest.items() if number]
+    number = sum(p.shape[:-2].numel() for p in matrices)
+    share = sum(p.numel() for p in matrices) / sum(p.numel() for p in model.parameters())
+    return (
+        f"Muon trains {number} matrices of {len({p.shape[-2:] for p in matrices})} shapes, {share:.0%} of the parameters; "
+        f"AdamW {', '.join([*left, f'{vectors} vectors and scalars'])}"
+    )
 
 
 class Muon(AdamW):
     """Muon for the parameters of groups that say `muon`, AdamW (fused) for the others. One rate serves both.
 
-    groups: as for torch's optimizers; at least one must say `"muon": True` and hold a matrix. `iterated` counts the matrices
-    of the last step. A `found_inf` of one (as a GradScaler sets it) holds the step back, on the device.
+    groups: as for torch's optimizers; at least one must say `"muon": True` and hold a matrix, or matrices [E, R, C]. `iterated`
+    counts the matrices of the last step. A `found_inf` of one (as a GradScaler sets it) holds the weights back, on the device;
+    momentum is what the gradients made of it.
     """
 
     kept = (*AdamW.kept, *BLOCKS)
@@ -146,7 +182,7 @@ class Muon(AdamW):
         chosen = [p for group in self.param_groups if group["muon"] for p in group["params"]]
         assert chosen, "no parameter was given to Muon"
         shapes = [self._shape(p) for p in chosen]
-        assert all(len(shape) == 2 and shape.numel() for shape in shapes), shapes
+        assert all(len(shape) in (2, 3) and shape.numel() for shape in shapes), shapes
 
     def _shape(self, parameter: nn.Parameter) -> torch.Size:
         """Of the whole logical matrix."""
@@ -178,13 +214,14 @@ class Muon(AdamW):
         updates = workspace[: len(found)]
         for (parameter, gradient), update in zip(found, updates, strict=True):
             self._accelerate(parameter, gradient, update)
-        updates = orthogonalize(updates, self.coefficients, self.compute)
+        matrices = updates.flatten(0, -3)
+        self.iterated += len(matrices)
+        updates = orthogonalize(matrices, self.coefficients, self.compute).view(updates.shape)
         length = group["lr"] * step_scale(workspace.shape[-2:], self.scale)
         for (parameter, _), update in zip(found, updates, strict=True):
             if self.normuon:
                 update = normalize_rows(update, self._row_moment(parameter))
             self._move(group, parameter, update, length)
-        self.iterated += len(found)
 
     def _accelerate(self, parameter: nn.Parameter, gradient: Tensor, out: Tensor) -> None:
         """Momentum, and into `out` what is to be orthogonalised."""
@@ -206,7 +243,7 @@ class Muon(AdamW):
 
     def _row_moment(self, parameter: nn.Parameter) -> Tensor:
         if "row_moment" not in self.state[parameter]:
-            self.state[parameter]["row_moment"] = torch.zeros_like(parameter[:, :1])
+            self.state[parameter]["row_moment"] = torch.zeros_like(parameter[..., :1])
         return self.state[parameter]["row_moment"]
 
     def _move(self, group: dict[str, Any], parameter: nn.Parameter, update: Tensor, length: float) -> None:

@@ -187,7 +187,9 @@ class _Pretrain(Run[PretrainConfig, PretrainResult]):
 
     def operate(self) -> None:
         config = self.config
-        self.probes = outlier_probes(self.model)
+        self.probes, unwatched = outlier_probes(self.model)
+        if unwatched:
+            self.listener.note(unwatched)
         reshard(self.model)
         self.peak_lr = config.lr or min(HIGHEST_LR, LR_TIMES_WIDTH / self.model.config.get_text_config().hidden_size)
         if config.lr is None:

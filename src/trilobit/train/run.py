@@ -7,6 +7,7 @@ Several ranks (distributed.py) go through the same stages: rank 0 decides, write
 model, or their part of it, and the same text, measure and train.
 """
 
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from trilobit.config.training import TrainingConfig
-from trilobit.errors import ConfigError, DataError, ModelError, OutputError
+from trilobit.errors import LAST_UPDATE, ConfigError, DataError, ModelError, NonFiniteError, OutputError
 from trilobit.infer.loaded import pick_device
 from trilobit.listener import SILENT, Listener
 from trilobit.locks import alone_in
@@ -42,6 +43,7 @@ from trilobit.train.mesh import (
     device_memory,
     spread_over,
 )
+from trilobit.train.muon import routing
 from trilobit.train.pace import Forecast
 from trilobit.train.parts import stay_whole
 from trilobit.train.precision import decide_precision
@@ -224,11 +226,13 @@ class Run(ABC, Generic[Config, Result]):
             raise OutputError(f"{self.out} is not as it was: another process has been working in it.")
 
     def evaluate(self) -> dict[str, float]:
-        """Held-out loss at the run's precision, between steps."""
+        """Held-out loss at the run's precision, between steps. Raises NonFiniteError where there is none."""
         config = self.config
         total, count = shared_nats(
             self.team, self.model, self.heldout, config.sequences, config.precision, self.listener
         )  # fmt: skip
+        if not math.isfinite(total):
+            raise NonFiniteError(f"the loss on held-out text is not finite. {LAST_UPDATE}")
         return {"heldout_nats": total / count}
 
     def heard(self, row: dict[str, Any]) -> None:
@@ -241,11 +245,14 @@ class Run(ABC, Generic[Config, Result]):
         return len(decoder_layers(self.model))
 
     def note_optimizer(self) -> None:
-        """Say what Muon trains, if it trains anything."""
+        """Say what Muon trains, if it trains anything. Raises ConfigError where it cannot."""
         if self.config.optimizer == "muon":
-            matrices, total = muon_matrices(self.model, self.config), sum(p.numel() for p in self.model.parameters())
-            share = sum(p.numel() for p in matrices) / total
-            self.listener.note(f"Muon trains {len(matrices)} matrices, {share:.0%} of the parameters; AdamW the rest")
+            matrices = muon_matrices(self.model, self.config)
+            if not matrices:
+                raise ConfigError("there is no matrix for Muon in the decoder's layers: --optimizer adamw.")
+            if self.in_parts and any(p.ndim > 2 for p in matrices):
+                raise ConfigError("Muon does not share out the matrices of experts: --mesh ddp, or --optimizer adamw.")
+            self.listener.note(routing(self.model, matrices))
 
 
 def start(

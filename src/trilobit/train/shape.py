@@ -61,7 +61,7 @@ def read_shape(model: str, sequence_length: int) -> Shape:
     return Shape(
         parameters=sum(p.numel() for p in built.parameters()),
         inside=sum(p.numel() for _, layer in layers for p in layer.parameters()),
-        matrices=tuple(tuple(p.shape) for p in hidden_matrices(built)),  # pyright: ignore[reportArgumentType]
+        matrices=tuple((p.shape[-2], p.shape[-1]) for p in hidden_matrices(built) for _ in range(p.shape[:-2].numel())),
         layers=len(layers), width=text.hidden_size, vocabulary=text.vocab_size, embedding=embedding,
         layer_bytes=by_token, layer_fixed=fixed,
     )  # fmt: skip
