@@ -3,10 +3,10 @@
 #
 #   experiments/osp_gpu.sh TEXT [REPORT]
 #
-# Call it again to continue; the table comes last. Not yet run on a GPU.
+# Call it again to continue, all rows at the middle rate first, then at the others; the tables come last. Not yet run on a GPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 text=$1 report=${2:-}
 export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 python3 -c 'import torch; assert torch.cuda.is_available(), "no CUDA device: this study needs one"'
-exec python3 experiments/osp_ablation.py 60m --data "$text" --minutes 9 --device cuda --rates 1e-3 ${report:+--report "$report"}
+exec python3 experiments/osp_ablation.py 60m --data "$text" --minutes 9 --device cuda ${report:+--report "$report"}

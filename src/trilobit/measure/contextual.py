@@ -103,13 +103,17 @@ def measure_contextual(
     start, device = time.perf_counter(), next(model.parameters()).device
     streams: dict[Probe, tuple[Stream, Stream]] = {}
     indices = torch.arange(windows.numel(), device=device).view(windows.shape)
+
+    def begin(probe: Probe, x: Tensor) -> None:
+        streams[probe] = (Stream(x.shape[-1], device), Stream(x.shape[-1], device))
+
     with evaluating(model):
+        with watched(model, probes, begin):  # before there are large tensors, between which what stays would hold their memory
+            model.base_model(input_ids=windows[:1, :1].to(device), use_cache=False)
         for batch, index in zip(windows.split(sequences), indices.split(sequences), strict=True):
 
             def see(probe: Probe, x: Tensor, index: Tensor = index) -> None:
                 x = x.reshape(*index.shape, -1)  # OPT flattens batch and time
-                if probe not in streams:
-                    streams[probe] = (Stream(x.shape[-1], device), Stream(x.shape[-1], device))
                 first, later = streams[probe]
                 first.add(x[:, 0], index[:, 0])
                 later.add(x[:, 1:].flatten(0, 1), index[:, 1:].flatten())
