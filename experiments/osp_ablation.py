@@ -72,7 +72,11 @@ STUDIES = {
 }  # fmt: skip
 
 
-def read_records(folder: Path) -> dict[tuple[str, float], dict[str, Any]]:
+Records = dict[tuple[str, float], dict[str, Any]]
+"""Of a row at a rate."""
+
+
+def read_records(folder: Path) -> Records:
     found = {}
     for path in sorted(folder.glob("*.jsonl")):
         for line in path.read_text().splitlines():
@@ -149,13 +153,13 @@ def quantized_nats(model: Any, protocol: Protocol, windows: Any) -> float:
     return total / count
 
 
-def best(records: dict[tuple[str, float], dict[str, Any]], row: str) -> dict[str, Any] | None:
+def best(records: Records, row: str) -> dict[str, Any] | None:
     """A row at its best rate."""
     fine = [r for (name, _), r in records.items() if name == row and not r["diverged"]]
     return min(fine, key=lambda r: r["nats_per_token"], default=None)
 
 
-def table(records: dict[tuple[str, float], dict[str, Any]]) -> str:
+def table(records: Records) -> str:
     heads = [
         "row", "rate", "nats", "kurtosis", "osp's", "down_proj reads", "W4A4KV4", "+ FFN Hadamard", "tokens/s",
     ]  # fmt: skip
@@ -175,7 +179,7 @@ def table(records: dict[tuple[str, float], dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def rates_table(records: dict[tuple[str, float], dict[str, Any]]) -> str:
+def rates_table(records: Records) -> str:
     """Held-out nats and the residual stream's excess kurtosis of every row at every rate, a row's best in bold."""
     if not records:
         return ""
