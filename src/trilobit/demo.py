@@ -88,8 +88,8 @@ def run(config: DemoConfig, listener: Listener = SILENT) -> DemoResult:
     out = Path(config.out)
     _clear_earlier_demo(out)
     settings = TuneConfig(
-        model=str(MODEL), data="stdlib", out=str(out), max_tokens=config.max_tokens, batch_tokens=4096,
-        sequence_length=256, sequences=16, lr=4e-3, schedule="global", distill="logits", eval_tokens=65_536,
+        model=str(MODEL), data="stdlib", out=str(out), max_tokens=config.max_tokens, batch_tokens=1024,
+        sequence_length=256, sequences=4, lr=2e-3, schedule="global", distill="logits", eval_tokens=65_536,
         eval_every=max(config.max_tokens // 5, 1), device=config.device, seed=config.seed,
     )  # fmt: skip
     result = tune.run(settings, listener)

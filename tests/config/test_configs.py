@@ -37,12 +37,13 @@ def test_steps_are_whole_micro_batches(length: int, sequences: int, batch_tokens
 
 
 def test_defaults_are_valid() -> None:
-    """By default there are about a thousand steps, of 65,536 tokens at most; small ones have small micro-batches."""
+    """By default there are about four thousand steps, of one sequence at least and 65,536 tokens at most; small ones have small
+    micro-batches."""
     config = tune()
-    assert (config.accumulation, config.tokens_per_step, config.steps) == (2, 8192, 1220)
-    assert [tune(max_tokens=n).tokens_per_step for n in (1_000_000, 100_000_000, 10**9)] == [1024, 65_536, 65_536]
-    small = tune(max_tokens=1_000_000)
-    assert (small.micro_batch, small.accumulation) == (2, 1)
+    assert (config.micro_batch, config.accumulation, config.tokens_per_step, config.steps) == (5, 1, 2560, 3906)
+    assert [tune(max_tokens=n).tokens_per_step for n in (1_000_000, 100_000_000, 10**9)] == [512, 24_576, 65_536]
+    large = tune(max_tokens=100_000_000)
+    assert (large.micro_batch, large.accumulation) == (8, 6)
 
 
 def test_there_is_a_teacher_unless_there_is_nothing_to_learn() -> None:

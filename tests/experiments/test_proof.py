@@ -196,7 +196,8 @@ def test_the_overview_has_a_column_a_model() -> None:
 
 
 STUDIES_SHOWN = [
-    "stories260k-rates", "stories260k-cut", "stories260k-default", "embedded", "embedded-twin", "smollm2-cpu", "smollm2",
+    "stories260k-rates", "stories260k-cut", "stories260k-default", "stories260k-batches", "embedded", "embedded-twin",
+    "smollm2-cpu", "smollm2",
 ]  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from trilobit.errors import ConfigError
 
 Gather = Literal["auto", "layer", "step"]
 LEAST_EVALUATION = 4096  # tokens, unless --eval-tokens says less
-LEAST_STEPS, MOST_BATCH = 1000, 65_536  # unless --batch-tokens says otherwise
+LEAST_STEPS, MOST_BATCH = 4000, 65_536  # unless --batch-tokens says otherwise
 
 
 def mesh_of(text: str) -> tuple[str, int, int]:
@@ -52,8 +52,8 @@ class TrainingConfig:
     max_tokens: Count = 10_000_000
     """Tokens to train on."""
     batch_tokens: Count | None = None
-    """Tokens per optimizer step, rounded to whole micro-batches. Default: a thousandth of --max-tokens, 65,536 at most (in
-    small runs it is updates that lack)."""
+    """Tokens per optimizer step, rounded to whole micro-batches. Default: a four-thousandth of --max-tokens, 65,536
+    at most (in small runs it is updates that lack); a GPU is busier with more."""
     sequence_length: int = 512
     """Tokens per sequence."""
     sequences: int = 8
