@@ -28,7 +28,8 @@ def matrices(model: str | None) -> list[tuple[int, int]]:
     if model is None:
         return SMOLLM2
     with torch.device("meta"):
-        return [tuple(p.shape) for p in hidden_matrices(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model)))]
+        found = hidden_matrices(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model)))
+    return [(p.shape[-2], p.shape[-1]) for p in found for _ in range(p.shape[:-2].numel())]
 
 
 def operations(rows: int, columns: int) -> int:

@@ -37,11 +37,12 @@ def test_steps_are_whole_micro_batches(length: int, sequences: int, batch_tokens
 
 
 def test_defaults_are_valid() -> None:
-    """By default there are about four thousand steps, of one sequence at least and 65,536 tokens at most; small ones have small
-    micro-batches."""
+    """By default there are about four thousand steps, of 1,024 tokens at least and 65,536 at most; small ones have small
+    micro-batches, and a run of a few tokens is a step all the same."""
     config = tune()
     assert (config.micro_batch, config.accumulation, config.tokens_per_step, config.steps) == (5, 1, 2560, 3906)
-    assert [tune(max_tokens=n).tokens_per_step for n in (1_000_000, 100_000_000, 10**9)] == [512, 24_576, 65_536]
+    assert [tune(max_tokens=n).tokens_per_step for n in (1_000_000, 100_000_000, 10**9)] == [1024, 24_576, 65_536]
+    assert [tune(max_tokens=n).tokens_per_step for n in (600, 2048)] == [512, 1024]
     large = tune(max_tokens=100_000_000)
     assert (large.micro_batch, large.accumulation) == (8, 6)
 

@@ -12,6 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from families import LAYERS, REFUSED, build, tokens
 from trilobit.errors import ModelError
+from trilobit.measure import probes as probes_module
 from trilobit.measure import stream as stream_module
 from trilobit.measure.contextual import Contextual, SiteOutliers, measure_contextual
 from trilobit.measure.kurtosis import measure_osp
@@ -174,7 +175,7 @@ def test_what_is_not_finite_is_named() -> None:
 
 @pytest.mark.parametrize("family", ["gpt2", "mixtral", "falcon"])
 def test_where_linears_have_no_roles_what_passes_between_layers_is_measured(family: str) -> None:
-    """Residual stream and final norm are those of a naive float64 measure, and what is missing is said."""
+    """The residual stream is that of a naive float64 measure; what is missing is said."""
     model, windows = REFUSED[family][0]().eval(), tokens(3, 12)
     result = contextual(model, windows)
     layers = range(model.config.num_hidden_layers)
@@ -189,6 +190,32 @@ def test_where_linears_have_no_roles_what_passes_between_layers_is_measured(fami
     handle.remove()
     kurtosis = [naive_kurtosis(token) for token in seen[0][:, 1:].flatten(0, 1).double().tolist()]
     assert at(result, 1, "residual").later.excess_kurtosis == pytest.approx(math.fsum(kurtosis) / len(kurtosis), rel=1e-4)
+
+
+def test_logits_are_no_final_norm() -> None:
+    """Llama 4's base model is the whole one: what it ends in is the head's, and not measured."""
+    result = contextual(REFUSED["llama4"][0](), tokens())
+    assert {row.site for row in result.sites} == {"residual"}
+
+
+def test_what_passes_between_layers_is_one_vector_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several streams (Gemma 3n), a NaN in the head and an eye on later tokens are refused where roles are not known, too."""
+    model = REFUSED["gpt2"][0]()
+    with torch.no_grad():
+        model.lm_head.weight[3, 3] = math.nan
+    with pytest.raises(ModelError, match="logits that are not finite"):
+        contextual(model, tokens())
+    model = REFUSED["gpt2"][0]()
+    model.transformer.h[0].register_forward_hook(lambda module, inputs, output: output + output.flip(1))
+    with pytest.raises(ModelError, match="not causal"):
+        contextual(model, tokens())
+    monkeypatch.setattr(probes_module, "require_causal", lambda model: None)
+    model = REFUSED["gpt2"][0]()
+    for layer in (model.transformer.h[1], model.transformer.h[0]):
+        layer.register_forward_pre_hook(lambda module, inputs: (inputs[0].sum(0, keepdim=True), *inputs[1:]))
+    model.transformer.h[0].register_forward_hook(lambda module, inputs, output: output.expand(4, -1, -1))
+    with pytest.raises(ModelError, match=r"transformer\.h\.0 passes on \(4, 8, 32\) for 8 tokens, not one vector each"):
+        contextual(model, tokens())
 
 
 def test_what_has_no_layers_is_refused() -> None:

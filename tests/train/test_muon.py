@@ -124,6 +124,15 @@ def test_matrices_of_other_kinds_are_muons_and_what_is_left_is_named(family: str
     assert said.startswith(f"Muon trains {matrices} matrices of ") and f"; AdamW {left}" in said
 
 
+def test_vectors_in_three_dimensions_are_no_experts() -> None:
+    """What is mixed channel by channel (RWKV's [1, 1, C]) has no singular values to even out."""
+    model = build("llama")
+    model.model.layers[0].mlp.register_parameter("time_mix", nn.Parameter(torch.ones(1, 1, 32)))
+    chosen = hidden_matrices(model)
+    assert all(p.ndim == 2 for p in chosen)
+    assert "model.layers.*.mlp.time_mix" in routing(model, chosen)
+
+
 def test_an_empty_matrix_is_refused_by_name() -> None:
     """Nothing can be made orthogonal of it, and AdamW does not take it quietly."""
     model = build("llama")

@@ -232,6 +232,16 @@ def test_muon_trains_gpt2(place: Path, tmp_path: Path) -> None:
     assert [set(row["kurtosis"]) for row in rows(tmp_path / "run") if "kurtosis" in row] == [{"residual"}, {"residual"}]
 
 
+@pytest.mark.parametrize("settings", [{"normuon": True}, {"muon_scale": "spectral"}])
+def test_rows_that_may_be_columns_are_refused(settings: dict[str, Any], place: Path, tmp_path: Path) -> None:
+    """What depends on which side of a matrix is its outputs does not take GPT-2's, which are stored the other way."""
+    GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64).save_pretrained(tmp_path / "gpt2")
+    settings = {**RECIPES["pretrain"]["muon"](), "architecture": str(tmp_path / "gpt2"), **settings}
+    with pytest.raises(ConfigError, match="needs to know a matrix' rows from its columns"):
+        run(configure(place, tmp_path / "run", **settings))
+    assert not (tmp_path / "run").exists()
+
+
 def test_texts_ends_are_learned_where_they_are_the_padding_too(place: Path, tmp_path: Path) -> None:
     """A tokenizer whose padding is its end-of-text token (SmolLM2's, and most) does not freeze that row at zero."""
     tokenizer = train_tokenizer(documents(str(place / "text.jsonl")), VOCABULARY)

@@ -11,7 +11,7 @@ class DemoConfig:
 
     out: str = "out/demo"
     """Run directory; an earlier demo there is replaced."""
-    max_tokens: Count = 1_000_000
+    max_tokens: Count = 900_000
     """Tokens to tune on."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, …"""

@@ -9,7 +9,7 @@ from trilobit.errors import ConfigError
 
 Gather = Literal["auto", "layer", "step"]
 LEAST_EVALUATION = 4096  # tokens, unless --eval-tokens says less
-LEAST_STEPS, MOST_BATCH = 4000, 65_536  # unless --batch-tokens says otherwise
+USUAL_STEPS, LEAST_BATCH, MOST_BATCH = 4000, 1024, 65_536  # unless --batch-tokens says otherwise
 
 
 def mesh_of(text: str) -> tuple[str, int, int]:
@@ -52,8 +52,8 @@ class TrainingConfig:
     max_tokens: Count = 10_000_000
     """Tokens to train on."""
     batch_tokens: Count | None = None
-    """Tokens per optimizer step, rounded to whole micro-batches. Default: a four-thousandth of --max-tokens, 65,536
-    at most (in small runs it is updates that lack); a GPU is busier with more."""
+    """Tokens per optimizer step, rounded to whole micro-batches. Default: a four-thousandth of --max-tokens, but
+    1,024 at least and 65,536 at most (in small runs it is updates that lack); a GPU is busier with more."""
     sequence_length: int = 512
     """Tokens per sequence."""
     sequences: int = 8
@@ -176,7 +176,8 @@ class TrainingConfig:
 
     @property
     def _wanted_tokens(self) -> int:
-        return self.batch_tokens or min(MOST_BATCH, self.max_tokens // LEAST_STEPS)
+        least = min(LEAST_BATCH, self.max_tokens // 2)
+        return self.batch_tokens or max(least, min(MOST_BATCH, self.max_tokens // USUAL_STEPS))
 
     @property
     def steps(self) -> int:

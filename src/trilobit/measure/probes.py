@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from trilobit.errors import RolesError
+from trilobit.errors import ModelError, RolesError
 from trilobit.nn.packed import PackedLinear
 from trilobit.nn.ternary import TernaryLinear
-from trilobit.surgery.roles import decoder_layers, evaluating, find_sites
+from trilobit.surgery.outlier_safe import require_causal
+from trilobit.surgery.roles import PROBE_TOKENS, decoder_layers, evaluating, find_sites, vocabulary_size
 
 SiteName = Literal["residual", "attention-input", "attention-output", "mlp-input", "mlp-output", "final-norm"]
 SITES: tuple[SiteName, ...] = get_args(SiteName)
@@ -41,16 +42,31 @@ class Probe:
 
 def find_probes(model: PreTrainedModel) -> tuple[list[Probe], str]:
     """What to watch, in no particular order, and why the sites inside the layers are not among it, where their linears cannot
-    be told apart (experts, Conv1D, state spaces): what layers pass on can be watched in every decoder.
+    be told apart (experts, Conv1D, state spaces): there it is what layers pass on alone.
 
-    Raises ModelError for what has no decoder layers, is not causal, or is damaged.
+    Raises ModelError for what has no decoder layers, is not causal, is damaged, or passes on more than a vector a token.
     """
     between = [Probe(layer, "residual", path, "output") for layer, (path, _) in enumerate(decoder_layers(model))]
     between.append(Probe(None, "final-norm", "", "output"))
     try:
         return [*_inside(model), *between], ""
     except RolesError as error:
-        return between, str(error)
+        require_causal(model)
+        return _understood(model, between), str(error)
+
+
+def _understood(model: PreTrainedModel, probes: list[Probe]) -> list[Probe]:
+    """`probes`, but for a final norm that is none, as the base model is the whole one and ends in logits. Raises ModelError
+    if what layers pass on has not one vector a token (Gemma 3n has four)."""
+    tokens = torch.arange(PROBE_TOKENS, device=next(model.parameters()).device)[None] % vocabulary_size(model)
+    seen: dict[Probe, torch.Size] = {}
+    with evaluating(model), watched(model, probes, lambda probe, x: seen.update({probe: x.shape})):
+        model.base_model(input_ids=tokens, use_cache=False)
+    width = seen[probes[0]][-1]
+    for probe, shape in seen.items():
+        if probe.site == "residual" and (shape[-1], shape.numel()) != (width, PROBE_TOKENS * width):
+            raise ModelError(f"{probe.module} passes on {tuple(shape)} for {PROBE_TOKENS} tokens, not one vector each.")
+    return [probe for probe in probes if seen[probe][-1] == width]
 
 
 def _inside(model: PreTrainedModel) -> list[Probe]:

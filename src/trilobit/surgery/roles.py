@@ -124,8 +124,8 @@ def _refuse_foreign_matrix(name: str, module: nn.Module) -> None:
     for parameter_name, parameter in module.named_parameters(recurse=False):
         if parameter.ndim >= 2:
             raise RolesError(
-                f"{name} is a {type(module).__name__} that owns {parameter_name} {tuple(parameter.shape)}: only nn.Linear "
-                "is converted, so this architecture (experts, Conv1D, …) is refused rather than half-converted."
+                f"{name} is a {type(module).__name__} that owns {parameter_name} {tuple(parameter.shape)}: what it is for is "
+                "not known, only nn.Linear is understood (not experts, Conv1D, …)."
             )
 
 

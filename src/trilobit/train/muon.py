@@ -122,7 +122,8 @@ def normalize_rows(update: Tensor, moment: Tensor) -> Tensor:
 
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
     """What Muon is for, by type: inside the decoder layers the weights of linears (transformers' Conv1D is one) and the
-    matrices of experts [E, R, C]; embedding projections. Not embeddings, head, gains, biases, routers or convolutions.
+    matrices of experts [E, R, C]; embedding projections. Not embeddings, head, gains, biases or convolutions, nor routers
+    that are no linears.
 
     Raises ConfigError for one that is empty.
     """
@@ -132,13 +133,22 @@ def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
             if isinstance(module, nn.Linear | Conv1D):
                 named[f"{name}.weight"] = module.weight
             elif not isinstance(module, _ConvNd):
-                named |= {f"{name}.{own}": p for own, p in module.named_parameters(recurse=False) if p.ndim == 3}
+                named |= {f"{name}.{own}": p for own, p in module.named_parameters(recurse=False) if _of_experts(p)}
     named |= {f"{name}.weight": m.weight for name, m in model.named_modules() if isinstance(m, EmbeddingProjection)}
     chosen = {id(p): (name, p) for name, p in named.items() if isinstance(p, nn.Parameter) and p.requires_grad}
     for name, parameter in chosen.values():
         if not parameter.numel():
             raise ConfigError(f"{name} is {tuple(parameter.shape)}: there is nothing in it that Muon could make orthogonal.")
     return [parameter for _, parameter in chosen.values()]
+
+
+def has_conv1d(model: nn.Module) -> bool:
+    """Whether matrices are stored with a column for each output, as transformers' Conv1D has them."""
+    return any(isinstance(module, Conv1D) for module in model.modules())
+
+
+def _of_experts(parameter: Tensor) -> bool:
+    return parameter.ndim == 3 and 1 not in parameter.shape[-2:]
 
 
 def routing(model: nn.Module, matrices: list[nn.Parameter]) -> str:

@@ -43,7 +43,7 @@ from trilobit.train.mesh import (
     device_memory,
     spread_over,
 )
-from trilobit.train.muon import routing
+from trilobit.train.muon import has_conv1d, routing
 from trilobit.train.pace import Forecast
 from trilobit.train.parts import stay_whole
 from trilobit.train.precision import decide_precision
@@ -250,8 +250,12 @@ class Run(ABC, Generic[Config, Result]):
             matrices = muon_matrices(self.model, self.config)
             if not matrices:
                 raise ConfigError("there is no matrix for Muon in the decoder's layers: --optimizer adamw.")
-            if self.in_parts and any(p.ndim > 2 for p in matrices):
+            experts = any(p.ndim > 2 for p in matrices)
+            if self.in_parts and experts:
                 raise ConfigError("Muon does not share out the matrices of experts: --mesh ddp, or --optimizer adamw.")
+            sided = "--normuon" if self.config.normuon else "--muon-scale spectral"
+            if (self.config.normuon or self.config.muon_scale == "spectral") and (experts or has_conv1d(self.model)):
+                raise ConfigError(f"{sided} needs to know a matrix' rows from its columns: of experts and Conv1D it does not.")
             self.listener.note(routing(self.model, matrices))
 
 
