@@ -88,12 +88,13 @@ class NoCheckpoints:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_only_the_logged_row_asks(optimizer: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of a step asks what it would not ask on a CPU alone; each row asks once whether all was finite and once for each
-    of its numbers. (Old code: transformers asked in every forward, of student and teacher.)"""
+    of its numbers, each checkpoint once whether the weights are. (Old code: transformers asked in every forward, of student and teacher.)"""
     asked = Counter(asked_in_steps(tmp_path, monkeypatch, optimizer=optimizer, precision=precision))
     assert asked.pop("head_loss.py: backward") == 2 * STEPS  # whether there is anything to multiply by; read on a CPU alone
     if optimizer == "muon":
         assert asked.pop("muon.py: _move") == 3 * 7 * STEPS  # whether a matrix is held back; read on a CPU alone
     assert asked.pop("loop.py: noticed") == STEPS
+    assert asked.pop("loop.py: _not_finite") == 1  # whether weights are fit to be saved: of a checkpoint, not of a step
     assert sum(asked.values()) == 4 * STEPS  # loss, cross-entropy, divergence; norm of the gradient
     assert set(asked) <= {"loop.py: fit", "loop.py: <dictcomp>"}
 
@@ -101,7 +102,7 @@ def test_only_the_logged_row_asks(optimizer: str, precision: str, tmp_path: Path
 @pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")
 def test_a_question_in_a_step_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = Counter(asked_in_steps(tmp_path, monkeypatch, asks=True))
-    assert sum(asked.values()) == STEPS * (1 + 4 + 2 + 2)
+    assert sum(asked.values()) == STEPS * (1 + 4 + 2 + 2) + 1  # the last for the checkpoint at the end
 
 
 def test_transformers_is_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
