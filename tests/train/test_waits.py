@@ -88,7 +88,8 @@ class NoCheckpoints:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_only_the_logged_row_asks(optimizer: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of a step asks what it would not ask on a CPU alone; each row asks once whether all was finite and once for each
-    of its numbers, each checkpoint once whether the weights are. (Old code: transformers asked in every forward, of student and teacher.)"""
+    of its numbers, each checkpoint once whether the weights are. (Old code: transformers asked in every forward, of student
+    and teacher.)"""
     asked = Counter(asked_in_steps(tmp_path, monkeypatch, optimizer=optimizer, precision=precision))
     assert asked.pop("head_loss.py: backward") == 2 * STEPS  # whether there is anything to multiply by; read on a CPU alone
     if optimizer == "muon":
