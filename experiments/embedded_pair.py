@@ -3,7 +3,7 @@
     python experiments/embedded_pair.py OUT        what experiments/embedded_pair.sh trained in OUT
 
 Every finished run becomes a record, docs/data/embedded_pair/RUN.json: its curve, its loss at 16 and 4 bits, its outliers. Of
-each recipe the run of the best rate is made ternary as well, by `trilobit tune` at two rates with `trilobit demo`'s settings;
+each recipe the run of the best rate is made ternary as well, by `trilobit tune` at two rates in batches of 4,096;
 every run that was stands in the table, with the better of the two.
 """
 

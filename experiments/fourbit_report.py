@@ -13,6 +13,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from pages import with_table
+
 from trilobit.fourbit.evaluate import ORIGINAL, Cell
 from trilobit.fourbit.result import footnotes, grid_rows, markdown, task_rows
 from trilobit.measure.scores import TaskScore
@@ -60,10 +62,7 @@ def main() -> None:
     page = DOCS / "fourbit.md"
     text = shown = page.read_text()
     for path in sorted(RECORDS.glob("*.json")):
-        begin, end = f"<!-- {path.stem} -->\n", f"\n<!-- /{path.stem} -->"
-        assert begin in text and end in text, f"{page} has no place for {path.stem}"
-        table = section(json.loads(path.read_text()))
-        text = text[: text.index(begin) + len(begin)] + table + text[text.index(end) :]
+        text = with_table(text, path.stem, section(json.loads(path.read_text())))
     if arguments.check:
         assert text == shown, f"{page} is not what {RECORDS} gives: run experiments/fourbit_report.py"
     else:

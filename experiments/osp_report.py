@@ -14,6 +14,7 @@ import osp_ablation
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from osp_ablation import ROWS, Records, read_records
+from pages import with_table
 
 from trilobit.train.plots import ACCENT, INK, MUTED, SECOND
 
@@ -55,9 +56,7 @@ def main() -> None:
     page = DOCS / "outlier_safe.md"
     text = shown = page.read_text(encoding="utf-8")
     for name, table in tables().items():
-        begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-        before, rest = text.split(begin)
-        text = before + begin + table + "\n" * bool(table) + end + rest.split(end)[1]
+        text = with_table(text, name, table)
     if arguments.check:
         if text != shown:
             raise SystemExit(f"{page.name} is not what the records give: run experiments/osp_report.py")

@@ -20,6 +20,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FormatStrFormatter, NullLocator
+from pages import with_table
 from proof import RECORDS, SEEDS, STUDIES, Records, Study, Trial, best_rates, model_class, read_records
 from proof_arms import ARMS, CONTROL
 
@@ -344,9 +345,7 @@ def main() -> None:
         tables.append((DOCS.parent / "README.md", "proof", readme_table(records, study)))
     for path, marker, lines in tables:
         page = path.read_text(encoding="utf-8")
-        start, end = f"<!-- {marker} -->\n", f"<!-- /{marker} -->"
-        before, rest = page.split(start)
-        new = f"{before}{start}{lines + chr(10) if lines else ''}{end}{rest.split(end)[1]}"
+        new = with_table(page, marker, lines)
         if arguments.check and new != page:
             raise SystemExit(f"{path.name} does not show the records of {arguments.study}")
         if not arguments.check:

@@ -19,9 +19,10 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def commands() -> list[str]:
-    """Every `trilobit …` line in a code block, and the inline ones that name a command."""
-    blocks = re.findall(r"```\n(.*?)```", README, re.DOTALL)
-    lines = [line for block in blocks for line in block.splitlines()]
+    """Every `trilobit …` line in a code block of README and docs, and README's inline ones that name a command."""
+    pages = [README, *(page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md")) if page.stem != "LOG")]
+    blocks = [block for page in pages for block in re.findall(r"^```\w*\n(.*?)^```", page, re.DOTALL | re.MULTILINE)]
+    lines = list(dict.fromkeys(line for block in blocks for line in block.splitlines()))
     inline = re.findall(r"`(trilobit [^`]+)`", README)
     return [line for line in [*lines, *inline] if line.startswith("trilobit ") and "--help" not in line]
 
@@ -32,7 +33,7 @@ def block_with(text: str) -> str:
 
 @pytest.mark.parametrize("line", commands())
 def test_every_command_parses(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each command line in the README is one the command line accepts, flag for flag."""
+    """Each command line in README and docs is one the command line accepts, flag for flag."""
     words = shlex.split(line)
     monkeypatch.chdir(tmp_path)
     if "--from" in words:
