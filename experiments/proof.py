@@ -103,6 +103,9 @@ STUDIES = {
     "stories260k": Study(
         262_144, (1.25e-3, 2.5e-3, 5e-3, 1e-2), STORIES | {"batch_tokens": 1024, "sequences": 8}, control_rates=1 / 32
     ),
+    "stories260k-around": Study(  # one setting of the default changed; beside it the default on the same machine
+        262_144, (1.25e-3, 2.5e-3, 5e-3, 1e-2), STORIES | {"batch_tokens": 1024, "sequences": 8}
+    ),
     "stories260k-rates": Study(  # how high may a rate be?
         262_144, (2e-2, 4e-2, 8e-2, 1.6e-1), STORIES | {"batch_tokens": 1024, "sequences": 8}, one_rung=True
     ),

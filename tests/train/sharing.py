@@ -5,6 +5,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from families import build
 from trilobit import quant
 from trilobit.config.training import Gather, TrainingConfig
 from trilobit.config.tune import TuneConfig
+from trilobit.errors import NonFiniteError
 from trilobit.surgery.outlier_safe import outlier_safe
 from trilobit.surgery.ternary import TernarySpec, set_strengths, ternarize
+from trilobit.train import loop
 from trilobit.train.adamw import State
 from trilobit.train.distributed import ALONE, Team
 from trilobit.train.gloo import GatherParts, ScatterSums
@@ -402,8 +405,6 @@ def one_dies(folder: Path, how: str) -> str:
 
 def not_finite(folder: Path, mesh: str) -> str:
     """What a rank says of a run in which the last one meets a loss of NaN in its third step."""
-    from trilobit.errors import NonFiniteError
-
     plain, seen = NextToken.__call__, []
 
     def spoilt(self: NextToken, batch: Tensor, /) -> Any:
@@ -412,6 +413,30 @@ def not_finite(folder: Path, mesh: str) -> str:
         return replace(losses, total=losses.total * float("nan")) if rank == 1 and len(seen) > 2 * SAMPLES // 2 else losses
 
     NextToken.__call__ = spoilt
+    try:
+        with open_team(CPU, Signals(), print) as team:
+            train(CASES[2], folder / "run", team, mesh, checkpoint_every=2 * SAMPLES * LENGTH)
+    except NonFiniteError as error:
+        return str(error)
+    return "nothing"
+
+
+def weights_not_finite(folder: Path, mesh: str) -> str:
+    """What a rank says of a run in which the second update breaks a weight of the last one, before it is saved."""
+    plain = loop.make_optimizer
+
+    def spoilt(model: nn.Module, lr: float, config: TrainingConfig, spread: Spread) -> torch.optim.Optimizer:
+        optimizer, steps = plain(model, lr, config, spread), count(1)
+
+        @torch.no_grad()
+        def spoil(*_: Any) -> None:
+            if next(steps) == 2 and spread.team.rank == 1:
+                next(piece.local for piece in spread.pieces if piece.local.numel()).fill_(float("inf"))
+
+        optimizer.register_step_post_hook(spoil)
+        return optimizer
+
+    loop.make_optimizer = spoilt
     try:
         with open_team(CPU, Signals(), print) as team:
             train(CASES[2], folder / "run", team, mesh, checkpoint_every=2 * SAMPLES * LENGTH)

@@ -207,6 +207,15 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all(mesh: str, tmp_path: Pa
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-2"]
 
 
+@pytest.mark.parametrize("mesh", ["fsdp", "ddp"])
+def test_weights_that_are_not_finite_on_one_rank_are_not_saved(mesh: str, tmp_path: Path) -> None:
+    """All end; the rank whose weights they are names one, the other says where to look."""
+    first, second = launch(sharing.weights_not_finite, 2, tmp_path, mesh=mesh)
+    assert "after step 2 a weight on another rank is not finite" in first
+    assert "after step 2 " in second and "embed_tokens.weight is not finite. The last update broke" in second
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*")) == []
+
+
 def test_a_dead_rank_is_noticed(tmp_path: Path) -> None:
     """A rank that is killed ends the others with an error that says so, and one that is stopped, whose connections stay open,
     ends them by its silence."""

@@ -24,6 +24,7 @@ from trilobit.surgery.outlier_safe import outlier_safe
 from trilobit.train import pretrain as pretrain_module
 from trilobit.train.kurtosis import outlier_probes, site_kurtosis
 from trilobit.train.loop import Interrupted, make_optimizer, muon_matrices
+from trilobit.train.mesh import Arrangement
 from trilobit.train.muon import Muon
 from trilobit.train.pretrain import PretrainResult, run
 from trilobit.train.tokenizer import train_tokenizer
@@ -240,6 +241,18 @@ def test_rows_that_may_be_columns_are_refused(settings: dict[str, Any], place: P
     with pytest.raises(ConfigError, match="needs to know a matrix' rows from its columns"):
         run(configure(place, tmp_path / "run", **settings))
     assert not (tmp_path / "run").exists()
+
+
+def test_experts_in_parts_are_not_muons(place: Path, tmp_path: Path) -> None:
+    """A rank that had rows of some experts could not step them: refused before anything is trained."""
+    started = object.__new__(pretrain_module._Pretrain)
+    started.config = configure(place, tmp_path / "run", optimizer="muon")
+    started.model = build("mixtral", num_local_experts=2)
+    started.arrangement, started.listener = Arrangement("fsdp", 1, 2, "two ranks"), Listener()
+    with pytest.raises(ConfigError, match="does not share out the matrices of experts: --mesh ddp"):
+        started.note_optimizer()
+    started.arrangement = Arrangement("ddp", 2, 1, "two ranks")
+    started.note_optimizer()
 
 
 def test_texts_ends_are_learned_where_they_are_the_padding_too(place: Path, tmp_path: Path) -> None:
