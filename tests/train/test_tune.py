@@ -149,6 +149,19 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert latent(a) == latent(b)
 
 
+@pytest.mark.parametrize("cover", ["projections", "+embeddings"])
+def test_texts_ends_learn_where_they_are_the_padding_too(
+    cover: Any, place: Place, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """A checkpoint whose padding is its end-of-text token (SmolLM2's, and most) has that row of its embedding trained."""
+    write_model(tmp_path / "model", tokenizer, pad_token_id=0)
+    run(place.config(tmp_path / "run", model=str(tmp_path / "model"), max_tokens=2 * STEP_TOKENS, cover=cover))
+    was = load_file(tmp_path / "model" / "model.safetensors")["model.embed_tokens.weight"]
+    now = load_file(tmp_path / "run" / "latent" / "model.safetensors")["model.embed_tokens.weight"]
+    moved = (now - was).norm(dim=1)
+    assert moved[0] > 0.5 * moved[1:].max()
+
+
 def test_a_run_leaves_everything_in_its_directory(place: Place, whole: tuple[Path, TuneResult]) -> None:
     """run.json, log.jsonl, the newest checkpoint, model/, latent/ and the pictures; nothing is a pickle or half-written."""
     out, result = whole

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +93,8 @@ class _Tune(Run[TuneConfig, TuneResult]):
         else:
             self.base, self.fingerprint = self.original.loaded(), self.original.fingerprint()
         self.model = self.base.model
+        # Windows have no padding: a token that is called so ends texts (SmolLM2's), and its row is to learn as all others.
+        cast(nn.Embedding, self.model.get_input_embeddings()).padding_idx = None
         require_positions(self.model, config.sequence_length)
         if self.base.plan is not None:
             require_as_it_is(config, self.base.plan)
