@@ -110,7 +110,7 @@ STUDIES = {
         262_144, (2e-2, 4e-2, 8e-2, 1.6e-1), STORIES | {"batch_tokens": 1024, "sequences": 8}, one_rung=True
     ),
     "stories260k-default": Study(  # `trilobit tune` without a flag: its own rate, batches and lengths, new samples throughout
-        262_144, (6.25e-3,), {"attention": "eager", "compile": "no", "eval_tokens": 16_384}, report_length=128
+        262_144, (3.75e-3,), {"attention": "eager", "compile": "no", "eval_tokens": 16_384}, report_length=128
     ),
     "stories260k-batches": Study(4_194_304, (5e-3, 1e-2), STORIES, one_rung=True),  # a fourth of the steps
     "stories260k-cut": Study(262_144, (2.5e-3, 5e-3, 1e-2, 2e-2), STORIES),  # docs/proof_studies.md: what was wrong with it
@@ -120,7 +120,7 @@ STUDIES = {
         65_536, (5e-4, 1e-3, 2e-3, 4e-3),
         {
             "sequence_length": 512, "batch_tokens": 1024, "sequences": 2, "compile": "yes", "eval_tokens": 8192,
-            "precision": "fp32",
+            "attention": "eager", "precision": "bf16",  # the first 15 trials of the records: sdpa, in fp32
         },
         rates_kept=1, seeds=(0,), report_tokens=16_384,
     ),
@@ -259,7 +259,7 @@ def run_trial(trial: Trial, study: Study, arguments: argparse.Namespace, report:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"{trial.arm}.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")
-    shutil.rmtree(out, ignore_errors=True)
+    shutil.rmtree(out / "checkpoints" if arguments.keep else out, ignore_errors=True)
     shown = "diverged" if row["diverged"] else f"{row['nats'] - row['base_nats']:.4f} above the original, {row['seconds']} s"
     print(f"{trial.name:<56} {shown}", flush=True)
 
@@ -357,6 +357,7 @@ def main() -> None:
     parser.add_argument("--one-rung", action="store_true", help="every arm at --budget, and no more")
     parser.add_argument("--seeds-of", nargs="+", choices=list(ARMS), help="only other seeds of these, at the smallest budget")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--keep", action="store_true", help="leave each trial's model where it was made")
     parser.add_argument("--table", action="store_true", help="only print what is known")
     arguments = parser.parse_args()
     study = STUDIES[arguments.study]

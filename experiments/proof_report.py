@@ -183,6 +183,19 @@ def rates_table(records: Records, study: Study) -> str:
     return "\n".join(lines)
 
 
+def benchmarks_table(result: dict[str, Any]) -> str:
+    """Scores of `trilobit eval --tasks five --original …`, as its JSON has them: those that the average is of."""
+    lines = ["| task | original | ternary | guessing |", "|---|---|---|---|"]
+    for row in result["tasks"]:
+        if row["averaged"]:
+            scores = [f"{row[f'{whose}score']:.3f} ± {row[f'{whose}stderr']:.3f}" for whose in ("original_", "")]
+            lines.append(f"| {row['task']} | {' | '.join(scores)} | {row['chance']:.2f} |")
+    chance = float(np.mean([row["chance"] for row in result["tasks"] if row["averaged"]]))
+    lines.append(f"| average | {result['original_average']:.3f} | {result['average']:.3f} | {chance:.2f} |")
+    lines.append(f"| of what is above guessing | | {result['retention']:.0%} | |")
+    return "\n".join(lines)
+
+
 def readme_table(records: Records, study: Study) -> str:
     """A few arms at the budgets that all of them reached."""
     cells = {arm: [cell(records, study, arm, budget) for budget in study.budgets] for arm in IN_README}
@@ -334,6 +347,7 @@ def main() -> None:
     tables = [(studies, arguments.study, (rates_table if study.one_rung else table)(records, study))]
     if arguments.study == "smollm2-cpu":
         tables.append((studies, "smollm2-cpu-rates", rates_table(records, study)))
+        tables.append((studies, "smollm2-five", benchmarks_table(json.loads((RECORDS / "smollm2-five.json").read_text()))))
     if (steps := RECORDS / f"{arguments.study}-steps.json").exists():
         for ours, name in SHORT.items():
             times = equal_time(records, study, json.loads(steps.read_text()), ours)
