@@ -14,7 +14,7 @@ from trilobit.export import hf
 from trilobit.export.check_stock import check_stock
 from trilobit.export.exact import is_comparable, require_exact
 from trilobit.export.source import Source, StoredSource
-from trilobit.export.verify import compare, load_stock
+from trilobit.export.verify import agreement_of, compare, load_stock
 from trilobit.infer.load import load
 from trilobit.infer.loaded import Loaded
 from trilobit.infer.stored import freeze
@@ -107,3 +107,16 @@ def test_one_wrong_bit_is_found(wrong: str, tmp_path: Path) -> None:
     compare(loaded.model, other, PROBE).require("a model with one wrong bit")
     with pytest.raises(VerificationError, match=r"transformers' (model\.|lm_head).* is not the model's.*not left behind"):
         require_exact(source, other)
+
+
+@pytest.mark.parametrize("apart", [1e-5, 1e-3, 0.3, 3.0])
+def test_the_divergence_of_logits_that_hardly_differ(apart: float) -> None:
+    """Close to float64's and never negative, however close two models are: a limit is made of it (check_llama_cpp.py)."""
+    torch.manual_seed(0)
+    a = torch.randn(16, 1000)
+    b = a + apart * torch.randn_like(a)
+    p, q = (x.double().log_softmax(-1) for x in (a, b))
+    exact = (p.exp() * (p - q)).sum(-1).mean().item()
+    found = agreement_of([(a, b, torch.zeros(16, dtype=torch.int64))]).kl
+    assert found >= 0 and found == pytest.approx(exact, rel=1e-3 if apart > 1e-4 else 0.1)
+    assert agreement_of([(a, a, torch.zeros(16, dtype=torch.int64))]).kl == 0
