@@ -95,19 +95,20 @@ SMALL = {"batch_tokens": 4096, "compile": "no", "eval_tokens": 16_384}
 STORIES = SMALL | {  # eager: flash attention is slow backwards where heads are eight wide
     "sequence_length": 128, "sequences": 32, "attention": "eager", "self_tokens": 2_000_000, "precision": "bf16",
 }  # fmt: skip
+SHORT_STEPS = STORIES | {"batch_tokens": 1024, "sequences": 8}
 CODE = Study(
     262_144, (1e-3, 2e-3, 4e-3, 8e-3),
     SMALL | {"sequence_length": 256, "sequences": 4, "batch_tokens": 1024, "precision": "fp32"}, control_rates=1 / 32,
 )  # fmt: skip
 STUDIES = {
     "stories260k": Study(
-        262_144, (1.25e-3, 2.5e-3, 5e-3, 1e-2), STORIES | {"batch_tokens": 1024, "sequences": 8}, control_rates=1 / 32
+        262_144, (1.25e-3, 2.5e-3, 5e-3, 1e-2), SHORT_STEPS, control_rates=1 / 32
     ),
     "stories260k-around": Study(  # one setting of the default changed; beside it the default on the same machine
-        262_144, (1.25e-3, 2.5e-3, 5e-3, 1e-2), STORIES | {"batch_tokens": 1024, "sequences": 8}
+        262_144, (1.25e-3, 2.5e-3, 5e-3, 1e-2), SHORT_STEPS
     ),
     "stories260k-rates": Study(  # how high may a rate be?
-        262_144, (2e-2, 4e-2, 8e-2, 1.6e-1), STORIES | {"batch_tokens": 1024, "sequences": 8}, one_rung=True
+        262_144, (2e-2, 4e-2, 8e-2, 1.6e-1), SHORT_STEPS, one_rung=True
     ),
     "stories260k-default": Study(  # `trilobit tune` without a flag: its own rate, batches and lengths, new samples throughout
         262_144, (3.75e-3,), {"attention": "eager", "compile": "no", "eval_tokens": 16_384}, report_length=128
@@ -120,7 +121,7 @@ STUDIES = {
         65_536, (5e-4, 1e-3, 2e-3, 4e-3),
         {
             "sequence_length": 512, "batch_tokens": 1024, "sequences": 2, "compile": "yes", "eval_tokens": 8192,
-            "attention": "eager", "precision": "bf16",  # the first 15 trials of the records: sdpa, in fp32
+            "attention": "eager", "precision": "bf16",  # the first 15 records: fp32, the next two: sdpa
         },
         rates_kept=1, seeds=(0,), report_tokens=16_384,
     ),

@@ -413,12 +413,7 @@ def not_finite(folder: Path, mesh: str) -> str:
         return replace(losses, total=losses.total * float("nan")) if rank == 1 and len(seen) > 2 * SAMPLES // 2 else losses
 
     NextToken.__call__ = spoilt
-    try:
-        with open_team(CPU, Signals(), print) as team:
-            train(CASES[2], folder / "run", team, mesh, checkpoint_every=2 * SAMPLES * LENGTH)
-    except NonFiniteError as error:
-        return str(error)
-    return "nothing"
+    return said_of(folder, mesh)
 
 
 def weights_not_finite(folder: Path, mesh: str) -> str:
@@ -437,6 +432,11 @@ def weights_not_finite(folder: Path, mesh: str) -> str:
         return optimizer
 
     loop.make_optimizer = spoilt
+    return said_of(folder, mesh)
+
+
+def said_of(folder: Path, mesh: str) -> str:
+    """What a rank says of a run that saves after every second step, if something in it is not finite."""
     try:
         with open_team(CPU, Signals(), print) as team:
             train(CASES[2], folder / "run", team, mesh, checkpoint_every=2 * SAMPLES * LENGTH)

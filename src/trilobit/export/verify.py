@@ -197,8 +197,8 @@ def agreement_of(pairs: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Agreement:
 
 
 def _divergence(p: Tensor, q: Tensor) -> Tensor:
-    """What each entry adds to KL(p ‖ q), from log probabilities: p · log(p / q) − p + q, which sums to the same and is nowhere
-    negative. Of models that hardly differ the plain sum is what is left of rounding in fp32, and can be below zero."""
+    """What each entry adds to KL(p ‖ q) in nats, from log probabilities [T, V]: p · log(p / q) − p + q, which sums to the same
+    and is nowhere negative. Of models that hardly differ the plain sum is what is left of rounding in fp32, and can be."""
     change = q - p
     near, far = p.exp() * (change.expm1() - change), q.exp() - p.exp() * (1 + change)
     return torch.where(change.abs() < 0.5, near, far)

@@ -93,8 +93,7 @@ class _Tune(Run[TuneConfig, TuneResult]):
         else:
             self.base, self.fingerprint = self.original.loaded(), self.original.fingerprint()
         self.model = self.base.model
-        # Windows have no padding: a token that is called so ends texts (SmolLM2's), and its row is to learn as all others.
-        cast(nn.Embedding, self.model.get_input_embeddings()).padding_idx = None
+        cast(nn.Embedding, self.model.get_input_embeddings()).padding_idx = None  # windows have none: it ends texts, and learns
         require_positions(self.model, config.sequence_length)
         if self.base.plan is not None:
             require_as_it_is(config, self.base.plan)
