@@ -183,7 +183,8 @@ def test_a_restart_continues_its_own_run(base: dict[str, Any], tmp_path: Path) -
     config = PretrainConfig(**base, architecture="llama-3m", train_tokenizer=300)
     out = tmp_path / "run"
     out.mkdir()
-    record = {"config": asdict(config), "launch": "abc", **dict.fromkeys(("data_key", "data_sha256", "base", "compiled"), "")}
+    decided = ("data_key", "data_sha256", "base", "compiled", "lr")
+    record = {"config": asdict(config), "launch": "abc", **dict.fromkeys(decided, "")}
     (out / "run.json").write_text(json.dumps(record))
     assert _record(out, config, frozenset(), "abc") == record
     for other in ("another", None):

@@ -419,26 +419,28 @@ class Said(Listener):
         self.notes.append(text)
 
 
-def test_a_run_keeps_the_precision_that_was_decided(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Continued where the other precision is faster, a run is the one that nothing stopped, bit for bit; run.json and the notes
-    say which it is; another one that is asked for is refused."""
+def test_a_run_keeps_what_was_decided(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Continued where the other precision is faster, and by a version with another default rate (old code: at that one), a run
+    is the one that nothing stopped, bit for bit; run.json and the notes say which; another precision that is asked for is
+    refused."""
     monkeypatch.setattr(precision_module, "multiplication_rates", lambda: (1e11, 2e11))
     said = Said()
-    run(place.config(tmp_path / "whole", precision="auto"), said)
+    run(place.config(tmp_path / "whole", precision="auto", lr=None), said)
     assert "bf16: this CPU multiplies 100 GFLOP/s in fp32, 200 in bf16" in said.notes
-    config = place.config(tmp_path / "run", precision="auto")
+    config = place.config(tmp_path / "run", precision="auto", lr=None)
     with pytest.raises(Interrupted):
         run(config, At(3, lambda: signal.raise_signal(signal.SIGTERM)))
     monkeypatch.setattr(precision_module, "multiplication_rates", lambda: (2e11, 1e11))
+    monkeypatch.setattr(tune_module, "LR_TIMES_ROOT_WIDTH", 2 * tune_module.LR_TIMES_ROOT_WIDTH)
     with pytest.raises(ConfigError, match="--precision was bf16, is fp32"):
         run(replace(config, precision="fp32", resume=True))
     run(replace(config, resume=True))
     whole, parts = (json.loads((tmp_path / name / "run.json").read_text()) for name in ("whole", "run"))
     assert whole["config"]["precision"] == parts["config"]["precision"] == "bf16"
     assert whole["result"]["nats_per_token"] == parts["result"]["nats_per_token"]
-    run(place.config(tmp_path / "other", precision="auto"))
+    run(place.config(tmp_path / "other", precision="auto", lr=parts["lr"]))
     other = json.loads((tmp_path / "other" / "run.json").read_text())
-    assert other["config"]["precision"] == "fp32"
+    assert other["config"]["precision"] == "fp32" and whole["lr"] == parts["lr"] == other["lr"] > 0
     assert other["result"]["nats_per_token"] != whole["result"]["nats_per_token"]
 
 

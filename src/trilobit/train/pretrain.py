@@ -183,7 +183,8 @@ class _Pretrain(Run[PretrainConfig, PretrainResult]):
         compiled, why = decide_compile(config, model, self.device)
         if config.compile == "auto":
             self.listener.note(f"{'compiled' if compiled else 'not compiled'}: {why}")
-        return new_record("pretrain", config, self.tokens, self.fingerprint, compiled, launch=self.team.launch)
+        lr = config.lr or min(HIGHEST_LR, LR_TIMES_WIDTH / model.config.get_text_config().hidden_size)
+        return new_record("pretrain", config, self.tokens, self.fingerprint, compiled, launch=self.team.launch, lr=lr)
 
     def operate(self) -> None:
         config = self.config
@@ -191,7 +192,7 @@ class _Pretrain(Run[PretrainConfig, PretrainResult]):
         if unwatched:
             self.listener.note(unwatched)
         reshard(self.model)
-        self.peak_lr = config.lr or min(HIGHEST_LR, LR_TIMES_WIDTH / self.model.config.get_text_config().hidden_size)
+        self.peak_lr = self.record["lr"]
         if config.lr is None:
             self.listener.note(f"learning rate {self.peak_lr:.2e} (choose with --lr)")
         self.note_optimizer()

@@ -24,7 +24,7 @@ FREE_TO_CHANGE = frozenset(
     | {"mesh", "gather", "offload"}
 )
 
-DECIDED = frozenset({"config", "data_key", "data_sha256", "base", "compiled"})
+DECIDED = frozenset({"config", "data_key", "data_sha256", "base", "compiled", "lr"})
 
 
 def new_record(

@@ -155,7 +155,7 @@ class _Tune(Run[TuneConfig, TuneResult]):
             self.listener.note(f"{'compiled' if compiled else 'not compiled'}: {why}")
         return new_record(
             "tune", config, self.tokens, self.fingerprint, compiled,
-            launch=self.team.launch,
+            launch=self.team.launch, lr=config.lr or LR_TIMES_ROOT_WIDTH / model.config.get_text_config().hidden_size ** 0.5,
             base_nats_per_token=self.base_nats,
             schedules=[asdict(schedule) for schedule in self.plan_schedules(self.gains)],
             gains=self.gains,
@@ -207,7 +207,7 @@ class _Tune(Run[TuneConfig, TuneResult]):
         self.base.model, self.original = self.model, None
         gc.collect()  # parts of a model refer to each other in circles: without this the original's would stay
         self.model.requires_grad_(True)
-        self.peak_lr = config.lr or LR_TIMES_ROOT_WIDTH / self.model.config.get_text_config().hidden_size ** 0.5
+        self.peak_lr = self.record["lr"]
         if config.lr is None:
             self.listener.note(f"learning rate {self.peak_lr:.2e}: {LR_TIMES_ROOT_WIDTH} / √hidden size (choose with --lr)")
         self.note_optimizer()
