@@ -44,6 +44,7 @@ import trilobit
 from trilobit.config.fields import parse_count
 from trilobit.config.tune import TuneConfig
 from trilobit.corpus import documents
+from trilobit.doctor import processor_name
 from trilobit.errors import NonFiniteError
 from trilobit.infer.hf import sample_windows
 from trilobit.infer.load import load, load_pretrained
@@ -105,7 +106,7 @@ STUDIES = {
         262_144, (1.25e-3, 2.5e-3, 5e-3, 1e-2), SHORT_STEPS, control_rates=1 / 32
     ),
     "stories260k-around": Study(  # one setting of the default changed; beside it the default on the same machine
-        262_144, (1.25e-3, 2.5e-3, 5e-3, 1e-2), SHORT_STEPS
+        262_144, (1.25e-3, 2.5e-3, 5e-3, 1e-2), SHORT_STEPS, one_rung=True
     ),
     "stories260k-rates": Study(  # how high may a rate be?
         262_144, (2e-2, 4e-2, 8e-2, 1.6e-1), SHORT_STEPS, one_rung=True
@@ -123,12 +124,12 @@ STUDIES = {
             "sequence_length": 512, "batch_tokens": 1024, "sequences": 2, "compile": "yes", "eval_tokens": 8192,
             "attention": "eager", "precision": "bf16",  # the first 15 records: fp32, the next two: sdpa
         },
-        rates_kept=1, seeds=(0,), report_tokens=16_384,
+        control_rates=1 / 32, rates_kept=1, seeds=(0,), report_tokens=16_384,
     ),
     "smollm2": Study(
         2_097_152, (2e-4, 4e-4, 8e-4, 1.6e-3),
         {
-            "sequence_length": 512, "batch_tokens": 32_768, "sequences": 64, "compile": "yes", "eval_tokens": 131_072,
+            "sequence_length": 512, "batch_tokens": 8_192, "sequences": 16, "compile": "yes", "eval_tokens": 131_072,
             "precision": "bf16",
         },
     ),
@@ -243,12 +244,14 @@ def run_trial(trial: Trial, study: Study, arguments: argparse.Namespace, report:
                 shutil.rmtree(out)
                 begun = None
             tune.run(replace(config, resume=begun is not None), Quiet())
-        result = json.loads((out / "run.json").read_text())["result"]
+        record = json.loads((out / "run.json").read_text())
+        result = record["result"]
     except NonFiniteError as error:
         row |= {"diverged": True, "why": str(error)}
     else:
         row |= {"nats": result["nats_per_token"], "base_nats": result["base_nats_per_token"], **report(out)}
-        row |= {"seconds": round(result["seconds"], 1), "tokens": result["tokens"]}
+        row |= {"seconds": round(result["seconds"], 1), "tokens": result["tokens"], "machine": machine(arguments.device)}
+        row |= {name: record[name] for name in ("base", "data_sha256")}  # fingerprints of model and tokens
     rows = read_log(out) if (out / "log.jsonl").exists() else []
     row["curve"] = [(r["tokens"], round(r["heldout_nats"], 4)) for r in rows if "heldout_nats" in r]
     if trial.budget == study.budgets[-1]:
@@ -263,6 +266,11 @@ def run_trial(trial: Trial, study: Study, arguments: argparse.Namespace, report:
     shutil.rmtree(out / "checkpoints" if arguments.keep else out, ignore_errors=True)
     shown = "diverged" if row["diverged"] else f"{row['nats'] - row['base_nats']:.4f} above the original, {row['seconds']} s"
     print(f"{trial.name:<56} {shown}", flush=True)
+
+
+def machine(device: str) -> str:
+    """The card's name, or the processor's."""
+    return torch.cuda.get_device_name() if device != "cpu" and torch.cuda.is_available() else processor_name()
 
 
 @contextmanager

@@ -62,6 +62,23 @@ NAMES = {
     "recipe-bitdistill": "BitDistill, published constants",
     "recipe-bitdistill-normalised": "BitDistill, losses of one size",
     CONTROL: "the original, tuned equally",
+    "every-reverse-ce": "norms (calibrated) + schedule, last layer first",
+    "every-reverse-kl": "distillation + norms + schedule, last layer first",
+    "every-kl-sensitivity": "distillation + norms + schedule, longer for layers that cost more",
+    "every-global-kl-soft": "all three, temperature 2",
+    "every-global-mix": "all three, half of the loss cross-entropy",
+    "every-global-kl-hidden": "all three, the original's hidden states as well",
+    "every-global-kl-then-decay": "all three, a rate that falls when λ is one",
+    "every-global-kl-short-ramp": "all three, λ over a tenth of the tokens",
+    "every-global-kl-long-ramp": "all three, λ over half of the tokens",
+    "every-global-kl-late-activations": "all three, λ of activations over half of the tokens",
+    "every-global-kl-weight-decay": "all three, weight decay 0.1",
+    "every-global-kl-muon": "all three, Muon",
+    "every-global-kl-scalar": "all three, one gain a norm",
+    "every-global-kl-group-128": "all three, one scale for 128 weights",
+    "every-global-kl-group-64": "all three, one scale for 64 weights",
+    "every-global-kl-weights-only": "all three, weights only",
+    "every-global-kl-embeddings": "all three, embeddings and head ternary",
 }
 IN_README = {
     "every-global-kl": "**trilobit tune**: norms, λ rising in all layers at once, the original's logits",
@@ -76,6 +93,9 @@ IN_ANSWER = (
     "every-ones-layerwise-ce", "recipe-hf-blog", "every-ones-immediate-ce", "none-immediate-ce", CONTROL,
 )  # fmt: skip
 """Arms of the first page's table."""
+OURS = "every-global-kl"
+RIVALS = ("none-immediate-kl", "none-global-kl", "recipe-hf-blog", "every-ones-layerwise-ce", "every-ones-immediate-ce")
+"""What `tune` does without flags, at the study's rate and lengths, and what the first page's targets compare it with."""
 MODELS = {"stories260K": "stories260k", "code": "embedded", "SmolLM2": "smollm2-cpu"}
 """Its models, and their studies."""
 AFTER_TRAINING = {
@@ -139,7 +159,8 @@ def table(records: Records, study: Study) -> str:
     known = {trial.arm for trial in records}
     arms = [arm for arm in [*ARMS, *AFTER_TRAINING] if arm in known]
     assert known == set(arms), known - set(arms)
-    cells = {arm: [cell(records, study, arm, budget) for budget in study.budgets] for arm in arms}
+    budgets = [budget for budget in study.budgets if any(trial.budget == budget for trial in records)]
+    cells = {arm: [cell(records, study, arm, budget) for budget in budgets] for arm in arms}
 
     def order(arm: str) -> tuple[int, float]:
         reached = [c for c in cells[arm] if c.gaps]
@@ -147,7 +168,7 @@ def table(records: Records, study: Study) -> str:
 
     heads = [
         "arm",
-        *(f"{budget / 1e6:.2g} M" for budget in study.budgets),
+        *(f"{budget / 1e6:.2g} M" for budget in budgets),
         "other text",
         "rate",
         "highest rate",
@@ -166,8 +187,8 @@ def table(records: Records, study: Study) -> str:
     return "\n".join(lines) if arms else ""
 
 
-def rates_table(records: Records, study: Study) -> str:
-    """Arms at every rate of the smallest budget: how high may a rate be?"""
+def rates_table(records: Records, study: Study, digits: int = 2) -> str:
+    """Arms at every rate of the smallest budget, by the gap at their best."""
     rates = sorted({trial.rate for trial in records if trial.budget == study.budget})
     lines = ["| arm | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "|" + "---|" * (len(rates) + 1)]
     known: dict[str, list[dict[str, Any] | None]] = {}
@@ -177,8 +198,8 @@ def rates_table(records: Records, study: Study) -> str:
     def gap(row: dict[str, Any] | None) -> float:
         return float("inf") if row is None or row["diverged"] else row["report_gap"]
 
-    for arm, rows in sorted(known.items(), key=lambda item: [gap(row) for row in item[1]]):
-        cells = ["" if row is None else "diverged" if row["diverged"] else f"{gap(row):.2f}" for row in rows]
+    for arm, rows in sorted(known.items(), key=lambda item: min(map(gap, item[1]))):
+        cells = ["" if row is None else "diverged" if row["diverged"] else f"{gap(row):.{digits}f}" for row in rows]
         lines.append("| " + " | ".join([NAMES.get(arm, f"`{arm}`"), *cells]) + " |")
     return "\n".join(lines)
 
@@ -191,8 +212,14 @@ def benchmarks_table(result: dict[str, Any]) -> str:
             scores = [f"{row[f'{whose}score']:.3f} ± {row[f'{whose}stderr']:.3f}" for whose in ("original_", "")]
             lines.append(f"| {row['task']} | {' | '.join(scores)} | {row['chance']:.2f} |")
     chance = float(np.mean([row["chance"] for row in result["tasks"] if row["averaged"]]))
+    error, original_error = (
+        float(np.linalg.norm([row[f"{whose}stderr"] for row in result["tasks"] if row["averaged"]]))
+        for whose in ("", "original_")
+    )
+    number, kept = sum(row["averaged"] for row in result["tasks"]), result["retention"]
+    spread = float(np.hypot(error, kept * original_error)) / number / (result["original_average"] - chance)
     lines.append(f"| average | {result['original_average']:.3f} | {result['average']:.3f} | {chance:.2f} |")
-    lines.append(f"| of what is above guessing | | {result['retention']:.0%} | |")
+    lines.append(f"| of what is above guessing | | {kept:.0%} ± {spread:.0%} | |")
     return "\n".join(lines)
 
 
@@ -207,14 +234,33 @@ def readme_table(records: Records, study: Study) -> str:
 
 
 def overview(studies: dict[str, tuple[Records, Study]]) -> str:
-    """The arms that matter, on every model: means at each budget, from left to right. studies: by the model's name."""
+    """The arms that matter, on every model: means at each budget, from left to right, in italics where there is one seed.
+    studies: by the model's name."""
     heads = [f"{name}: {', '.join(f'{budget / 1e6:.2g}' for budget in s.budgets)} M" for name, (_, s) in studies.items()]
     lines = ["| " + " | ".join(["arm", *heads]) + " |", "|" + "---|" * (1 + len(heads))]
     for arm in IN_ANSWER:
         row = [NAMES[arm]]
         for records, study in studies.values():
             found = [cell(records, study, arm, budget) for budget in study.budgets]
-            row.append(", ".join(f"{np.mean(c.gaps):.3f}" for c in found if c.gaps))  # budgets are run from the smallest on
+            shown = [f"{np.mean(c.gaps):.3f}" if len(c.gaps) > 1 else f"*{c.gaps[0]:.3f}*" for c in found if c.gaps]
+            row.append(", ".join(shown))  # budgets are run from the smallest on
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def ratios(studies: dict[str, tuple[Records, Study]]) -> str:
+    """Our gap over each rival's, equal tokens: budgets that both reached, in italics where either has one seed."""
+    lines = ["| " + " | ".join(["our gap over that of", *studies]) + " |", "|" + "---|" * (1 + len(studies))]
+    for rival in RIVALS:
+        row = [NAMES[rival]]
+        for records, study in studies.values():
+            shown: list[str] = []
+            for budget in study.budgets:
+                ours, theirs = (cell(records, study, arm, budget).gaps for arm in (OURS, rival))
+                if ours and theirs:
+                    ratio = f"{np.mean(ours) / np.mean(theirs):.2f}"
+                    shown.append(ratio if min(len(ours), len(theirs)) > 1 else f"*{ratio}*")
+            row.append(", ".join(shown))
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
 
@@ -344,7 +390,9 @@ def main() -> None:
     arguments = parser.parse_args()
     study, records = STUDIES[arguments.study], read_records(RECORDS / arguments.study)
     studies = DOCS / "proof_studies.md"
-    tables = [(studies, arguments.study, (rates_table if study.one_rung else table)(records, study))]
+    digits = 3 if arguments.study == "stories260k-around" else 2
+    lines = rates_table(records, study, digits) if study.one_rung else table(records, study)
+    tables = [(studies, arguments.study, lines)]
     if arguments.study == "smollm2-cpu":
         tables.append((studies, "smollm2-cpu-rates", rates_table(records, study)))
         tables.append((studies, "smollm2-five", benchmarks_table(json.loads((RECORDS / "smollm2-five.json").read_text()))))
@@ -355,11 +403,12 @@ def main() -> None:
     if arguments.study in MODELS.values():
         everywhere = {name: (read_records(RECORDS / known), STUDIES[known]) for name, known in MODELS.items()}
         tables.append((DOCS / "proof.md", "answer", overview(everywhere)))
+        tables.append((DOCS / "proof.md", "ratios", ratios(everywhere)))
     if arguments.study == "stories260k":
         tables.append((DOCS.parent / "README.md", "proof", readme_table(records, study)))
-    for path, marker, lines in tables:
+    for path, marker, shown in tables:
         page = path.read_text(encoding="utf-8")
-        new = with_table(page, marker, lines)
+        new = with_table(page, marker, shown)
         if arguments.check and new != page:
             raise SystemExit(f"{path.name} does not show the records of {arguments.study}")
         if not arguments.check:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The proof study on stories260K, a real 260 k Llama, on text sampled from itself: the loss gap is then the KL divergence to
 # the original. The arms of docs/proof_studies.md, two processes of one thread each; call it again to continue; the table comes
-# last. After them `trilobit tune` without a flag, at the same budgets.
+# last. After them `trilobit tune` without a flag, at the same budgets, and its arm with one setting changed at a time.
 #
 #   experiments/proof_stories.sh MODEL [MINUTES [OTHER]]
 #
@@ -24,4 +24,7 @@ first=$!
 "$python" "${study[@]}" > /dev/null || true
 wait "$first" || true
 "$python" experiments/proof.py stories260k-default "${common[@]}" --arms every-global-kl
+"$python" experiments/proof.py stories260k-around "${common[@]}" --arms every-global-kl every-global-mix \
+    every-global-kl-{soft,hidden,then-decay,short-ramp,long-ramp,late-activations,weight-decay,muon,scalar} \
+    every-global-kl-{group-128,group-64,weights-only,embeddings} every-{layerwise,reverse}-{ce,kl} every-kl-sensitivity
 exec "$python" "${study[@]}" --table

@@ -16,24 +16,36 @@ def paper() -> dict[str, Any]:
 
 
 def autobitlinear() -> dict[str, Any]:
-    """What transformers' AutoBitLinear does (the paper's reference code): norms at one, fully quantised from step 0."""
+    """What transformers' AutoBitLinear does (the paper's reference code): norms at one, fully quantised from step 0.
+
+    From its code: absmean and absmax, straight-through gradients, RMSNorm inside the linear. It is a class, not a way of
+    training: rate, batches and length are whatever the run has.
+    """
     return {"placement": "every", "gain_init": "ones", "schedule": "immediate", "distill": "none"}
 
 
 def hf_blog() -> dict[str, Any]:
-    """Hugging Face's 1.58-bit Llama 3: no norms, λ of weights and activations over the first fifth, lr 1e-4."""
+    """Hugging Face's 1.58-bit Llama 3: no norms, λ of weights and activations over the first fifth, lr 1e-4.
+
+    From the post: its λ code, which has no norm, and the rate (for 8 B parameters and batches of 2 M tokens: choose --lr for
+    smaller ones). The post's training class normalises its input first. Not known: whether the model they tuned did, and how
+    the rate fell.
+    """
     return {"placement": "none", "schedule": "global", "ramp_fraction": 0.2, "lr": 1e-4, "distill": "none"}
 
 
 def distill() -> dict[str, Any]:
-    """The baseline to be beaten: no norms, quantised from step 0, KL to the original model's logits."""
+    """The baseline to be beaten: no norms, quantised from step 0, KL to the original model's logits at T = 1.
+
+    Nobody's in particular: what distillation pipelines have in common, without their further losses (`bitdistill` has some).
+    """
     return {"placement": "none", "schedule": "immediate", "distill": "logits"}
 
 
 def weights_only() -> dict[str, Any]:
     """Ternary Bonsai's shape: groups of 128, no activation quantisation, embeddings and head ternary too, no norms.
 
-    How it is trained is not published: here as everything else is, from the original's logits.
+    How it is trained is not published: here as everything else is, λ rising in all layers at once, from the original's logits.
     """
     return {"placement": "none", "activations": "none", "scale": "group-128", "cover": "+embeddings"}
 
@@ -67,7 +79,8 @@ def bitdistill() -> dict[str, Any]:
 
     From the paper: the three losses, their constants, where norms go, quantised at once. Our losses are weighted w and
     1 − w and KL is times T²: w = 2/7 is their 10, all divided by 1.4. Not known: whether theirs was times T², the layer,
-    the heads of the relations, how 1e5 was meant to be normalised. Their continued pre-training is this run itself.
+    the heads of the relations, how 1e5 was meant to be normalised, how norms begin (here calibrated). Their continued
+    pre-training is this run itself.
     """
     return {
         "placement": "output", "schedule": "immediate", "distill": "logits", "distill_weight": 2 / 7, "temperature": 5.0,

@@ -11,7 +11,9 @@ import pytest
 import torch
 from proof import STUDIES, Records, Trial, best_rates, claim, model_class, other_seeds, spikes, spread, wanted
 from proof_arms import ALWAYS, ARMS, CONTROL
-from proof_report import IN_ANSWER, IN_README, NAMES, SHOWN, equal_time, floor_law, overview, power_law, readme_table, table
+from proof_report import (
+    IN_ANSWER, IN_README, NAMES, OURS, RIVALS, SHOWN, equal_time, floor_law, overview, power_law, ratios, readme_table, table,
+)  # fmt: skip
 
 import forked
 from trilobit.config.tune import TuneConfig
@@ -186,13 +188,28 @@ def test_the_readme_shows_the_defaults() -> None:
 
 
 def test_the_overview_has_a_column_a_model() -> None:
-    """Means of the budgets that were run, from the smallest on, and a row for every arm."""
+    """Means of the budgets that were run, from the smallest on, one seed in italics, and a row for every arm."""
     arm = IN_ANSWER[1]
-    records = done([Trial(arm, budget, STUDY.rates[1], 0) for budget in STUDY.budgets[:2]])
+    trials = [Trial(arm, budget, STUDY.rates[1], 0) for budget in STUDY.budgets[:2]]
+    records = done([*trials, replace(trials[0], seed=1)])
     lines = overview({"one": (records, STUDY), "two": ({}, STUDY)}).splitlines()
     gap = f"{records[Trial(arm, STUDY.budget, STUDY.rates[1], 0)]['report_gap']:.3f}"
     assert lines[0] == "| arm | one: 0.26, 1, 4.2 M | two: 0.26, 1, 4.2 M |"
-    assert lines[3] == f"| {NAMES[arm]} | {gap}, {gap} |  |" and len(lines) == 2 + len(IN_ANSWER)
+    assert lines[3] == f"| {NAMES[arm]} | {gap}, *{gap}* |  |" and len(lines) == 2 + len(IN_ANSWER)
+
+
+def test_ratios_are_of_budgets_that_both_reached() -> None:
+    """Ours over a rival's, in italics where either has one seed; nothing where one has not run."""
+    rival, (small, middle, _), rate = RIVALS[0], STUDY.budgets, STUDY.rates[1]
+    trials = [Trial(arm, small, rate, seed) for arm in (OURS, rival) for seed in (0, 1)] + [Trial(rival, middle, rate, 0)]
+    records = done(trials)
+    for trial in records:
+        records[trial]["report_gap"] = 0.25 if trial.arm == OURS else 0.5
+    assert ratios({"one": (records, STUDY)}).splitlines()[2] == f"| {NAMES[rival]} | 0.50 |"
+    records |= done([Trial(OURS, middle, rate, 0)])
+    records[Trial(OURS, middle, rate, 0)]["report_gap"] = 0.1
+    lines = ratios({"one": (records, STUDY), "two": ({}, STUDY)}).splitlines()
+    assert lines[2:4] == [f"| {NAMES[rival]} | 0.50, *0.20* |  |", f"| {NAMES[RIVALS[1]]} |  |  |"]
 
 
 STUDIES_SHOWN = [
