@@ -12,7 +12,19 @@ import torch
 from proof import STUDIES, Records, Trial, best_rates, claim, model_class, other_seeds, spikes, spread, wanted
 from proof_arms import ALWAYS, ARMS, CONTROL
 from proof_report import (
-    IN_ANSWER, IN_README, NAMES, OURS, RIVALS, SHOWN, equal_time, floor_law, overview, power_law, ratios, readme_table, table,
+    IN_ANSWER,
+    IN_README,
+    NAMES,
+    OURS,
+    RIVALS,
+    SHOWN,
+    equal_time,
+    floor_law,
+    overview,
+    power_law,
+    ratios,
+    readme_table,
+    table,
 )  # fmt: skip
 
 import forked
