@@ -63,7 +63,7 @@ SMALL = {
 }  # fmt: skip
 STUDIES = {
     "3m": Study(10_485_760, (1e-3, 2e-3, 4e-3), SMALL | {"precision": "bf16"}),
-    "3m-rates": Study(2_621_440, (1e-3, 2e-3, 4e-3, 8e-3), SMALL | {"precision": "fp32"}),  # which rate is a row's own?
+    "3m-rates": Study(2_621_440, (1e-3, 2e-3, 4e-3, 8e-3), SMALL | {"precision": "bf16"}),  # which rate is a row's own?
     "60m": Study(
         209_715_200, (5e-4, 1e-3, 2e-3),
         {"architecture": "llama-60m", "train_tokenizer": 16_384, "sequence_length": 512, "sequences": 64,

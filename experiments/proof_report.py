@@ -56,6 +56,7 @@ NAMES = {
     "recipe-tequila": "Tequila (weights only, group-128)",
     "recipe-paretoq": "ParetoQ's quantiser (weights only, row)",
     "recipe-weights-only": "schedule (weights only, group-128, embeddings and head ternary)",
+    "recipe-weights-only-kl": "distillation + all layers' λ at once (weights only, group-128, embeddings and head ternary)",
     "none-group-128-weights-only-global-kl": "distillation + all layers' λ at once (weights only, group-128)",
     "none-group-128-weights-only-kl": "distillation + schedule (weights only, group-128)",
     "every-group-128-weights-only-kl": "distillation + norms + schedule (weights only, group-128)",
@@ -192,7 +193,7 @@ def rates_table(records: Records, study: Study, digits: int = 2) -> str:
     rates = sorted({trial.rate for trial in records if trial.budget == study.budget})
     lines = ["| arm | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "|" + "---|" * (len(rates) + 1)]
     known: dict[str, list[dict[str, Any] | None]] = {}
-    for arm in dict.fromkeys(trial.arm for trial in records):
+    for arm in dict.fromkeys(trial.arm for trial in records if trial.budget == study.budget):
         known[arm] = [records.get(Trial(arm, study.budget, rate, 0)) for rate in rates]
 
     def gap(row: dict[str, Any] | None) -> float:

@@ -15,7 +15,7 @@ arms=(
     full-precision none-{immediate,global,layerwise}-{ce,kl} every-{immediate,global,layerwise}-{ce,kl}
     every-ones-{immediate,layerwise}-ce output-layerwise-ce output-global-kl every-global-kl-{row,wsd} every-kl-{muon,wsd}
     none-kl-wsd warm-every-kl {none,every}-group-128-weights-only-kl none-group-128-weights-only-global-kl
-    recipe-{hf-blog,bitdistill,bitdistill-normalised,paretoq,tequila,weights-only}
+    recipe-{hf-blog,bitdistill,bitdistill-normalised,paretoq,tequila,weights-only,weights-only-kl}
 )
 common=("$model" --data self ${other:+--other "$other"} --minutes "$minutes" --device cpu)
 study=(experiments/proof.py stories260k "${common[@]}" --arms "${arms[@]}")
