@@ -161,7 +161,7 @@ def best(records: Records, row: str) -> dict[str, Any] | None:
 
 def table(records: Records) -> str:
     heads = [
-        "row", "rate", "nats", "kurtosis", "osp's", "down_proj reads", "W4A4KV4", "+ FFN Hadamard", "tokens/s",
+        "row", "rate", "held out", "nats", "kurtosis", "osp's", "down_proj reads", "W4A4KV4", "+ FFN Hadamard", "tokens/s",
     ]  # fmt: skip
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row, name in ROWS.items():
@@ -169,7 +169,8 @@ def table(records: Records) -> str:
             mark = "" if "window" in r else " †"
             lost = [f"{r[key]:.2f} (+{r[key] - r['w16a16kv16']:.2f})" for key in ("w4a4kv4", "w4a4kv4_hadamard")]
             numbers = [f"{r[key]:.2f}" for key in ("kurtosis", "kurtosis_osp", "kurtosis_mlp_output")]
-            cells = [name + mark, f"{r['rate']:g}", f"{r['w16a16kv16']:.3f}", *numbers, *lost, f"{r['tokens_per_second']:,.0f}"]
+            losses = [f"{r[key]:.3f}" for key in ("nats_per_token", "w16a16kv16")]
+            cells = [name + mark, f"{r['rate']:g}", *losses, *numbers, *lost, f"{r['tokens_per_second']:,.0f}"]
             lines.append("| " + " | ".join(cells) + " |")
     if any("†" in line for line in lines):
         lines += [
@@ -227,7 +228,7 @@ def main() -> None:
                     with claim(place.with_name(f"{place.name}.lock")) as mine:
                         if mine and time.monotonic() < end and (row, rate) not in read_records(folder):
                             run_trial(row, rate, study, arguments)
-                            shutil.rmtree(place / "checkpoints")
+                            shutil.rmtree(place / "checkpoints", ignore_errors=True)  # none, where it diverged early
         except (Interrupted, KeyboardInterrupt):
             pass
         timer.cancel()

@@ -225,8 +225,8 @@ def test_ratios_are_of_budgets_that_both_reached() -> None:
 
 
 STUDIES_SHOWN = [
-    "stories260k-around", "stories260k-rates", "stories260k-cut", "stories260k-default", "stories260k-batches", "embedded", "embedded-twin",
-    "smollm2-cpu", "smollm2",
+    "stories260k-around", "stories260k-rates", "stories260k-cut", "stories260k-default", "stories260k-batches", "embedded",
+    "embedded-twin", "smollm2-cpu", "smollm2",
 ]  # fmt: skip
 
 
