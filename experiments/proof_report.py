@@ -90,8 +90,8 @@ IN_README = {
 }
 """Arms of README's first table. The first is what `tune` does without flags."""
 IN_ANSWER = (
-    "every-global-kl", "every-global-kl-row", "every-immediate-kl", "none-global-kl", "none-immediate-kl", "every-layerwise-ce",
-    "every-ones-layerwise-ce", "recipe-hf-blog", "every-ones-immediate-ce", "none-immediate-ce", CONTROL,
+    "every-global-kl", "every-global-kl-row", "every-immediate-kl", "none-global-kl", "none-immediate-kl", "every-global-ce",
+    "every-layerwise-ce", "every-ones-layerwise-ce", "recipe-hf-blog", "every-ones-immediate-ce", "none-immediate-ce", CONTROL,
 )  # fmt: skip
 """Arms of the first page's table."""
 OURS = "every-global-kl"

@@ -209,7 +209,10 @@ BAD: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
     "learned gains": (lambda: build("llama"), r"input_layernorm has learned a gain per channel \(-0\.05\d+ to 1\.69\)"),
     "LayerNorm": (REFUSED["falcon"][0], "input_layernorm is a LayerNorm with weight"),
     "CohereLayerNorm": (lambda: fresh("cohere"), "is a CohereLayerNorm with weight"),
-    "no norm with a gain": (lambda: fresh("olmo"), "OlmoForCausalLM has no RMSNorm"),
+    "no norm with a gain": (
+        lambda: fresh("olmo"),
+        r"OlmoForCausalLM has no RMSNorm .* its norms are OlmoLayerNorm\. .*--no-ssnorm",
+    ),
     "encoder": (REFUSED["bert"][0], "not causal"),
     "encoder with RMSNorms": (lambda: EuroBertForMaskedLM(EuroBertConfig(**COMMON, mask_token_id=3)).eval(), "not causal"),
     "barely an encoder": (

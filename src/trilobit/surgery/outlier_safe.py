@@ -149,7 +149,11 @@ def find_norms(model: nn.Module) -> dict[str, NormRule]:
             )
         norms[path] = rule
     if not norms:
-        raise ModelError(f"{type(model).__name__} has no RMSNorm with a gain that could become a single scale.")
+        seen = sorted({type(module).__name__ for module in model.modules() if "norm" in type(module).__name__.lower()})
+        raise ModelError(
+            f"{type(model).__name__} has no RMSNorm with a gain that could become a single scale: its norms are "
+            f"{' and '.join(seen) or 'none'}. Do without single-scale norms (--no-ssnorm), or take another architecture."
+        )
     return norms
 
 
