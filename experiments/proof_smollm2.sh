@@ -12,4 +12,5 @@ model=$1 text=$2 report=$3 other=$4 minutes=${5:-9}
 export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS=1
 exec "${PYTHON:-python3}" -W ignore experiments/proof.py smollm2-cpu "$model" --data "$text" --report "$report" \
     --other "$other" --minutes "$minutes" --device cpu --arms \
-    every-global-kl every-immediate-kl none-global-kl none-immediate-kl recipe-hf-blog every-ones-immediate-ce
+    every-global-kl every-immediate-kl none-global-kl none-immediate-kl recipe-hf-blog every-ones-immediate-ce \
+    every-global-ce every-ones-layerwise-ce full-precision

@@ -25,7 +25,7 @@ from proof_report import (
     ratios,
     readme_table,
     table,
-)  # fmt: skip
+)
 
 import forked
 from trilobit.config.tune import TuneConfig
