@@ -18,6 +18,7 @@ import signal
 import threading
 import time
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,14 +27,14 @@ import torch
 from proof import Quiet, claim
 
 from trilobit.config.fields import parse_count
-from trilobit.config.outliers import OutliersConfig
 from trilobit.config.pretrain import PretrainConfig
 from trilobit.corpus import documents
 from trilobit.errors import NonFiniteError
 from trilobit.fourbit.fake import prepare, round_weights
 from trilobit.fourbit.protocol import PRESETS, Protocol
 from trilobit.infer.load import load
-from trilobit.measure.outliers import measure
+from trilobit.measure.contextual import measure_contextual
+from trilobit.measure.kurtosis import measure_osp
 from trilobit.measure.perplexity import fitting, nats, text_windows
 from trilobit.recipes import RECIPES
 from trilobit.train import pretrain
@@ -125,22 +126,22 @@ PROTOCOLS = {
 
 
 def measured(out: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Kurtosis by both protocols, and the loss at 4 bits on text that nothing was trained or chosen on."""
+    """Kurtosis by both protocols and the loss at 4 bits, on the same windows: of the report, else of what was held out."""
     loaded = load(out, device=arguments.device)
     length = fitting(loaded.model, LENGTH)
-    text = arguments.report or arguments.data
-    texts = (document.text for document in documents(text) if arguments.report or document.held_out)
+    text, split = (arguments.report, None) if arguments.report else (arguments.data, "heldout")
+    texts = (document.text for document in documents(text, split=split))
     every, _ = text_windows(islice(texts, 10_000), loaded.tokenizer, length + 1, False)
     spread = torch.linspace(0, len(every) - 1, max(1, min(len(every), REPORT_TOKENS // length))).long()
     windows = every[spread]  # texts differ much in difficulty, and neighbours in a folder are alike
-    found: dict[str, Any] = {"protocols": {}, "window": length}
+    fingerprint = sha256(windows.numpy().tobytes()).hexdigest()
+    found: dict[str, Any] = {"protocols": {}, "window": length, "windows_sha256": fingerprint}
     for name, protocol in PROTOCOLS.items():
         found[name], found["protocols"][name] = quantized_nats(loaded.model, protocol, windows), protocol.sha256
-    limits = {"max_tokens": REPORT_TOKENS, "sequence_length": length, "protocol": "both", "device": arguments.device}
-    outliers = measure(loaded, OutliersConfig(model=str(out), data=text, **limits))  # pyright: ignore[reportArgumentType]
-    assert outliers.contextual is not None and outliers.osp is not None
-    found |= {"kurtosis": outliers.contextual.excess_kurtosis, "kurtosis_osp": outliers.osp.excess_kurtosis}
-    reads = [site.later.excess_kurtosis for site in outliers.contextual.sites if site.site == "mlp-output"]
+    contextual = measure_contextual(loaded.model, windows[:, :-1], str, sequences=8)
+    alone = measure_osp(loaded.model, windows[:, :-1], bos=False)
+    found |= {"kurtosis": contextual.excess_kurtosis, "kurtosis_osp": alone.excess_kurtosis}
+    reads = [site.later.excess_kurtosis for site in contextual.sites if site.site == "mlp-output"]
     return found | {"kurtosis_mlp_output": sum(reads) / len(reads)}
 
 

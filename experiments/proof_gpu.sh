@@ -7,6 +7,7 @@
 # MODEL: a checkpoint directory (experiments/smollm2.py makes one). TEXT: training text, say .jsonl.gz. REPORT: text of the
 # same kind, OTHER: text of another, that nothing is trained or chosen on. BENCHMARKS: a directory for `trilobit eval
 # --task-data`; with it a call trains nothing, but measures the five benchmarks of each model that is finished.
+# Records are in docs/data/proof/smollm2, and copied to the directory that OUT names, if it is set.
 # Not yet run on a GPU: docs/LOG.md says what has been seen.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -27,4 +28,5 @@ if [ -n "$benchmarks" ]; then
     done
     exec python3 -c 'import json, sys; [print(p, json.load(open(p))["retention"]) for p in sys.argv[1:]]' out/proof/smollm2/*/*/five.json
 fi
-exec python3 "${study[@]}"
+[ -z "${OUT:-}" ] || trap 'cp -r docs/data/proof/smollm2 "$OUT"' EXIT
+python3 "${study[@]}"

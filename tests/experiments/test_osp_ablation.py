@@ -10,6 +10,9 @@ import pytest
 from osp_ablation import ROWS, STUDIES, Study, best, rates_table, read_records, run_trial, table
 
 from trilobit.config.pretrain import PretrainConfig
+from trilobit.corpus import documents
+from trilobit.infer.load import load
+from trilobit.measure.perplexity import text_windows
 from trilobit.recipes import RECIPES
 
 
@@ -43,6 +46,46 @@ def test_a_trial_is_trained_measured_and_recorded(tmp_path: Path, monkeypatch: p
         assert {"kurtosis", "kurtosis_osp", "kurtosis_mlp_output", "w4a4kv4_hadamard"} <= record.keys()
     shown = table(records).splitlines()
     assert len(shown) == 4 and shown[2].startswith("| Adam |") and shown[3].startswith("| all: outlier-safe |")
+
+
+def test_kurtosis_and_loss_are_of_the_same_held_out_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a report: windows from beginning to end of what was held out, and of nothing that was trained on."""
+    numbers = [f"Document {number} has words of its own, {number * 7919 % 1000} of them." for number in range(300)]
+    text = tmp_path / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"text": number}) for number in numbers))
+    run = tmp_path / "run"
+    osp_ablation.pretrain.run(
+        PretrainConfig(
+            data=str(text), out=str(run), architecture="llama-3m", train_tokenizer=300, sequence_length=16, sequences=2,
+            batch_tokens=32, max_tokens=64, eval_tokens=64, device="cpu", cache_dir=str(tmp_path / "tokens"),
+        ),
+        osp_ablation.Quiet(),
+    )
+    seen: dict[str, list[Any]] = {}
+
+    def spy(name: str, position: int) -> None:
+        original = getattr(osp_ablation, name)
+
+        def called(*arguments: Any, **settings: Any) -> Any:
+            seen.setdefault(name, []).append(arguments[position])
+            return original(*arguments, **settings)
+
+        monkeypatch.setattr(osp_ablation, name, called)
+
+    for name, position in {"nats": 1, "measure_contextual": 1, "measure_osp": 1}.items():
+        spy(name, position)
+    monkeypatch.setattr(osp_ablation, "REPORT_TOKENS", 64)
+    monkeypatch.setattr(osp_ablation, "LENGTH", 16)
+    osp_ablation.measured(run, Namespace(device="cpu", data=str(text), report=None))
+    first, *others = (windows.tolist() for windows in seen["nats"])
+    assert len(others) == 2 and others == [first, first]
+    for name in ("measure_contextual", "measure_osp"):
+        (read,) = seen[name]
+        assert read.tolist() == [window[:-1] for window in first]
+    held = (document.text for document in documents(str(text), split="heldout"))
+    every = text_windows(held, load(run).tokenizer, 17, False)[0].tolist()
+    assert len(first) == 4 < len(every) and (first[0], first[-1]) == (every[0], every[-1])
+    assert all(window in every for window in first)
 
 
 def test_the_best_rate_decides() -> None:

@@ -223,12 +223,14 @@ class Notes(Listener):
 
 
 def test_muon_trains_gpt2(place: Path, tmp_path: Path) -> None:
-    """All matrices of its layers, which are Conv1D, and what is left to AdamW by name; its residual stream is watched."""
+    """All matrices of its layers, which are Conv1D, each in every step, and what is left to AdamW by name; its residual stream
+    is watched."""
     GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64).save_pretrained(tmp_path / "gpt2")
     notes, settings = Notes(), {**RECIPES["pretrain"]["muon"](), "architecture": str(tmp_path / "gpt2")}
     run(configure(place, tmp_path / "run", **settings), notes)
     (said,) = [note for note in notes.said if note.startswith("Muon")]
     assert "Muon trains 8 matrices of 4 shapes" in said and "AdamW transformer.wte.weight, transformer.wpe.weight, 18 v" in said
+    assert {row["matrices_iterated"] for row in rows(tmp_path / "run")} == {8}
     assert any(note.startswith("outliers are watched between layers only: transformer.h.0") for note in notes.said)
     assert [set(row["kurtosis"]) for row in rows(tmp_path / "run") if "kurtosis" in row] == [{"residual"}, {"residual"}]
 

@@ -124,6 +124,8 @@ def fit(
             now = time.perf_counter()
             row = {"step": progress.step, "tokens": progress.tokens, **{k: v.item() for k, v in losses.items()}}
             row |= {"lr": lr, **values, "gradient_norm": norm.item()}
+            if isinstance(optimizer, Muon):
+                row["matrices_iterated"] = optimizer.iterated  # by this rank
             row["tokens_per_second"] = round((progress.tokens - timed_tokens) / (now - timed_at), 1)
             timed_tokens, timed_at = progress.tokens, now
             pace.end("the evaluation in progress" if evaluation_due else "the step that follows")
