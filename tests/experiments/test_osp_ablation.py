@@ -56,8 +56,17 @@ def test_kurtosis_and_loss_are_of_the_same_held_out_windows(tmp_path: Path, monk
     run = tmp_path / "run"
     osp_ablation.pretrain.run(
         PretrainConfig(
-            data=str(text), out=str(run), architecture="llama-3m", train_tokenizer=300, sequence_length=16, sequences=2,
-            batch_tokens=32, max_tokens=64, eval_tokens=64, device="cpu", cache_dir=str(tmp_path / "tokens"),
+            data=str(text),
+            out=str(run),
+            architecture="llama-3m",
+            train_tokenizer=300,
+            sequence_length=16,
+            sequences=2,
+            batch_tokens=32,
+            max_tokens=64,
+            eval_tokens=64,
+            device="cpu",
+            cache_dir=str(tmp_path / "tokens"),
         ),
         osp_ablation.Quiet(),
     )
