@@ -1,4 +1,5 @@
-"""docs/outlier_safe.md's tables and plot, from the records of experiments/osp_ablation.py and experiments/embedded_pair.py.
+"""docs/outlier_safe.md's tables and plot, from the records of experiments/osp_ablation.py and experiments/embedded_pair.py, and
+from what `trilobit outliers` found in SmolLM2-135M.
 
     python experiments/osp_report.py [--check]
 
@@ -7,7 +8,9 @@ The plot, docs/outlier_safe.png: excess kurtosis of the residual stream while ea
 """
 
 import argparse
+import json
 from pathlib import Path
+from typing import Any
 
 import embedded_pair
 import osp_ablation
@@ -19,6 +22,7 @@ from pages import with_table
 from trilobit.train.plots import ACCENT, INK, MUTED, SECOND
 
 DOCS = Path(__file__).parents[1] / "docs"
+DATA = DOCS / "data"
 STYLES = {
     "adam": (INK, "-"), "muon-only": (SECOND, ":"), "muon": (SECOND, "-"), "ssnorm": (SECOND, "--"), "embproj": (ACCENT, "--"),
     "osp": (ACCENT, "-"),
@@ -32,7 +36,33 @@ def tables() -> dict[str, str]:
         "rows": osp_ablation.table(rows),
         "rates": osp_ablation.rates_table(rates),
         "pair": embedded_pair.table(embedded_pair.read_records()),
+        "ordinary": ordinary(json.loads((DATA / "outliers_smollm2.json").read_text())),
     }
+
+
+def ordinary(found: dict[str, Any]) -> str:
+    """What `trilobit outliers` says of a model. found: its JSON."""
+    whole = found["contextual"]
+    stream = [row for row in whole["sites"] if row["site"] == "residual"]
+    shown = {"excess kurtosis of the residual stream, contextual": f"{whole['excess_kurtosis']:.0f}"}
+    shown["… at the first position"] = f"{whole['first_excess_kurtosis']:.0f}"
+    shown["excess kurtosis, osp"] = f"{found['osp']['excess_kurtosis']:.0f}"
+    for site, name in (("residual", "of the residual stream"), ("mlp-output", "of what down_proj reads")):
+        for where, place in (("later", ""), ("first", ", at the first position")):
+            top = max((row for row in whole["sites"] if row["site"] == site), key=lambda row: row[where]["max_to_median"])
+            ratio, channel = top[where]["max_to_median"], top[where]["channels"][0]["channel"]
+            shown[f"largest activation over the median one {name}{place}"] = (
+                f"{ratio:,.0f} (layer {top['layer']}, channel {channel})"
+            )
+    channels = [row["later"]["channels"][0]["channel"] for row in stream]
+    most = max(set(channels), key=channels.count)
+    shown[f"layers whose residual stream is largest in channel {most}"] = f"{channels.count(most)} of {len(channels)}"
+    top = max(stream, key=lambda row: row["later"]["channels"][0]["energy_share"])["later"]["channels"][0]
+    layer = next(row["layer"] for row in stream if row["later"]["channels"][0] is top)
+    shown[f"of all squared activations in channel {top['channel']}, after layer {layer}"] = f"{top['energy_share']:.0%}"
+    shares = whole["sink_share"]
+    shown["attention that goes to the first position, by layer"] = f"{min(shares):.0%} to {max(shares):.0%}"
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in shown.items())])
 
 
 def plot_growth(records: Records, axes: Axes) -> None:

@@ -48,6 +48,7 @@ from trilobit.doctor import processor_name
 from trilobit.errors import NonFiniteError
 from trilobit.infer.hf import sample_windows
 from trilobit.infer.load import load, load_pretrained
+from trilobit.infer.loaded import Loaded
 from trilobit.listener import Listener
 from trilobit.measure.perplexity import nats, text_windows
 from trilobit.surgery.roles import vocabulary_size
@@ -83,6 +84,8 @@ class Study:
     report_tokens: int = REPORT_TOKENS
     report_length: int | None = None
     """Of the windows that are reported on; None: as those that are trained on."""
+    other_length: int | None = None
+    """Of further windows of the same text, reported on as well."""
 
     def rates_of(self, arm: str) -> tuple[float, ...]:
         return tuple(rate * self.control_rates for rate in self.rates) if arm == CONTROL else self.rates
@@ -111,8 +114,15 @@ STUDIES = {
     "stories260k-rates": Study(  # how high may a rate be?
         262_144, (2e-2, 4e-2, 8e-2, 1.6e-1), SHORT_STEPS, one_rung=True
     ),
+    "stories260k-windows": Study(  # the same tokens in shorter or longer windows
+        262_144, (5e-3,), SHORT_STEPS, report_length=512, other_length=128
+    ),
+    "stories260k-long": Study(  # the longest that the model has positions for
+        262_144, (1.25e-3, 2.5e-3, 5e-3, 1e-2), SHORT_STEPS | {"sequence_length": 512, "sequences": 2},
+        control_rates=1 / 32, rates_kept=1,
+    ),
     "stories260k-default": Study(  # `trilobit tune` without a flag: its own rate, batches and lengths, new samples throughout
-        262_144, (3.75e-3,), {"attention": "eager", "compile": "no", "eval_tokens": 16_384}, report_length=128
+        262_144, (3.75e-3,), {"attention": "eager", "compile": "no", "eval_tokens": 16_384}, report_length=512
     ),
     "stories260k-batches": Study(4_194_304, (5e-3, 1e-2), STORIES, one_rung=True),  # a fourth of the steps
     "stories260k-cut": Study(262_144, (2.5e-3, 5e-3, 1e-2, 2e-2), STORIES),  # docs/proof_studies.md: what was wrong with it
@@ -125,6 +135,11 @@ STUDIES = {
             "attention": "eager", "precision": "bf16",  # the first 15 records: fp32, the next two: sdpa
         },
         control_rates=1 / 32, rates_kept=1, seeds=(0,), report_tokens=16_384,
+    ),
+    "smollm2-windows": Study(
+        65_536, (2e-3,),
+        {"batch_tokens": 1024, "compile": "yes", "eval_tokens": 8192, "attention": "eager", "precision": "bf16"},
+        seeds=(0,), report_tokens=16_384, report_length=512, other_length=2048,
     ),
     "smollm2": Study(
         2_097_152, (2e-4, 4e-4, 8e-4, 1.6e-3),
@@ -298,27 +313,34 @@ def spread(windows: Tensor, number: int) -> Tensor:
     return windows[(2 * torch.arange(number) + 1) * len(windows) // (2 * number)]
 
 
-def reporter(arguments: argparse.Namespace, study: Study) -> Callable[[Path], dict[str, float]]:
-    """Measures a finished trial on text that chose nothing: nats above the original, in and out of domain."""
-    base = load_pretrained(arguments.model)
-    base.model.to(arguments.device)
-    length = study.report_length or study.settings["sequence_length"]
-    sets: dict[str, Any] = {}
+def report_windows(base: Loaded, length: int, number: int, arguments: argparse.Namespace) -> dict[str, Tensor]:
+    """`number` windows [N, length + 1] of each text that chose nothing: of the same kind, and of another."""
+    found: dict[str, Tensor] = {}
     if arguments.data == "self":
         start: Any = base.tokenizer.bos_token_id if base.tokenizer.bos_token_id is not None else base.tokenizer.eos_token_id
         sampled = from_tokens(
             f"report windows {weights_fingerprint(base.model)} {length}",
-            lambda: islice(sample_windows(base.model, start, study.report_tokens, length, 1_000_003, rows=9), 9),
+            lambda: islice(sample_windows(base.model, start, number * length, length, 1_000_003, rows=9), 9),
             base.tokenizer, vocab_size=vocabulary_size(base.model), heldout_tokens=1, sequence_length=length,
             cache_dir=arguments.out / "tokens",
         )  # fmt: skip
-        sets["report"] = evaluation_windows(sampled.train, length, study.report_tokens)
+        found["report"] = evaluation_windows(sampled.train, length, number * length)
     for name, path in (("report", arguments.report), ("other", arguments.other)):
         if path:
             texts = (document.text for document in documents(path, split="heldout" if path == "stdlib" else None))
-            number = max(1, study.report_tokens // length)
-            windows, _ = text_windows(texts, base.tokenizer, length + 1, False, READ * number)
-            sets[name] = spread(windows, number)
+            found[name] = spread(text_windows(texts, base.tokenizer, length + 1, False, READ * number)[0], number)
+    return found
+
+
+def reporter(arguments: argparse.Namespace, study: Study) -> Callable[[Path], dict[str, float]]:
+    """Measures a finished trial on text that chose nothing: nats above the original, in and out of domain."""
+    base = load_pretrained(arguments.model)
+    base.model.to(arguments.device)
+    sets: dict[str, Tensor] = {}
+    for length in {study.report_length or study.settings["sequence_length"], study.other_length} - {None}:
+        suffix = f"_{length}" if length == study.other_length else ""
+        windows = report_windows(base, length, max(1, study.report_tokens // length), arguments)
+        sets |= {f"{name}{suffix}": value for name, value in windows.items()}
     base_nats = {name: nats(base.model, windows, 16) for name, windows in sets.items()}
 
     def report(out: Path) -> dict[str, float]:

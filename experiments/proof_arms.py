@@ -77,6 +77,10 @@ def _beyond() -> dict[str, Settings]:
         "every-global-kl-weight-decay": {**ours, "weight_decay": 0.1},  # draws latents to the threshold, where they flip
         "every-global-kl-soft": {**ours, "temperature": 2.0}, "every-global-mix": {**ours, **MIX},
         "every-global-kl-muon": {**ours, "optimizer": "muon"},
+        **{
+            f"every-global-kl-windows-{length}": {**ours, "sequence_length": length, "sequences": 1024 // length}
+            for length in (32, 64, 128, 256, 512)
+        },
         "every-kl-sensitivity": {**start, "schedule": "sensitivity"},
         "every-kl-muon": {**start, "optimizer": "muon"},
         "none-kl-muon": {**NONE, "schedule": "global", **KL, "optimizer": "muon"},

@@ -205,6 +205,23 @@ def rates_table(records: Records, study: Study, digits: int = 2) -> str:
     return "\n".join(lines)
 
 
+def windows_table(records: Records, study: Study) -> str:
+    """What windows an arm `…-windows-N` was trained on, and its gaps on windows of either length that is reported."""
+    lengths = {study.report_length: "report_gap", study.other_length: f"report_{study.other_length}_gap"}
+    budgets = sorted({trial.budget for trial in records})
+    heads = [f"{budget / 1e6:.2g} M, on windows of {length}" for budget in budgets for length in lengths]
+    lines = ["| trained on windows of | " + " | ".join(heads) + " |", "|" + "---|" * (len(heads) + 1)]
+    for arm in sorted({trial.arm for trial in records}, key=_trained_length):
+        rows = [records.get(Trial(arm, budget, study.rates[0], 0)) for budget in budgets]
+        cells = [f"{row[key]:.3f}" if row else "" for row in rows for key in lengths.values()]
+        lines.append(f"| {_trained_length(arm)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) if records else ""
+
+
+def _trained_length(arm: str) -> int:
+    return int(arm.rpartition("-")[2])
+
+
 def benchmarks_table(result: dict[str, Any]) -> str:
     """Scores of `trilobit eval --tasks five --original …`, as its JSON has them: those that the average is of."""
     lines = ["| task | original | ternary | guessing |", "|---|---|---|---|"]
@@ -392,7 +409,8 @@ def main() -> None:
     study, records = STUDIES[arguments.study], read_records(RECORDS / arguments.study)
     studies = DOCS / "proof_studies.md"
     digits = 3 if arguments.study == "stories260k-around" else 2
-    lines = rates_table(records, study, digits) if study.one_rung else table(records, study)
+    shown = windows_table if study.other_length else table
+    lines = rates_table(records, study, digits) if study.one_rung else shown(records, study)
     tables = [(studies, arguments.study, lines)]
     if arguments.study == "smollm2-cpu":
         tables.append((studies, "smollm2-cpu-rates", rates_table(records, study)))

@@ -1,15 +1,31 @@
 """The runner of the proof study: which trials are wanted, and what the page shows of those that are done."""
 
+import json
 import subprocess
 import sys
+from argparse import Namespace
 from dataclasses import replace
 from multiprocessing import Pipe
 from pathlib import Path
 
+import proof
 import proof_report
 import pytest
 import torch
-from proof import STUDIES, Records, Trial, best_rates, claim, model_class, other_seeds, spikes, spread, wanted
+from proof import (
+    STUDIES,
+    Records,
+    Study,
+    Trial,
+    best_rates,
+    claim,
+    model_class,
+    other_seeds,
+    read_records,
+    spikes,
+    spread,
+    wanted,
+)
 from proof_arms import ALWAYS, ARMS, CONTROL
 from proof_report import (
     IN_ANSWER,
@@ -25,12 +41,14 @@ from proof_report import (
     ratios,
     readme_table,
     table,
+    windows_table,
 )
 
 import forked
 from trilobit.config.tune import TuneConfig
 
 ROOT = Path(__file__).parents[2]
+MODEL = ROOT / "src" / "trilobit" / "assets" / "model"
 STUDY = STUDIES["stories260k"]
 
 
@@ -55,6 +73,32 @@ def test_arms_are_settings_of_tune(arm: str) -> None:
         settings.pop("self_tokens", None)
         config = TuneConfig(**{"model": "m", "data": "d", **settings, "max_tokens": study.budget})
         assert all(getattr(config, name) == value for name, value in ARMS[arm].items())
+
+
+def test_a_trial_is_tuned_measured_and_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One short trial leaves a line with what it gave on both texts, on windows of both lengths; its directory is gone."""
+    for name, words in (("train", "reads a line"), ("report", "writes a line"), ("other", "It was a dark night")):
+        lines = [json.dumps({"text": f"{words} and {n} more, {n * 7919 % 1000} in all."}) for n in range(400)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    monkeypatch.setattr(proof, "RECORDS", tmp_path / "records")
+    study = Study(
+        512, (1e-3,), {"batch_tokens": 128, "compile": "no", "eval_tokens": 128, "sequence_length": 32, "sequences": 4},
+        report_tokens=128, report_length=32, other_length=64,
+    )  # fmt: skip
+    arguments = Namespace(
+        model=str(MODEL), data=str(tmp_path / "train.jsonl"), report=str(tmp_path / "report.jsonl"), keep=False, study="tiny",
+        other=str(tmp_path / "other.jsonl"), device="cpu", out=tmp_path / "out",
+    )  # fmt: skip
+    trial = Trial("every-global-kl", 512, 1e-3, 0)
+    proof.run_trial(trial, study, arguments, proof.reporter(arguments, study))
+    records = read_records(tmp_path / "records" / "tiny")
+    assert set(records) == {trial}
+    row = records[trial]
+    gaps = {key: value for key, value in row.items() if key.endswith("_gap")}
+    assert set(gaps) == {"report_gap", "other_gap", "report_64_gap", "other_64_gap"}
+    assert len(set(gaps.values())) == 4 and all(0 < value < 20 for value in gaps.values())
+    assert row["tokens"] == 512 and not row["diverged"] and len(row["curve"]) == 4
+    assert not (tmp_path / "out" / "tiny" / trial.name).exists()
 
 
 def test_a_text_is_reported_on_from_beginning_to_end() -> None:
@@ -210,6 +254,18 @@ def test_the_overview_has_a_column_a_model() -> None:
     assert lines[3] == f"| {NAMES[arm]} | {gap}, *{gap}* |  |" and len(lines) == 2 + len(IN_ANSWER)
 
 
+def test_windows_are_shown_by_their_length() -> None:
+    """From short to long, each budget on both lengths; an empty cell has not run."""
+    study = STUDIES["stories260k-windows"]
+    trials = [Trial(f"every-global-kl-windows-{n}", study.budgets[b], 5e-3, 0) for n, b in ((128, 0), (64, 0), (64, 1))]
+    records: Records = {
+        trial: {"report_gap": 1 + i, "report_128_gap": 0.5, "diverged": False} for i, trial in enumerate(trials)
+    }
+    assert windows_table(records, study).splitlines()[2:] == [
+        "| 64 | 2.000 | 0.500 | 3.000 | 0.500 |", "| 128 | 1.000 | 0.500 |  |  |",
+    ]  # fmt: skip
+
+
 def test_ratios_are_of_budgets_that_both_reached() -> None:
     """Ours over a rival's, in italics where either has one seed; nothing where one has not run."""
     rival, (small, middle, _), rate = RIVALS[0], STUDY.budgets, STUDY.rates[1]
@@ -225,8 +281,10 @@ def test_ratios_are_of_budgets_that_both_reached() -> None:
 
 
 STUDIES_SHOWN = [
-    "stories260k-around", "stories260k-rates", "stories260k-cut", "stories260k-default", "stories260k-batches", "embedded",
-    "embedded-twin", "smollm2-cpu", "smollm2",
+    "stories260k-around", "stories260k-rates", "stories260k-cut", "stories260k-default", "stories260k-batches",
+    "stories260k-windows", "stories260k-long", "embedded",
+    "embedded-twin", "smollm2-cpu",
+    "smollm2-windows", "smollm2",
 ]  # fmt: skip
 
 
