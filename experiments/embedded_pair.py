@@ -60,9 +60,15 @@ def table(records: dict[str, dict[str, Any]]) -> str:
         "excess kurtosis, contextual": lambda r: f"{r['kurtosis']:.2f}",
         "excess kurtosis, osp": lambda r: f"{r['kurtosis_osp']:.2f}",
         "excess kurtosis of what down_proj reads": lambda r: f"{r['kurtosis_mlp_output']:.1f}",
-        "ternary, nats above itself": lambda r: f"{r['ternary']['gap']:.3f}",
-        "ternary, nats per token": lambda r: f"{r['ternary']['ternary']:.3f}",
-        "codes flipped by a step at λ = 1": lambda r: f"{r['ternary']['flips']:.2%}",
+        "nats per token, windows of 256": lambda r: f"{r['ternary']['base']:.3f}",
+        "… made ternary": lambda r: f"{r['ternary']['ternary']:.3f} (+{r['ternary']['gap']:.3f})",
+        "at a rate of": lambda r: f"{r['ternary']['rate']:g}",
+        **{
+            f"codes flipped by a step at λ = 1, at {rate:g}": lambda r, rate=rate: next(
+                (f"{tuned['flips']:.2%}" for tuned in r["tuned"] if tuned["rate"] == rate), ""
+            )
+            for rate in TUNE_RATES
+        },
     }
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for name, cell in rows.items():

@@ -55,7 +55,7 @@ class TrainingConfig:
     """Tokens per optimizer step, rounded to whole micro-batches. Default: a four-thousandth of --max-tokens, but
     1,024 at least and 65,536 at most (in small runs it is updates that lack); a GPU is busier with more."""
     sequence_length: int = 512
-    """Tokens per sequence."""
+    """Tokens per sequence: as many as the model will be read with. Beyond them it can be far worse."""
     sequences: int = 8
     """Most sequences per micro-batch: what is in memory at once. Less needs less memory and changes no result but rounding."""
 
