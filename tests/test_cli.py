@@ -16,7 +16,7 @@ import pytest
 import trilobit
 from infer.checkpoints import byte_tokenizer, save
 from infer.natives import latent
-from trilobit.cli import COMMANDS, Console, main
+from trilobit.cli import COMMANDS, Console, main, parse
 from trilobit.config.bench import BenchConfig
 from trilobit.config.chat import ChatConfig
 from trilobit.config.demo import DemoConfig
@@ -28,6 +28,7 @@ from trilobit.config.outliers import OutliersConfig
 from trilobit.config.pretrain import PretrainConfig
 from trilobit.config.quantize import QuantizeConfig
 from trilobit.config.tune import TuneConfig
+from trilobit.errors import ConfigError
 from trilobit.kernels import native
 
 CONFIGS = {
@@ -236,6 +237,17 @@ def test_flags_win_over_record_over_recipe(cli: Any, tmp_path: Path, monkeypatch
     assert (config.placement, config.schedule, config.ramp_fraction) == ("none", "global", 0.2)
     assert not config.resume
     assert config.sequences == TuneConfig(model="m", data="d").sequences
+
+
+@pytest.mark.parametrize("flag", ["--tokenizer", "--tokenizer="])
+def test_a_flag_takes_the_place_of_a_recipes_other_answer(flag: str) -> None:
+    """osp-3m makes a tokenizer of the text; with --tokenizer it does not. Both on the command line are still two answers."""
+    words = ["--recipe", "osp-3m", "--data", "d", *([flag, "place"] if flag[-1] != "=" else [flag + "place"])]
+    config, _ = parse("pretrain", words)
+    assert (config.tokenizer, config.train_tokenizer, config.architecture) == ("place", None, "llama-3m")
+    assert parse("pretrain", words[:4])[0].train_tokenizer == 4096
+    with pytest.raises(ConfigError, match="two answers to one question"):
+        parse("pretrain", [*words, "--train-tokenizer", "4096"])
 
 
 def test_json_is_one_object_on_stdout(cli: Any) -> None:

@@ -145,6 +145,10 @@ def parse(name: str, arguments: list[str]) -> tuple[Any, bool]:
     if chosen.source is not None:
         defaults |= _from_run(name, chosen.source, config_type)
     _refuse_unknown_flags(name, config_type, rest)
+    given = {word.split("=", 1)[0].removeprefix("--").replace("-", "_") for word in rest if word.startswith("--")}
+    for flag, other in getattr(config_type, "INSTEAD", {}).items():
+        if flag in given and other not in given:
+            defaults.pop(other, None)
     epilog = "Every command also takes --json: the result as one JSON object."
     if recipes := _recipes(name):
         epilog += " --from RUN/run.json repeats a run."

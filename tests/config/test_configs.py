@@ -97,6 +97,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"reconstruct_tokens": 16_384}, "--reconstruct-tokens .* needs --schedule immediate, not global"),
     ({"reconstruct_tokens": 100, "schedule": "immediate"}, "--reconstruct-tokens 100 is less than one micro-batch"),
     ({"self_tokens": 10}, "--self-tokens needs --data self"),
+    ({"lr": 2e-3, "weight_decay": 500.0}, "--weight-decay 500: at --lr 0.002 a step would turn weights round"),
     ({"data": "self", "self_tokens": 0}, "--self-tokens is 0"),
     ({"max_tokens": 16_383, "batch_tokens": 16_384}, "--max-tokens 16383 is less than one step of 16384 tokens"),
 ]  # fmt: skip

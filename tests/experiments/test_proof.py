@@ -282,9 +282,7 @@ def test_ratios_are_of_budgets_that_both_reached() -> None:
 
 STUDIES_SHOWN = [
     "stories260k-around", "stories260k-rates", "stories260k-cut", "stories260k-default", "stories260k-batches",
-    "stories260k-windows", "stories260k-long", "embedded",
-    "embedded-twin", "smollm2-cpu",
-    "smollm2-windows", "smollm2",
+    "stories260k-windows", "stories260k-long", "embedded", "embedded-twin", "smollm2-cpu", "smollm2-windows", "smollm2",
 ]  # fmt: skip
 
 

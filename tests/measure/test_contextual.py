@@ -203,7 +203,12 @@ def test_what_passes_between_layers_is_one_vector_a_token(monkeypatch: pytest.Mo
     model = REFUSED["gpt2"][0]()
     with torch.no_grad():
         model.lm_head.weight[3, 3] = math.nan
-    with pytest.raises(ModelError, match="logits that are not finite"):
+    with pytest.raises(ModelError, match="logits that are not finite, first in the head"):
+        contextual(model, tokens())
+    model = REFUSED["gpt2"][0]()
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_proj.weight[3, 3] = math.inf
+    with pytest.raises(ModelError, match=r"not finite, first in what transformer\.h\.1 passes on"):
         contextual(model, tokens())
     model = REFUSED["gpt2"][0]()
     model.transformer.h[0].register_forward_hook(lambda module, inputs, output: output + output.flip(1))

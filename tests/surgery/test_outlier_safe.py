@@ -155,6 +155,12 @@ class Gated(Scaled):
         return super().forward(whatever)
 
 
+class HeadsNorm(Scaled):
+    def __init__(self, width: int):
+        super().__init__(width)
+        self.theta = nn.Parameter(torch.ones(4, width // 4))
+
+
 FOREIGN: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "layernorm": (lambda: nn.LayerNorm(WIDTH), r"LayerNorm with weight \(32,\) and bias \(32,\)"),
     "centred": (lambda: nn.LayerNorm(WIDTH, bias=False), r"is a LayerNorm with weight \(32,\)"),
@@ -162,6 +168,7 @@ FOREIGN: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "bent": (lambda: Scaled(WIDTH, power=1.01), "is a Scaled with theta"),
     "half": (lambda: Scaled(WIDTH, offset=0.5), "is a Scaled with theta"),
     "gated": (lambda: Gated(WIDTH), "is a Gated with theta"),
+    "a gain for each head": (lambda: HeadsNorm(WIDTH), r"is a HeadsNorm with theta \(4, 8\)"),
     "no eps of its own": (lambda: nn.RMSNorm(WIDTH), "is a RMSNorm with weight"),
     "other shapes": (lambda: nn.BatchNorm3d(WIDTH, track_running_stats=False), "BatchNorm3d with weight"),
 }
@@ -223,7 +230,7 @@ BAD: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
     "no head": (REFUSED["no-head"][0], "has no linear language-model head .its head is a NoneType"),
     "another head": (_other_head, "has no linear language-model head .its head is a Head"),
     "another embedding": (lambda: _scaled_embedding(fresh("llama")), "Positioned, which does more than scale"),
-    "damaged": (_damaged, "not finite"),
+    "damaged": (_damaged, r"not finite, first in what model\.layers\.0 passes on"),
     "quantised": (REFUSED["quantized"][0], "is a quantised checkpoint"),
     "ternary": (lambda: _done(ternarize), "has a TernaryLinear already"),
     "twice": (lambda: _done(outlier_safe), "has a ProjectedEmbedding already"),

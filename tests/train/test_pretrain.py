@@ -22,6 +22,7 @@ from trilobit.nn.outlier_safe import EmbeddingProjection
 from trilobit.recipes import RECIPES
 from trilobit.surgery.outlier_safe import outlier_safe
 from trilobit.train import pretrain as pretrain_module
+from trilobit.train.architecture import PADDED, unused_rows
 from trilobit.train.kurtosis import outlier_probes, site_kurtosis
 from trilobit.train.loop import Interrupted, make_optimizer, muon_matrices
 from trilobit.train.mesh import Arrangement
@@ -184,6 +185,7 @@ def test_muon_takes_every_matrix_it_should() -> None:
         ({"train_tokenizer": 100}, ConfigError, "at least 257"),
         ({"optimizer": "adamw", "normuon": True}, ConfigError, "--normuon needs --optimizer muon"),
         ({"resume": True}, OutputError, "no run to resume"),
+        ({"sequence_length": 1}, ConfigError, "--sequence-length is 1; it must be at least 2"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused(
@@ -202,6 +204,38 @@ def test_a_foreign_tokenizer_must_fit(place: Path, whole: tuple[Path, PretrainRe
         run(configure(place, tmp_path / "run", train_tokenizer=None, tokenizer=tokenizer))
     result = run(configure(place, tmp_path / "run", architecture="llama-3m", train_tokenizer=None, tokenizer=tokenizer))
     assert AutoConfig.from_pretrained(result.model).vocab_size == VOCABULARY
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"hidden_act": "foo"}, "is not the config of a language model: KeyError 'foo'"),
+        ({"hidden_size": 0}, "hidden_size of .* is 0; it must be at least 1"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers of .* is 0; it must be at least 1"),
+    ],
+)
+def test_a_config_that_makes_no_model_is_refused(change: dict[str, Any], says: str, place: Path, tmp_path: Path) -> None:
+    """Whatever its constructor stumbles over, before anything is written."""
+    settings = json.loads((place / "llama" / "config.json").read_text()) | change
+    (tmp_path / "arch").mkdir()
+    (tmp_path / "arch" / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ModelError, match=says):
+        run(configure(place, tmp_path / "run", architecture=str(tmp_path / "arch")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_becomes_of_vocabulary_and_head_is_said(place: Path, whole: tuple[Path, PretrainResult], tmp_path: Path) -> None:
+    """Rows that no text can reach, if they are more than padding, and a head that projections untie."""
+    settings = json.loads((place / "llama" / "config.json").read_text())
+    settings |= {"vocab_size": 2 * VOCABULARY, "tie_word_embeddings": True}
+    (tmp_path / "arch").mkdir()
+    (tmp_path / "arch" / "config.json").write_text(json.dumps(settings))
+    notes, ours = Notes(), {"architecture": str(tmp_path / "arch"), "max_tokens": STEP_TOKENS}
+    run(configure(place, tmp_path / "run", **ours, train_tokenizer=None, tokenizer=str(whole[0] / "tokenizer")), notes)
+    assert any(note.startswith("300 of the vocabulary's 600 rows are never used") for note in notes.said)
+    assert any("embedding projections untie them" in note for note in notes.said)
+    padded = AutoConfig.for_model("llama", vocab_size=VOCABULARY + PADDED)
+    assert not unused_rows(padded, range(VOCABULARY)) and unused_rows(padded, range(VOCABULARY - 1))
 
 
 def test_layer_norms_are_refused(place: Path, tmp_path: Path) -> None:
@@ -273,8 +307,8 @@ def test_texts_ends_are_learned_where_they_are_the_padding_too(place: Path, tmp_
 
 def test_a_last_update_that_broke_the_model_is_not_saved(place: Path, tmp_path: Path) -> None:
     """Loss and gradient of the only step are finite, what follows is not: a message, and neither row nor checkpoint."""
-    with pytest.raises(NonFiniteError, match=r"The last update broke the weights.* lower --lr"):
-        run(configure(place, tmp_path / "run", max_tokens=STEP_TOKENS, lr=1e38))
+    with pytest.raises(NonFiniteError, match=r"first in layer 0, \w.*The last update broke the weights.* lower --lr"):
+        run(configure(place, tmp_path / "run", max_tokens=STEP_TOKENS, lr=1e38, weight_decay=0))
     assert not (tmp_path / "run" / "log.jsonl").exists() and not list((tmp_path / "run" / "checkpoints").glob("step-*"))
 
 

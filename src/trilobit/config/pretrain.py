@@ -15,6 +15,8 @@ class PretrainConfig(TrainingConfig):
     """Train a model that grows no activation outliers (arXiv 2506.19697), from random weights."""
 
     HEADINGS: ClassVar[dict[str, str]] = {"tokenizer": "model", **TrainingConfig.HEADINGS}
+    INSTEAD: ClassVar[dict[str, str]] = {"tokenizer": "train_tokenizer", "train_tokenizer": "tokenizer"}
+    """A flag takes the place of another that a recipe or a record set."""
 
     architecture: Architecture
     """Hub id or directory with a config.json, or one of ours: llama-3m, llama-60m, llama-135m, llama-1.4b."""
@@ -48,5 +50,7 @@ class PretrainConfig(TrainingConfig):
             raise ConfigError("--tie yes: embedding projections need two matrices: add --no-embproj (--recipe ssnorm).")
         if self.tokenizer is not None and self.train_tokenizer is not None:
             raise ConfigError("--tokenizer and --train-tokenizer are two answers to one question: give one of them.")
+        if self.sequence_length < 2:
+            raise ConfigError(f"--sequence-length is {self.sequence_length}; it must be at least 2.")
         if self.train_tokenizer is not None and self.train_tokenizer < LEAST_VOCABULARY:
             raise ConfigError(f"--train-tokenizer is {self.train_tokenizer}; it must be at least {LEAST_VOCABULARY}.")

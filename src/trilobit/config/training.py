@@ -140,6 +140,8 @@ class TrainingConfig:
             raise ConfigError(f"--lr is {self.lr}; it must be a number above 0.")
         if not 0 <= self.weight_decay < float("inf"):
             raise ConfigError(f"--weight-decay is {self.weight_decay}; it must be 0 or above.")
+        if self.lr is not None and self.lr * self.weight_decay >= 1:
+            raise ConfigError(f"--weight-decay {self.weight_decay:g}: at --lr {self.lr:g} a step would turn weights round.")
         for name in ("warmup_fraction", "decay_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be from 0 to 1.")

@@ -17,10 +17,12 @@ import copy
 import inspect
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trilobit import quant
 from trilobit.errors import ConfigError, ModelError
@@ -137,8 +139,9 @@ def find_norms(model: nn.Module) -> dict[str, NormRule]:
     norms = {}
     for path, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
-        looks_like_norm = own and not list(module.children()) and all(p.ndim == 1 and p.numel() > 1 for p in own.values())
-        if not looks_like_norm:
+        vectors = all(p.ndim == 1 and p.numel() > 1 for p in own.values())
+        named = "norm" in type(module).__name__.lower() and any(p.ndim > 1 for p in own.values())  # a gain for each head
+        if not own or list(module.children()) or not (vectors or named):
             continue
         rule = probe_norm(module)
         if rule is None:
@@ -163,6 +166,8 @@ def probe_norm(module: nn.Module) -> NormRule | None:
     if len(own) != 1 or len(inspect.signature(module.forward).parameters) != 1:
         return None
     ((name, parameter),) = own.items()
+    if parameter.ndim != 1:
+        return None
     generator = torch.Generator().manual_seed(0)
     weight = torch.rand(parameter.shape, generator=generator) + 0.5
     x = torch.randn(1, 7, weight.numel(), generator=generator) * torch.logspace(-4, 2, 7)[:, None]
@@ -230,10 +235,26 @@ def require_causal(model: PreTrainedModel) -> None:
     tokens = torch.randint(0, vocabulary, (1, PROBE_TOKENS), generator=generator).to(model.device)
     other = tokens.clone()
     other[0, -1] = (other[0, -1] + 1) % vocabulary
-    with evaluating(model):
-        before, after = (model(input_ids=ids, use_cache=False).logits for ids in (tokens, other))
+    broken: list[str] = []
+
+    def look(path: str, output: Any) -> None:
+        if not (output if isinstance(output, Tensor) else output[0]).isfinite().all():
+            broken.append(path)
+
+    handles = [
+        layer.register_forward_hook(lambda module, inputs, output, path=path: look(path, output))
+        for path, layer in model.named_modules()
+        if isinstance(layer, GradientCheckpointingLayer)
+    ]
+    try:
+        with evaluating(model):
+            before, after = (model(input_ids=ids, use_cache=False).logits for ids in (tokens, other))
+    finally:
+        for handle in handles:
+            handle.remove()
     if not before.isfinite().all():
-        raise ModelError(f"{kind} gives logits that are not finite: its weights are damaged.")
+        where = f"what {broken[0]} passes on" if broken else "the head"
+        raise ModelError(f"{kind} gives logits that are not finite, first in {where}: its weights are damaged.")
     # Experts multiply as many tokens as are routed to them, which changes the last bits of the others.
     if (before - after)[:, :-1].abs().max() > NOTICED * before.abs().max():
         raise ModelError(f"{kind} is not causal (an encoder?): earlier positions see later tokens.")

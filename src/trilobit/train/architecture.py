@@ -13,6 +13,7 @@ from trilobit.infer.quiet import clear_errors
 from trilobit.recipes import RECIPES
 
 OURS = ("llama-", "osp-")  # how names of ours begin, and those of recipes
+PADDED = 256  # rows of an embedding that a vocabulary may be padded by without a word
 
 LLAMAS: dict[str, dict[str, Any]] = {
     "llama-3m": {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 5, "num_attention_heads": 6,
@@ -45,7 +46,11 @@ def read_architecture(source: str, sequence_length: int, names: Sequence[str] = 
         config = AutoConfig.from_pretrained(source)
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(f"{source} is the config of a quantised checkpoint: take that of the full-precision one.")
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    text = config.get_text_config()
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
+        if isinstance(size := getattr(text, name, 1), int) and size < 1:
+            raise ModelError(f"{name} of {source} is {size}; it must be at least 1.")
+    positions = getattr(text, "max_position_embeddings", None)
     if positions is not None and sequence_length > positions:
         raise ModelError(f"--sequence-length {sequence_length} is longer than the {positions} positions of {source}.")
     return config
@@ -85,3 +90,11 @@ def fit_vocabulary(config: PretrainedConfig, tokenizer: Any, free: bool) -> None
     for name, token in special.items():
         for part in {id(config): config, id(text): text}.values():
             setattr(part, name, token)
+
+
+def unused_rows(config: PretrainedConfig, tokenizer: Any) -> str:
+    """In words, how much of the vocabulary no text of `tokenizer` can have, if that is more than padding."""
+    size, needed = config.get_text_config().vocab_size, len(tokenizer)
+    if size - needed <= max(PADDED, size // 20):
+        return ""
+    return f"{size - needed:,} of the vocabulary's {size:,} rows are never used: the tokenizer has {needed:,} entries"

@@ -30,6 +30,7 @@ from trilobit.train.layers import one_sequence_a_row
 from trilobit.train.mesh import Spread
 from trilobit.train.muon import Muon, hidden_matrices
 from trilobit.train.pace import Pace
+from trilobit.train.pieces import Piece
 from trilobit.train.schedule import learning_rate
 from trilobit.train.sharded_checkpoint import Checkpoints
 from trilobit.train.sharded_muon import ShardedMuon
@@ -174,27 +175,31 @@ def make_optimizer(model: nn.Module, lr: float, config: TrainingConfig, spread: 
         for piece in pieces:
             piece.parameter.grad_dtype = torch.bfloat16
     routed = {id(p) for p in muon_matrices(model, config)} if config.optimizer == "muon" else set()
-    parameters = [piece.local for piece in pieces]
+    assert routed <= {id(piece.parameter) for piece in pieces}, "a matrix of Muon's is not among what is trained"
     matrices = [piece.local for piece in pieces if id(piece.parameter) in routed]
-    others = [piece.local for piece in pieces if id(piece.parameter) not in routed]
+    others = [piece for piece in pieces if id(piece.parameter) not in routed]
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay, "muon": True},
-        {"params": [p for p in others if p.ndim >= 2], "weight_decay": config.weight_decay, "muon": False},
-        {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0, "muon": False},
+        {"params": [p.local for p in others if _decays(p)], "weight_decay": config.weight_decay, "muon": False},
+        {"params": [p.local for p in others if not _decays(p)], "weight_decay": 0.0, "muon": False},
     ]
-    assert sum(len(group["params"]) for group in groups) == len(parameters)
     groups = [group for group in groups if group["params"]]
     if config.optimizer == "muon":
         options: dict[str, Any] = {
             "coefficients": config.muon_coefficients, "scale": config.muon_scale, "normuon": config.normuon,
             "state": config.optimizer_state, "offload": config.offload,
         }  # fmt: skip
-        if parameters[0].dtype == torch.float64:
+        if pieces[0].local.dtype == torch.float64:
             options["compute"] = torch.float64
         if isinstance(spread.team, Ranks) and spread.shard_group is not None:
             return ShardedMuon(groups, lr, BETAS, spread.pieces, spread.shard_group, spread.team.control, **options)
         return Muon(groups, lr, BETAS, **options)
     return AdamW(groups, lr, BETAS, state=config.optimizer_state, offload=config.offload)
+
+
+def _decays(piece: Piece) -> bool:
+    """Whether weight decay is for it: a matrix, and neither a bias (those of experts are [E, R]) nor a state space's decay."""
+    return piece.local.ndim >= 2 and not piece.name.endswith(("bias", ".A_log"))
 
 
 def muon_matrices(model: nn.Module, config: TrainingConfig) -> list[nn.Parameter]:

@@ -173,8 +173,9 @@ class Muon(AdamW):
     """Muon for the parameters of groups that say `muon`, AdamW (fused) for the others. One rate serves both.
 
     groups: as for torch's optimizers; at least one must say `"muon": True` and hold a matrix, or matrices [E, R, C]. `iterated`
-    counts the matrices of the last step. A `found_inf` of one (as a GradScaler sets it) holds the weights back, on the device;
-    momentum is what the gradients made of it.
+    counts the matrices of the last step; a step that has none of them to move raises RuntimeError. A `found_inf` of one (as a
+    GradScaler sets it) holds the weights back, on the device; momentum is what the gradients made of it. Raises ConfigError
+    for other shapes, and for none.
     """
 
     kept = (*AdamW.kept, *BLOCKS)
@@ -188,11 +189,12 @@ class Muon(AdamW):
         self.coefficients: Coefficients = coefficients
         self.scale: Scale = scale
         self.normuon, self.compute = normuon, compute
-        self.iterated = 0
-        chosen = [p for group in self.param_groups if group["muon"] for p in group["params"]]
-        assert chosen, "no parameter was given to Muon"
-        shapes = [self._shape(p) for p in chosen]
-        assert all(len(shape) in (2, 3) and shape.numel() for shape in shapes), shapes
+        self.iterated = self._moved = 0
+        shapes = [self._shape(p) for group in self.param_groups if group["muon"] for p in group["params"]]
+        if not shapes:
+            raise ConfigError("no parameter was given to Muon: it wants at least one matrix.")
+        if odd := [tuple(shape) for shape in shapes if len(shape) not in (2, 3) or not shape.numel()]:
+            raise ConfigError(f"Muon takes matrices [R, C] or [E, R, C], none of which may be empty; {odd[0]} is none.")
 
     def _shape(self, parameter: nn.Parameter) -> torch.Size:
         """Of the whole logical matrix."""
@@ -201,10 +203,12 @@ class Muon(AdamW):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
         assert closure is None
-        self.iterated = 0
+        self.iterated = self._moved = 0
         for group in self.param_groups:
             if group["muon"]:
                 self._step_matrices(group)
+        if not self._moved:
+            raise RuntimeError("no matrix of Muon's has a gradient: nothing was made orthogonal in this step.")
         super().step()  # of what still has a gradient
 
     def _step_matrices(self, group: dict[str, Any]) -> None:
@@ -258,6 +262,7 @@ class Muon(AdamW):
 
     def _move(self, group: dict[str, Any], parameter: nn.Parameter, update: Tensor, length: float) -> None:
         """Weight decay and the step, unless a found_inf holds it back; the gradient is done with."""
+        self._moved += 1
         keep = 1 - group["lr"] * group["weight_decay"]
         bad = getattr(self, "found_inf", None)
         if bad is not None and bad.device.type != "cpu":  # decided there: reading it here would wait

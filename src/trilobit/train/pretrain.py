@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from trilobit.config.pretrain import PretrainConfig
 from trilobit.corpus import documents
-from trilobit.errors import ModelError
+from trilobit.errors import ModelError, NonFiniteError
 from trilobit.export.hf import Written, write_full_precision
 from trilobit.export.verify import in_words, record
 from trilobit.infer.loaded import load_tokenizer
@@ -33,7 +33,7 @@ from trilobit.surgery.fold import fold, plain_parameters, require_same_names, st
 from trilobit.surgery.outlier_safe import OutlierSafeSurgery, outlier_safe, require_causal
 from trilobit.surgery.roles import vocabulary_size
 from trilobit.tensors import weights_fingerprint
-from trilobit.train.architecture import LLAMAS, fit_vocabulary, read_architecture
+from trilobit.train.architecture import LLAMAS, fit_vocabulary, read_architecture, unused_rows
 from trilobit.train.data import Tokens
 from trilobit.train.drawn import NotDrawn, draw
 from trilobit.train.evaluate import shared_nats
@@ -95,6 +95,10 @@ class _Pretrain(Run[PretrainConfig, PretrainResult]):
         architecture = read_architecture(config.architecture, config.sequence_length)
         self.tokenizer = self.read_tokenizer()
         fit_vocabulary(architecture, self.tokenizer, config.architecture in LLAMAS or config.train_tokenizer is not None)
+        if unused := unused_rows(architecture, self.tokenizer):
+            self.listener.note(f"{unused} (--train-tokenizer makes one that fits)")
+        if config.embproj and architecture.tie_word_embeddings:
+            self.listener.note("the architecture ties its head to the embedding; embedding projections untie them")
         if config.embproj or config.tie != "auto":
             architecture.tie_word_embeddings = config.tie == "yes"
         self.arrange(self.count(architecture))
@@ -117,8 +121,9 @@ class _Pretrain(Run[PretrainConfig, PretrainResult]):
         with quiet_transformers():
             try:
                 return AutoModelForCausalLM.from_config(architecture, dtype=torch.float32)
-            except ValueError as error:
-                raise ModelError(f"{self.config.architecture} is not the config of a language model: {error}") from error
+            except Exception as error:  # whatever a config can do to a constructor
+                what = f"{type(error).__name__} {error}" if isinstance(error, LookupError) else str(error)
+                raise ModelError(f"{self.config.architecture} is not the config of a language model: {what}") from error
 
     def count(self, architecture: PretrainedConfig) -> int:
         """Parameters of the model that is trained, but for the norms."""
@@ -212,7 +217,12 @@ class _Pretrain(Run[PretrainConfig, PretrainResult]):
         )  # fmt: skip
 
     def evaluate(self) -> dict[str, Any]:
-        found: dict[str, Any] = super().evaluate()
+        try:
+            found: dict[str, Any] = super().evaluate()
+        except NonFiniteError:  # on every rank; where it begins is worth a look
+            if self.probes:
+                site_kurtosis(self.model, self.probes, self.heldout, self.config.sequences)
+            raise
         if self.probes:
             found["kurtosis"] = by_site = site_kurtosis(self.model, self.probes, self.heldout, self.config.sequences)
             found["excess_kurtosis"] = sum(by_site["residual"]) / len(by_site["residual"])
