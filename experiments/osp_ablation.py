@@ -64,6 +64,7 @@ SMALL = {
 }  # fmt: skip
 STUDIES = {
     "3m": Study(10_485_760, (1e-3, 2e-3, 4e-3), SMALL | {"precision": "bf16"}),
+    "3m-seed-1": Study(10_485_760, (4e-3,), SMALL | {"precision": "bf16", "seed": 1}),
     "3m-rates": Study(2_621_440, (1e-3, 2e-3, 4e-3, 8e-3), SMALL | {"precision": "bf16"}),  # which rate is a row's own?
     "60m": Study(
         209_715_200, (5e-4, 1e-3, 2e-3),
@@ -123,10 +124,12 @@ PROTOCOLS = {
     "w4a4kv4": PRESETS["osp"].with_bits("4-4-4"),
     "w4a4kv4_hadamard": PRESETS["osp"].with_bits("4-4-4").rotated("ffn"),
 }
+PARTS = {"weights": "4-16-16", "activations": "16-4-16", "keys and values": "16-16-4"}
 
 
 def measured(out: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Kurtosis by both protocols and the loss at 4 bits, on the same windows: of the report, else of what was held out."""
+    """Kurtosis by both protocols and the loss at 4 bits of everything and of each part alone, on the same windows: of the
+    report, else of what was held out."""
     loaded = load(out, device=arguments.device)
     length = fitting(loaded.model, LENGTH)
     text, split = (arguments.report, None) if arguments.report else (arguments.data, "heldout")
@@ -138,6 +141,9 @@ def measured(out: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {"protocols": {}, "window": length, "windows_sha256": fingerprint}
     for name, protocol in PROTOCOLS.items():
         found[name], found["protocols"][name] = quantized_nats(loaded.model, protocol, windows), protocol.sha256
+    found["parts"] = {
+        name: quantized_nats(loaded.model, PRESETS["osp"].with_bits(bits), windows) for name, bits in PARTS.items()
+    }
     contextual = measure_contextual(loaded.model, windows[:, :-1], str, sequences=8)
     alone = measure_osp(loaded.model, windows[:, :-1], bos=False)
     found |= {"kurtosis": contextual.excess_kurtosis, "kurtosis_osp": alone.excess_kurtosis}
@@ -181,6 +187,16 @@ def table(records: Records) -> str:
     return "\n".join(lines)
 
 
+def parts_table(records: Records) -> str:
+    """What four bits cost every row at its best rate: all of it, and each part alone."""
+    found = {name: r for row, name in ROWS.items() if (r := best(records, row)) is not None and "parts" in r}
+    lines = ["| row | all | " + " | ".join(PARTS) + " |", "|---|" + "---|" * (1 + len(PARTS))]
+    for name, r in found.items():
+        costs = [value - r["w16a16kv16"] for value in (r["w4a4kv4"], *(r["parts"][part] for part in PARTS))]
+        lines.append(f"| {name} | " + " | ".join(f"+{cost:.3f}" for cost in costs) + " |")
+    return "\n".join(lines) if found else ""
+
+
 def rates_table(records: Records) -> str:
     """Held-out nats and the residual stream's excess kurtosis of every row at every rate, a row's best in bold."""
     if not records:
@@ -199,6 +215,22 @@ def rates_table(records: Records) -> str:
         if any(cells):
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def seeds_table(seeds: list[Records]) -> str:
+    """Of rows that more than one seed has at one rate: held-out nats, kurtosis and what four bits cost, seed by seed."""
+    lines = ["| row | rate | held out | kurtosis | W4A4KV4 | + FFN Hadamard |", "|---|---|---|---|---|---|"]
+    for row, name in ROWS.items():
+        for rate in sorted({rate for records in seeds[1:] for of, rate in records if of == row}):
+            found = [records[row, rate] for records in seeds if (row, rate) in records]
+            found = [r for r in found if not r["diverged"]]
+            if len(found) > 1:
+                cells = [
+                    ", ".join(f"{r['nats_per_token']:.3f}" for r in found), ", ".join(f"{r['kurtosis']:.2f}" for r in found),
+                    *(", ".join(f"+{r[key] - r['w16a16kv16']:.3f}" for r in found) for key in ("w4a4kv4", "w4a4kv4_hadamard")),
+                ]  # fmt: skip
+                lines.append(f"| {name} | {rate:g} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) if len(lines) > 2 else ""
 
 
 def main() -> None:

@@ -3,7 +3,8 @@ from what `trilobit outliers` found in SmolLM2-135M.
 
     python experiments/osp_report.py [--check]
 
-The plot, docs/outlier_safe.png: excess kurtosis of the residual stream while each row of the ablation is trained.
+The plot, docs/outlier_safe.png: excess kurtosis of the residual stream while each row of the ablation is trained, and what four
+bits cost it in the end.
 --check writes nothing and fails if a table is not the one that the records give.
 """
 
@@ -31,9 +32,12 @@ STYLES = {
 
 def tables() -> dict[str, str]:
     """What stands between the markers of each name."""
-    rows, rates = (read_records(osp_ablation.RECORDS / study) for study in ("3m", "3m-rates"))
+    rows, other, rates = (read_records(osp_ablation.RECORDS / study) for study in ("3m", "3m-seed-1", "3m-rates"))
     return {
         "rows": osp_ablation.table(rows),
+        "parts": osp_ablation.parts_table(rows),
+        "own": osp_ablation.rates_table(rows),
+        "seeds": osp_ablation.seeds_table([rows, other]),
         "rates": osp_ablation.rates_table(rates),
         "pair": embedded_pair.table(embedded_pair.read_records()),
         "ordinary": ordinary(json.loads((DATA / "outliers_smollm2.json").read_text())),
@@ -79,6 +83,20 @@ def plot_growth(records: Records, axes: Axes) -> None:
     axes.legend(frameon=False, fontsize=8)
 
 
+def plot_costs(records: Records, axes: Axes) -> None:
+    """Nats that W4A4KV4 costs each row at its best rate, without and with the Hadamard in front of the MLP's last linear."""
+    rows = [(name, found) for row, name in ROWS.items() if (found := osp_ablation.best(records, row)) is not None]
+    for position, (_, r) in enumerate(reversed(rows)):
+        plain, turned = (r[key] - r["w16a16kv16"] for key in ("w4a4kv4", "w4a4kv4_hadamard"))
+        color = STYLES[r["row"]][0]
+        axes.barh(position, plain, 0.62, color=color, alpha=0.35)
+        axes.barh(position, turned, 0.62, color=color)
+    axes.set_yticks(range(len(rows)), [name.split(" (")[0] for name, _ in reversed(rows)], fontsize=8)
+    axes.set(xlabel="nats lost at W4A4KV4\n(dark: with FFN Hadamard)")
+    axes.tick_params(axis="y", length=0)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
@@ -92,8 +110,11 @@ def main() -> None:
             raise SystemExit(f"{page.name} is not what the records give: run experiments/osp_report.py")
         return
     page.write_text(text, encoding="utf-8")
-    figure = Figure(figsize=(7, 3.6), layout="constrained")
-    plot_growth(read_records(osp_ablation.RECORDS / "3m"), figure.add_subplot())
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    growth, costs = figure.subplots(1, 2, width_ratios=(3, 2))
+    records = read_records(osp_ablation.RECORDS / "3m")
+    plot_growth(records, growth)
+    plot_costs(records, costs)
     figure.savefig(DOCS / "outlier_safe.png", dpi=120)
 
 

@@ -30,6 +30,7 @@ from trilobit.config.quantize import QuantizeConfig
 from trilobit.config.tune import TuneConfig
 from trilobit.errors import ConfigError
 from trilobit.kernels import native
+from trilobit.train.signals import Interrupted
 
 CONFIGS = {
     "tune": TuneConfig, "pretrain": PretrainConfig, "eval": EvalConfig, "outliers": OutliersConfig,
@@ -358,6 +359,10 @@ def test_interruptions_have_their_codes(cli: Any, monkeypatch: pytest.MonkeyPatc
     outcome = cli("tune", "model", "--data", "text.txt")
     assert outcome.code == 143
     assert "stopped by SIGTERM; once training has begun, the same command and --resume continue it" in outcome.err
+    monkeypatch.setattr(tune, "run", raising(Interrupted(15, saved=1200)))
+    outcome = cli("tune", "model", "--data", "text.txt")
+    assert outcome.code == 143
+    assert "stopped by SIGTERM after step 1,200, which is saved; the same command and --resume continue it" in outcome.err
     monkeypatch.setattr(evaluate, "run", raising(ZeroDivisionError("ours")))
     with pytest.raises(ZeroDivisionError):  # a bug of ours keeps its traceback
         cli(*EVAL, "text.txt")

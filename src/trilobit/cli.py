@@ -94,6 +94,8 @@ def _run(name: str, rest: list[str]) -> int:
         if (code := getattr(error, "exit_code", None)) is None:
             raise
         again = "; once training has begun, the same command and --resume continue it" if hasattr(config, "resume") else ""
+        if (step := getattr(error, "saved", None)) is not None:
+            again = f" after step {step:,}, which is saved; the same command and --resume continue it"
         if rank == 0:
             listener.note(f"stopped by {error}{again}")
         return code

@@ -99,7 +99,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"self_tokens": 10}, "--self-tokens needs --data self"),
     ({"lr": 2e-3, "weight_decay": 500.0}, "--weight-decay 500: at --lr 0.002 a step would turn weights round"),
     ({"data": "self", "self_tokens": 0}, "--self-tokens is 0"),
-    ({"max_tokens": 16_383, "batch_tokens": 16_384}, "--max-tokens 16383 is less than one step of 16384 tokens"),
+    ({"max_tokens": 16_383, "batch_tokens": 16_384}, "--max-tokens 16383 is less .* lower --sequence-length or --batch-tokens"),
+    ({"max_tokens": 500, "batch_tokens": 100}, r"one step of 512 tokens \(1 sequences of 512\); lower --sequence-length\."),
 ]  # fmt: skip
 
 

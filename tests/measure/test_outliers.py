@@ -1,7 +1,7 @@
 """`trilobit outliers` as a whole: ternary runs, results, summaries, settings."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from trilobit.errors import ConfigError, ModelError
 from trilobit.export.hf import write_latent, write_model
 from trilobit.infer.load import load
 from trilobit.measure.contextual import Contextual, SiteOutliers, measure_contextual
-from trilobit.measure.outliers import measure
+from trilobit.measure.kurtosis import measure_osp
+from trilobit.measure.outliers import OutliersResult, measure, verdict
 from trilobit.measure.probes import SiteName
 from trilobit.surgery.ternary import TernarySpec, ternarize
 
@@ -82,6 +83,26 @@ def test_the_command_end_to_end(tmp_path: Path) -> None:
     assert half.contextual.windows == min(128, len(TEXT.encode()) // 15)
     with pytest.raises(ModelError, match="--sequence-length 512 is longer than the model's 64 positions"):
         measure(loaded, OutliersConfig(**settings))
+
+
+def test_the_verdict_is_of_the_headline() -> None:
+    """By the excess kurtosis between the layers: none, some or strong, then the channel that has most, then the MLP's sites."""
+    model, windows = byte_model(), torch.randint(3, 250, (2, 16))
+    found = measure_contextual(model, windows, str)
+    for kurtosis, says in (
+        (0.99, "no outliers to speak of"),
+        (-0.001, "kurtosis 0.00 "),
+        (1.0, "has outliers"),
+        (10.0, "strong"),
+    ):
+        first, second = verdict(OutliersResult("m", "d", "contextual", "fp32", kurtosis, found))
+        assert says in first and ("channel" in first) == (kurtosis >= 1)
+        assert second.startswith("What the MLPs' last linears read (mlp-output) has ")
+    between = replace(found, sites=[row for row in found.sites if row.site == "residual"])
+    assert len(verdict(OutliersResult("m", "d", "contextual", "fp32", 2.0, between))) == 1
+    alone = OutliersResult("m", "d", "osp", "fp32", 86.0, None, measure_osp(model, windows, False))
+    (said,) = verdict(alone)
+    assert said == "The residual stream has strong outliers: excess kurtosis 86.00 (a Gaussian has 0), each token alone."
 
 
 def test_settings() -> None:

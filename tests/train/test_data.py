@@ -73,6 +73,17 @@ def test_a_second_call_does_not_tokenise(corpus_file: Path, build, monkeypatch: 
     assert "reused from" in second.description
 
 
+def test_caches_are_where_the_desktop_says(corpus_file: Path, build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In $XDG_CACHE_HOME if that is set, else in ~/.cache."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    key = build(corpus_file, cache_dir=None).key
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    build(corpus_file, cache_dir=None)
+    for place in ("home/.cache", "caches"):
+        assert (tmp_path / place / "trilobit" / "tokens" / key[:32]).is_dir()
+
+
 def test_a_change_is_never_served_from_the_cache(tokenizer, corpus_file: Path, build) -> None:
     """Another text, tokenizer or held-out size gives another key."""
     keys = {build(corpus_file).key, build(corpus_file, heldout_tokens=500).key}

@@ -430,8 +430,9 @@ def test_a_signal_in_an_evaluation_is_obeyed_after_it(tmp_path: Path) -> None:
         signal.raise_signal(signal.SIGTERM)
         return {}
 
-    with Signals().watch() as signals, pytest.raises(Interrupted, match="SIGTERM"):
+    with Signals().watch() as signals, pytest.raises(Interrupted, match="SIGTERM") as stopped:
         train(tmp_path / "run", signals=signals, evaluate=evaluate)
+    assert stopped.value.saved == 2
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-2"]
 
 

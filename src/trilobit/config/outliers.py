@@ -28,7 +28,7 @@ class OutliersConfig:
     sequence_length: int | None = None
     """Tokens per sequence. Default: 512; 2,048 for osp."""
     max_tokens: Count | None = None
-    """Stop after this many tokens, rounded down to whole sequences. Default: 128 sequences."""
+    """Stop after this many tokens, rounded down to whole sequences, but one at least. Default: 128 sequences."""
     sequences: int = 4
     """Sequences per forward pass (contextual)."""
     bos: Literal["auto", "yes", "no"] = "auto"

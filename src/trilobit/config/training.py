@@ -45,7 +45,7 @@ class TrainingConfig:
     self_tokens: Count | None = None
     """Tokens to sample for --data self; a longer run sees them again. Default: as many as it trains on."""
     cache_dir: str | None = None
-    """Where tokenised data is kept. Default: ~/.cache/trilobit/tokens."""
+    """Where tokenised data is kept. Default: ~/.cache/trilobit/tokens, or trilobit/tokens in $XDG_CACHE_HOME."""
     seed: int = 0
     """Seed of the order of the data, and of dropout where a model has it. Equal seeds give equal runs."""
 
@@ -154,8 +154,8 @@ class TrainingConfig:
         if self.max_tokens < self.tokens_per_step:
             raise ConfigError(
                 f"--max-tokens {self.max_tokens} is less than one step of {self.tokens_per_step} tokens "
-                f"({self.micro_batch} sequences of {self.sequence_length}); lower --batch-tokens, --sequences or "
-                "--sequence-length."
+                f"({self.micro_batch * self.accumulation} sequences of {self.sequence_length}); lower --sequence-length"
+                f"{' or --batch-tokens' if self.micro_batch * self.accumulation > 1 else ''}."
             )
 
     @property

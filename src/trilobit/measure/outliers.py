@@ -22,6 +22,8 @@ from trilobit.measure.probes import SITES, SiteName
 from trilobit.surgery.roles import vocabulary_size
 
 TITLE = "excess kurtosis over channels, by site, at positions after the first | residual stream, also at the first position"
+SOME, STRONG = 1.0, 10.0
+"""Excess kurtosis from which outliers are spoken of, and spoken of as strong: a convention of ours. (Laplace's has 3.)"""
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,33 @@ class OutliersResult:
             if part is not None:
                 shown[f"excess kurtosis, {name}"] = f"{part.excess_kurtosis:,.4f}"
                 shown[f"tokens, {name}"] = f"{part.windows:,} × {part.sequence_length:,}"
+        lines += ["", *verdict(self)]
         shown |= {"precision": self.precision} | ({} if self.out is None else {"report": f"{self.out}/index.html"})
         width = max(map(len, shown))
         return "\n".join([*lines, "", *(f"{name:<{width}}  {value}" for name, value in shown.items())]).strip("\n")
+
+
+def verdict(result: OutliersResult) -> list[str]:
+    """In a sentence or two: are there outliers between the layers, where, and what do the MLPs' last linears read."""
+    value = result.excess_kurtosis
+    degree = "strong outliers" if value >= STRONG else "outliers" if value >= SOME else "no outliers to speak of"
+    said = f"The residual stream has {degree}: excess kurtosis {_number(value)} (a Gaussian has 0)"
+    whole = result.contextual
+    if whole is None:
+        return [f"{said}, each token alone."]
+    stream = [row for row in whole.sites if row.site == "residual"]
+    if value >= SOME:
+        top = max(stream, key=lambda row: row.later.channels[0].energy_share)
+        channel = top.later.channels[0]
+        said += f"; after layer {top.layer} channel {channel.channel} has {channel.energy_share:.0%} of the squared activations"
+    read = [row.later for row in whole.sites if row.site == "mlp-output"]
+    if not read:
+        return [f"{said}."]
+    mean, ratio = sum(part.excess_kurtosis for part in read) / len(read), max(part.max_to_median or 0.0 for part in read)
+    return [
+        f"{said}.",
+        f"What the MLPs' last linears read (mlp-output) has {_number(mean)}, and up to {ratio:,.0f} × its median.",
+    ]
 
 
 def layer_rows(result: Contextual) -> list[list[str]]:
@@ -107,7 +133,7 @@ def unwatched(result: Contextual) -> list[str]:
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:,.2f}"
+    return "" if value is None else f"{value:,.2f}".replace("-0.00", "0.00")
 
 
 def _aligned(lines: list[list[str]]) -> list[str]:

@@ -26,6 +26,7 @@ COLORS: dict[SiteName, str] = {
 }  # fmt: skip
 HEAT = LinearSegmentedColormap.from_list("heat", ["#ffffff", "#f6e3da", "#e79b7f", ACCENT, "#3d0d05"])
 PIXELS = (240, 320)  # of a surface, at most: channels, tokens
+NAMED = 8  # channels of a surface, at most
 Value = Callable[[SiteOutliers], float | None]
 
 
@@ -125,8 +126,8 @@ def plot_surface(values: Tensor, row: SiteOutliers, path: Path) -> None:
     above.tick_params(labelbottom=False)
     right.tick_params(labelleft=False)
     named: list[int] = []
-    for channel in (peak.channel for peak in row.later.channels):
-        if all(abs(channel - other) > 0.04 * channels for other in named):  # else the names overlap
+    for channel in by_channel.argsort()[::-1][:NAMED].tolist():
+        if by_channel[channel] > 0 and all(abs(channel - other) > 0.04 * channels for other in named):  # else the names overlap
             named.append(channel)
             right.annotate(
                 str(channel), (1, channel), xycoords=("axes fraction", "data"), xytext=(4, 0),

@@ -27,6 +27,7 @@ from trilobit.measure.outliers import (
     read_text,
     shared_channels,
     unwatched,
+    verdict,
 )
 from trilobit.measure.probes import SiteName, activations
 from trilobit.report.outlier_plots import plot_histograms, plot_kurtosis, plot_ratios, plot_states, plot_surface
@@ -83,6 +84,7 @@ def write(out: Path, result: OutliersResult, surfaces: list[tuple[SiteOutliers, 
             f"<h1>{title}</h1>",
             f'<p><span class="number">{result.excess_kurtosis:,.2f}</span> excess kurtosis '
             f"({'contextual' if result.contextual else 'osp'}; 0 is a Gaussian)</p>",
+            *(f"<p>{escape(sentence)}</p>" for sentence in verdict(result)),
             f'<p class="quiet">text {escape(result.data)}, precision {result.precision}; every number is in outliers.json</p>',
         ]
         page = f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n<body>'

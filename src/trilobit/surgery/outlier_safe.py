@@ -148,7 +148,7 @@ def find_norms(model: nn.Module) -> dict[str, NormRule]:
             held = " and ".join(f"{name} {tuple(p.shape)}" for name, p in own.items())
             raise ModelError(
                 f"{path} is a {type(module).__name__} with {held}, and does not compute an RMSNorm with a gain alone: a "
-                "single scale cannot stand for it. Do without single-scale norms, or take another architecture."
+                "single scale cannot stand for it. Do without single-scale norms (--no-ssnorm), or take another architecture."
             )
         norms[path] = rule
     if not norms:

@@ -7,6 +7,7 @@ was made from: the text, the tokenizer's whole definition, the options. Nothing 
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,7 +100,7 @@ def prepare(
     cache_dir: Path | None = None,
     progress: Progress | None = None,
 ) -> Tokens:
-    """Tokenise `data` (see corpus.py), or find it tokenised already, under `cache_dir` (~/.cache/trilobit/tokens).
+    """Tokenise `data` (see corpus.py), or find it tokenised already, under `cache_dir`.
 
     Every document ends in the end-of-text token (the tokenizer's eos, else its bos); no other special token is added.
     A dataset on the hub is read until `max_tokens` training tokens; files and stdlib are read whole. Documents are held
@@ -173,7 +174,8 @@ def _cached(
     sequence_length: int,
     cache_dir: Path | None,
 ) -> Tokens:
-    file = TokenFile((cache_dir or Path.home() / ".cache" / "trilobit" / "tokens") / key[:32])
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    file = TokenFile((cache_dir or caches / "trilobit" / "tokens") / key[:32])
     reused = is_whole(file.directory)
     if not reused:
         try:

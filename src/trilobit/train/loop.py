@@ -158,7 +158,7 @@ def fit(
             if stopping and not last:
                 checkpoints.settle()
                 team.agree(0)  # nobody leaves while another still asks the store how it went
-                raise Interrupted(number, agreed=True)
+                raise Interrupted(number, agreed=True, saved=progress.step)
     checkpoints.settle()
     signals.outlook = lambda: f"the run stops as soon as it can, all steps are done; {INSISTING} (--resume finishes it)"
     progress.seconds = time.perf_counter() - started

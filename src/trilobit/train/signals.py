@@ -10,11 +10,11 @@ INSISTING = "a second signal ends it at once"
 
 
 class Interrupted(Exception):
-    """SIGTERM or SIGINT arrived; the run was saved at a step boundary. agreed: all ranks of the run know, and stop likewise."""
+    """SIGTERM or SIGINT arrived. agreed: all ranks of the run know, and stop likewise. saved: the step that was, if any."""
 
-    def __init__(self, number: int, agreed: bool = False):
+    def __init__(self, number: int, agreed: bool = False, saved: int | None = None):
         super().__init__(signal.Signals(number).name)
-        self.number, self.agreed = number, agreed
+        self.number, self.agreed, self.saved = number, agreed, saved
         self.exit_code = 128 + number
 
 
