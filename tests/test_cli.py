@@ -240,6 +240,22 @@ def test_flags_win_over_record_over_recipe(cli: Any, tmp_path: Path, monkeypatch
     assert config.sequences == TuneConfig(model="m", data="d").sequences
 
 
+def test_a_run_that_is_resumed_need_not_be_told_again(tmp_path: Path) -> None:
+    """--resume --out RUN has the settings of RUN/run.json; flags still win, and without a record all is as it was."""
+    settings = {"model": "m", "data": "d", "lr": 0.5, "out": "elsewhere", "resume": False}
+    (tmp_path / "run.json").write_text(json.dumps({"command": "tune", "config": settings}))
+    for words in (["--resume", "--out", str(tmp_path)], ["--resume", f"--out={tmp_path}", "--seed", "4"]):
+        config, _ = parse("tune", words)
+        assert (config.model, config.data, config.lr, config.out, config.resume) == ("m", "d", 0.5, str(tmp_path), True)
+        assert config.seed == (4 if "--seed" in words else 0)
+    with pytest.raises(ConfigError, match="was made by `trilobit tune`, not by `trilobit pretrain`"):
+        parse("pretrain", ["--resume", "--out", str(tmp_path)])
+    config, _ = parse("tune", ["model", "--data", "text", "--resume", "--out", str(tmp_path / "none")])
+    assert (config.model, config.lr, config.resume) == ("model", None, True)
+    config, _ = parse("tune", ["model", "--data", "text", "--out", str(tmp_path)])
+    assert (config.model, config.lr) == ("model", None)
+
+
 @pytest.mark.parametrize("flag", ["--tokenizer", "--tokenizer="])
 def test_a_flag_takes_the_place_of_a_recipes_other_answer(flag: str) -> None:
     """osp-3m makes a tokenizer of the text; with --tokenizer it does not. Both on the command line are still two answers."""

@@ -128,7 +128,7 @@ def _ending_on_sigterm() -> Iterator[None]:
 
 
 def parse(name: str, arguments: list[str]) -> tuple[Any, bool]:
-    """Configuration from recipe < run.json < flags."""
+    """Configuration from recipe < run.json < flags. --resume --out RUN has that run's run.json, as --from would."""
     from trilobit.config.flags import parse_flags
 
     config_type = _attribute(COMMANDS[name].config)
@@ -144,8 +144,9 @@ def parse(name: str, arguments: list[str]) -> tuple[Any, bool]:
     defaults: dict[str, Any] = {}
     if chosen.recipe is not None:
         defaults |= _recipe(name, chosen.recipe)
-    if chosen.source is not None:
-        defaults |= _from_run(name, chosen.source, config_type)
+    source = chosen.source or _resumed(rest)
+    if source is not None:
+        defaults |= _from_run(name, source, config_type)
     _refuse_unknown_flags(name, config_type, rest)
     given = {word.split("=", 1)[0].removeprefix("--").replace("-", "_") for word in rest if word.startswith("--")}
     for flag, other in getattr(config_type, "INSTEAD", {}).items():
@@ -153,7 +154,7 @@ def parse(name: str, arguments: list[str]) -> tuple[Any, bool]:
             defaults.pop(other, None)
     epilog = "Every command also takes --json: the result as one JSON object."
     if recipes := _recipes(name):
-        epilog += " --from RUN/run.json repeats a run."
+        epilog += " --from RUN/run.json repeats a run, --resume --out RUN goes on with one."
         epilog += f" --recipe is one of: {', '.join(recipes)}."
     description = f"{config_type.__doc__}\n\n{epilog}"
     try:
@@ -161,9 +162,9 @@ def parse(name: str, arguments: list[str]) -> tuple[Any, bool]:
             warnings.simplefilter("error", UserWarning)  # how tyro takes a default of the wrong type
             config = parse_flags(config_type, rest, defaults, prog=f"trilobit {name}", description=description)
     except (UserWarning, TypeError) as error:
-        if chosen.source is None:
+        if source is None:
             raise
-        raise ConfigError(f"--from {chosen.source} has a value of the wrong kind: {error}") from error
+        raise ConfigError(f"--from {source} has a value of the wrong kind: {error}") from error
     return config, chosen.json
 
 
@@ -180,6 +181,16 @@ def _recipe(command: str, name: str) -> dict[str, Any]:
     if name not in recipes:
         raise ConfigError(f"there is no recipe {name!r}{_nearest(name, recipes)} There are: {', '.join(recipes)}.")
     return recipes[name]()
+
+
+def _resumed(arguments: list[str]) -> str | None:
+    """The record of the run that --resume continues, where --out says which: its settings need not be said again."""
+    words = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    words.add_argument("--resume", action="store_true")
+    words.add_argument("--out", nargs="?")
+    found, _ = words.parse_known_args(arguments)
+    record = os.path.join(found.out or "", "run.json")
+    return record if found.resume and found.out and os.path.isfile(record) else None  # false too for a name that is too long
 
 
 def _from_run(command: str, source: str, config_type: Any) -> dict[str, Any]:

@@ -19,7 +19,8 @@ class PretrainConfig(TrainingConfig):
     """A flag takes the place of another that a recipe or a record set."""
 
     architecture: Architecture
-    """Hub id or directory with a config.json, or one of ours: llama-3m, llama-60m, llama-135m, llama-1.4b."""
+    """Hub id or directory with a config.json, or one of ours: llama-3m, llama-60m, llama-135m, llama-1.4b. A recipe of a size
+    (osp-3m) brings its own."""
     tokenizer: str | None = None
     """Hub id or directory of a tokenizer. Default: the architecture's, if it has one."""
     train_tokenizer: Count | None = None
