@@ -144,7 +144,7 @@ def parse(name: str, arguments: list[str]) -> tuple[Any, bool]:
     defaults: dict[str, Any] = {}
     if chosen.recipe is not None:
         defaults |= _recipe(name, chosen.recipe)
-    source = chosen.source or _resumed(rest)
+    source = chosen.source or (_resumed(rest) if _recipes(name) else None)
     if source is not None:
         defaults |= _from_run(name, source, config_type)
     _refuse_unknown_flags(name, config_type, rest)
@@ -186,11 +186,10 @@ def _recipe(command: str, name: str) -> dict[str, Any]:
 def _resumed(arguments: list[str]) -> str | None:
     """The record of the run that --resume continues, where --out says which: its settings need not be said again."""
     words = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    words.add_argument("--resume", action="store_true")
     words.add_argument("--out", nargs="?")
-    found, _ = words.parse_known_args(arguments)
-    record = os.path.join(found.out or "", "run.json")
-    return record if found.resume and found.out and os.path.isfile(record) else None  # false too for a name that is too long
+    out = words.parse_known_args(arguments)[0].out
+    record = os.path.join(out or "", "run.json")
+    return record if "--resume" in arguments and out and os.path.isfile(record) else None  # false too for too long a name
 
 
 def _from_run(command: str, source: str, config_type: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@ import random
 import signal
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from families import build
+from surgery.fresh import fresh
 from trilobit.config.pretrain import PretrainConfig
 from trilobit.config.training import TrainingConfig
 from trilobit.corpus import documents
@@ -23,6 +25,7 @@ from trilobit.recipes import RECIPES
 from trilobit.surgery.outlier_safe import outlier_safe
 from trilobit.train import pretrain as pretrain_module
 from trilobit.train.architecture import PADDED, unused_rows
+from trilobit.train.drawn import NotDrawn
 from trilobit.train.kurtosis import outlier_probes, site_kurtosis
 from trilobit.train.loop import Interrupted, make_optimizer, muon_matrices
 from trilobit.train.mesh import Arrangement
@@ -172,6 +175,19 @@ def test_muon_takes_every_matrix_it_should() -> None:
     assert len(every) == len({id(p) for p in every}) == sum(p.ndim == 2 for p in tied.parameters())
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_weight_decay_is_for_matrices(optimizer: Any) -> None:
+    """Not for vectors, nor for what has two dimensions and is none: biases of experts [E, R], decay rates of state spaces."""
+    model = fresh("gpt_oss")
+    model.add_module("mixer", torch.nn.ParameterDict({"A_log": torch.nn.Parameter(torch.ones(3, 4))}))
+    made = make_optimizer(model, 1e-3, TrainingConfig(data="d", optimizer=optimizer, weight_decay=0.1))
+    decayed = {id(p) for group in made.param_groups if group["weight_decay"] for p in group["params"]}
+    left = {name for name, p in model.named_parameters() if id(p) not in decayed and p.ndim > 1}
+    assert {name.split(".")[-1] for name in left} >= {"gate_up_proj_bias", "down_proj_bias", "A_log"}
+    assert all(name.endswith(("bias", "A_log")) for name in left)
+    assert not any(p.ndim < 2 and id(p) in decayed for p in model.parameters())
+
+
 @pytest.mark.parametrize(
     ("settings", "kind", "message"),
     [
@@ -209,7 +225,7 @@ def test_a_foreign_tokenizer_must_fit(place: Path, whole: tuple[Path, PretrainRe
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"hidden_act": "foo"}, "is not the config of a language model: KeyError 'foo'"),
+        ({"hidden_act": "foo"}, "no language model can be made of .*: KeyError 'foo'"),
         ({"hidden_size": 0}, "hidden_size of .* is 0; it must be at least 1"),
         ({"num_hidden_layers": 0}, "num_hidden_layers of .* is 0; it must be at least 1"),
     ],
@@ -222,6 +238,15 @@ def test_a_config_that_makes_no_model_is_refused(change: dict[str, Any], says: s
     with pytest.raises(ModelError, match=says):
         run(configure(place, tmp_path / "run", architecture=str(tmp_path / "arch")))
     assert not (tmp_path / "run").exists()
+
+
+def test_what_cannot_be_drawn_in_parts_is_no_bad_config(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes out of the constructor as it is, so that every rank draws the whole model instead."""
+    started = object.__new__(pretrain_module._Pretrain)
+    started.config = configure(place, tmp_path / "run")
+    monkeypatch.setattr(pretrain_module.AutoModelForCausalLM, "from_config", Mock(side_effect=NotDrawn("one module")))
+    with pytest.raises(NotDrawn, match="one module"):
+        started.from_config(LlamaConfig())
 
 
 def test_what_becomes_of_vocabulary_and_head_is_said(place: Path, whole: tuple[Path, PretrainResult], tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from trilobit.config.pretrain import PretrainConfig
 from trilobit.corpus import documents
-from trilobit.errors import ModelError, NonFiniteError
+from trilobit.errors import ModelError, NonFiniteError, TrilobitError
 from trilobit.export.hf import Written, write_full_precision
 from trilobit.export.verify import in_words, record
 from trilobit.infer.loaded import load_tokenizer
@@ -121,9 +121,11 @@ class _Pretrain(Run[PretrainConfig, PretrainResult]):
         with quiet_transformers():
             try:
                 return AutoModelForCausalLM.from_config(architecture, dtype=torch.float32)
+            except TrilobitError:  # of draw's own
+                raise
             except Exception as error:  # whatever a config can do to a constructor
                 what = f"{type(error).__name__} {error}" if isinstance(error, LookupError) else str(error)
-                raise ModelError(f"{self.config.architecture} is not the config of a language model: {what}") from error
+                raise ModelError(f"no language model can be made of {self.config.architecture}: {what}") from error
 
     def count(self, architecture: PretrainedConfig) -> int:
         """Parameters of the model that is trained, but for the norms."""
